@@ -18,3 +18,7 @@ class InputError(ValueError):
     def __init__(self, where: str, *, found: str, expected: str, fix: str):
         self.where, self.found, self.expected, self.fix = where, found, expected, fix
         super().__init__(f"{where}: found {found}, expected {expected}. Fix: {fix}.")
+
+    def _render_traceback_(self) -> list[str]:
+        """IPython shows this instead of a traceback: the one line that the reader needs."""
+        return [f"{type(self).__name__}: {self}"]

@@ -1,0 +1,301 @@
+"""What one chapter hands to the next: a run folder whose artefacts are written whole and verified when read.
+
+    RUN_DIR/
+      handoff.json    what is here: chapter, base model, template fingerprint, versions, sha256 of every file
+      lora.json       chapter 02
+      dataset/        chapter 03
+      adapter/ checkpoints/ report.json     chapter 04
+      merged/ …       chapter 06
+
+`handoff.json` is replaced in one step after its artefact is complete, so a run that is killed at any moment leaves
+either the old artefact, or the new one, or one that is refused.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import InputError
+
+SCHEMA_VERSION = 1
+MANIFEST = "handoff.json"
+# Which chapter writes what, and what that chapter needs itself: the order in which catch-up runs them.
+PRODUCERS = {"lora.json": "02_load_and_lora", "dataset": "03_data", "adapter": "04_train", "report.json": "04_train"}
+NEEDS = {"02_load_and_lora": (), "03_data": (), "04_train": ("lora.json", "dataset")}
+RECORDED_PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
+
+
+class HandoffError(InputError):
+    """An artefact is missing, unfinished, altered, or made for another model."""
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(path: Path) -> dict[str, str]:
+    """{name relative to the artefact: sha256} of one file or of every file below a folder."""
+    if path.is_file():
+        return {path.name: sha256_of(path)}
+    return {str(file.relative_to(path)): sha256_of(file) for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def fingerprint(text: str) -> str:
+    """A short name for a chat template (or any text): the first 16 digits of its sha256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of the libraries that decide what a run computes; those that are not installed are left out."""
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. Make one with `open_run`."""
+
+    path: Path
+    mirror: Path | None = field(default=None, repr=False)
+
+    def artefact(self, name: str, *, base_model: str | None = None) -> Path:
+        """The path of a verified artefact.
+
+        Raises:
+            HandoffError: it is missing or unfinished, a file of it was altered, or it belongs to another base model.
+        """
+        entry = self.facts(name)
+        path = self.path / name
+        found = hash_files(path) if path.exists() else {}
+        for file, expected in entry["files"].items():
+            shown = path if path.is_file() else path / file
+            if file not in found:
+                raise _refused(name, str(shown), "no such file", "the file that chapter wrote")
+            if found[file] != expected:
+                raise _refused(name, str(shown), f"sha256 {found[file][:12]}…", f"sha256 {expected[:12]}…")
+        if base_model is not None and entry["base_model"] != base_model:
+            raise _refused(name, str(path), f"made for the base model {entry['base_model']}", base_model)
+        return path
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What `handoff.json` says of an artefact: chapter, base_model, template, versions, files, written."""
+        entry = self._read().get(name)
+        if entry is None:
+            state = "a folder or file that no chapter finished" if (self.path / name).exists() else "nothing"
+            raise _refused(name, str(self.path / name), state, "what that chapter writes")
+        return entry
+
+    def has(self, name: str) -> bool:
+        """Whether an artefact is here and passes verification."""
+        try:
+            self.artefact(name)
+        except HandoffError:
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def write(self, name: str, *, base_model: str, template: str = "", **facts: Any) -> Iterator[Path]:
+        """Write an artefact whole or not at all: yields a temporary path to write to (create a folder or a file there).
+
+        Args:
+            name: its name in the run folder.
+            base_model: the model that it belongs to.
+            template: the chat template's fingerprint, where one matters.
+            facts: anything else worth handing on, JSON-serialisable.
+        """
+        target, unfinished = self.path / name, self.path / f".unfinished-{name}"
+        _remove(unfinished)
+        try:
+            yield unfinished
+            files = hash_files(unfinished)
+            if not files:
+                raise HandoffError(
+                    str(target), found="no file written", expected="at least one", fix="run the cell again"
+                )
+            if list(files) == [unfinished.name]:
+                files = {target.name: files[unfinished.name]}
+            entry = {
+                "chapter": PRODUCERS.get(name, "06_save"),
+                "base_model": base_model,
+                "template": template,
+                "versions": library_versions(),
+                "written": datetime.now(UTC).isoformat(timespec="seconds"),
+                **facts,
+                "files": files,
+            }
+            _remove(target)
+            os.replace(unfinished, target)
+        finally:
+            _remove(unfinished)
+        _replace_text(self.path / MANIFEST, _dump({**self._read(), name: entry}))
+        if self.mirror is not None:
+            _copy_artefact(self.path, self.mirror, name, entry)
+
+    def write_json(self, name: str, content: Mapping[str, Any], *, base_model: str, template: str = "") -> Path:
+        """`write` for a JSON file; returns its path."""
+        with self.write(name, base_model=base_model, template=template) as path:
+            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return self.path / name
+
+    def read_json(self, name: str, *, base_model: str | None = None) -> dict[str, Any]:
+        """The verified content of a JSON artefact."""
+        return json.loads(self.artefact(name, base_model=base_model).read_text(encoding="utf-8"))
+
+    def _read(self) -> dict[str, Any]:
+        path = self.path / MANIFEST
+        if not path.exists():
+            return {}
+        fix = f"delete {self.path} and run the chapters again"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            schema = content["schema"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise HandoffError(str(path), found="not a hand-off file", expected="JSON", fix=fix) from error
+        if schema != SCHEMA_VERSION:
+            raise HandoffError(str(path), found=f"schema {schema}", expected=f"schema {SCHEMA_VERSION}", fix=fix)
+        return content["artefacts"]
+
+
+def open_run(
+    path: str | Path,
+    *,
+    needs: tuple[str, ...] = (),
+    drive: str | Path | None = None,
+    hub: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> Run:
+    """Open a run folder and make sure that it holds what a chapter needs; prints where each artefact came from.
+
+    It looks in this order: the run folder; the same folder on Drive (`drive`); the reader's own Hub repository (`hub`,
+    "name/repository"); *catch up*: run the missing chapters headlessly with papermill in this machine. The environment
+    variable CATCH_UP=0 turns the last one off.
+
+    Args:
+        path: the run folder; made if it does not exist.
+        needs: names of artefacts, such as ("lora.json", "dataset").
+        drive: a folder that artefacts are looked for in, and copied to once they are written.
+        hub: a Hub repository that holds a run folder.
+        parameters: papermill parameters for the chapters that catch-up runs.
+
+    Raises:
+        HandoffError: the folder cannot be written, or an artefact is nowhere to be had; it names the chapter to run.
+    """
+    folder = Path(path).expanduser().resolve()
+    _check_writable(folder)
+    run = Run(folder, Path(drive).expanduser() if drive else None)
+    from helpers.profiles import shown
+
+    print(f"Run folder: {shown(folder)}")
+    for name in needs:
+        print(f"  {name}: {_fetch(run, name, hub, parameters or {})}")
+    return run
+
+
+def _fetch(run: Run, name: str, hub: str | None, parameters: Mapping[str, Any]) -> str:
+    """Make one artefact present; returns where it came from."""
+    if run.has(name):
+        return "from the run folder"
+    if run.mirror is not None and Run(run.mirror).has(name):
+        _copy_artefact(run.mirror, run.path, name, Run(run.mirror).facts(name))
+        return f"copied from {run.mirror}"
+    if hub:
+        from huggingface_hub import snapshot_download
+
+        from helpers.profiles import require_hub
+
+        require_hub(hub, setting="HUB_REPO")
+        theirs = Run(Path(snapshot_download(hub, allow_patterns=[MANIFEST, name, f"{name}/*"])))
+        if theirs.has(name):
+            _copy_artefact(theirs.path, run.path, name, theirs.facts(name))
+            return f"downloaded from the Hub repository {hub}"
+    if os.environ.get("CATCH_UP", "1") == "0":
+        run.artefact(name)
+    from helpers.series import run_chapters
+
+    chapters = missing_chapters(run, name)
+    print(f"  {name}: not here yet, running {', '.join(chapters)} first")
+    given = {**(parameters or {}), "RUN_DIR": str(run.path)}
+    last = run_chapters(chapters, executed_dir=run.path / "executed", parameters=given)[-1]
+    if last.failure:
+        raise HandoffError(
+            f"catch-up, chapter {last.chapter}",
+            found=last.failure,
+            expected="a chapter that runs to its end",
+            fix=f"open {last.executed}",
+        )
+    run.artefact(name)
+    return f"made now by {PRODUCERS[name]}"
+
+
+def missing_chapters(run: Run, name: str) -> list[str]:
+    """The chapters to run, in order, for an artefact to be there.
+
+    Example: in an empty run folder "adapter" -> ["02_load_and_lora", "03_data", "04_train"]
+    """
+    chapters: list[str] = []
+    for need in NEEDS[PRODUCERS[name]]:
+        if not run.has(need):
+            chapters += [chapter for chapter in missing_chapters(run, need) if chapter not in chapters]
+    return [*chapters, PRODUCERS[name]]
+
+
+def _refused(name: str, where: str, found: str, expected: str) -> HandoffError:
+    chapter = PRODUCERS.get(name, "06_save")
+    return HandoffError(where, found=found, expected=expected, fix=f"run chapter {chapter} (again) with this RUN_DIR")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise HandoffError(
+            f"RUN_DIR {folder}",
+            found=error.strerror or str(error),
+            expected="a folder that can be written",
+            fix="set RUN_DIR to a folder of your own",
+        ) from None
+
+
+def _copy_artefact(source: Path, target: Path, name: str, entry: Mapping[str, Any]) -> None:
+    """Copy an artefact between run folders under the same rule: its entry appears after its files."""
+    target.mkdir(parents=True, exist_ok=True)
+    unfinished = target / f".unfinished-{name}"
+    _remove(unfinished)
+    (shutil.copytree if (source / name).is_dir() else shutil.copy2)(source / name, unfinished)
+    _remove(target / name)
+    os.replace(unfinished, target / name)
+    _replace_text(target / MANIFEST, _dump({**Run(target)._read(), name: entry}))
+
+
+def _dump(artefacts: Mapping[str, Any]) -> str:
+    return json.dumps({"schema": SCHEMA_VERSION, "artefacts": artefacts}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Replace a file's content in one step, on disk before it is visible."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -1,0 +1,324 @@
+"""The two sets of choices that the same cells run with: `t4` on a CUDA GPU, `cpu` without one."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import InputError
+from helpers.tables import html_table, text_table
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOLLM2 = "SmolLM2-135M-Instruct"
+HUB_TIMEOUT_SECONDS = 5
+
+
+class ProfileError(InputError):
+    """A choice that cannot be used: an unknown profile or setting, a folder or file that is not what it should be."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The choices that differ between a T4 and a laptop, or that a reader may want to change.
+
+    Attributes:
+        name: "t4" or "cpu".
+        why: why this one was picked.
+        model_name: a Hub repository or a folder with a Hugging Face model.
+        dataset: a Hub data set or a .json/.jsonl file in ShareGPT format.
+        max_seq_length: tokens a conversation may have.
+        per_device_train_batch_size, gradient_accumulation_steps: their product is the effective batch.
+        use_gradient_checkpointing: False, True, or "unsloth" (offloaded).
+        max_steps: optimiser steps.
+        learning_rate: the peak learning rate.
+        eval_rows: held-out conversations that are never trained on.
+        reply_rows: how many of those are answered before and after training.
+        run_dir: where the chapters hand their results to each other.
+        overridden: the names of the values that are not the profile's own.
+    """
+
+    name: str
+    why: str
+    model_name: str
+    dataset: str
+    max_seq_length: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    use_gradient_checkpointing: bool | str
+    max_steps: int
+    learning_rate: float
+    eval_rows: int
+    reply_rows: int
+    run_dir: Path
+    overridden: tuple[str, ...] = ()
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Conversations a step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def train_rows(self) -> int:
+        """Conversations that `max_steps` steps train on, when each is seen at most once."""
+        return self.max_steps * self.effective_batch_size
+
+    def _rows(self) -> list[list[object]]:
+        hidden = ("name", "why", "overridden")
+        fields = [field.name for field in dataclasses.fields(self) if field.name not in hidden]
+        return [
+            [name, _one_line(getattr(self, name)), "yours" if name in self.overridden else self.name] for name in fields
+        ]
+
+    def __repr__(self) -> str:
+        return f"Profile {self.name}: {self.why}\n" + text_table(["setting", "value", "from"], self._rows())
+
+    def _repr_html_(self) -> str:
+        title = f"<p>Profile <b>{self.name}</b>: {self.why}</p>"
+        return title + html_table(["setting", "value", "from"], self._rows())
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "t4": {
+        "model_name": "unsloth/Llama-3.2-3B-Instruct",
+        "dataset": "mlabonne/FineTome-100k",
+        "max_seq_length": 2048,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "use_gradient_checkpointing": True,
+        "max_steps": 60,
+        "learning_rate": 2e-4,
+        "eval_rows": 64,
+        "reply_rows": 4,
+    },
+    "cpu": {
+        "model_name": SMOLLM2,
+        "dataset": str(ROOT / "notebooks" / "data" / "support_conversations.jsonl"),
+        "max_seq_length": 512,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "use_gradient_checkpointing": False,
+        "max_steps": 40,
+        "learning_rate": 1e-3,
+        "eval_rows": 64,
+        "reply_rows": 40,
+    },
+}
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a model's conversations are written, and how training finds the answers in them.
+
+    Attributes:
+        name: a name that Unsloth's `get_chat_template` knows, or "" to keep the model's own template.
+        instruction_part: the marker that opens a user's turn.
+        response_part: the marker that opens an assistant's turn.
+        known_by: the special token that only this family of templates has.
+    """
+
+    name: str
+    instruction_part: str
+    response_part: str
+    known_by: str
+
+
+CHAT_TEMPLATES = (
+    ChatTemplate(
+        "llama-3.1",
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|start_header_id|>",
+    ),
+    ChatTemplate("", "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_start|>"),
+    ChatTemplate("", "<start_of_turn>user\n", "<start_of_turn>model\n", "<start_of_turn>"),
+)
+
+
+def choose_profile(name: str = "auto", **overrides: Any) -> Profile:
+    """Pick the profile and apply the reader's own values.
+
+    Args:
+        name: "t4", "cpu", or "auto": `t4` where a CUDA GPU is present.
+        overrides: any field of `Profile`; None and "" mean the profile's own value. Numbers may come as text.
+
+    Raises:
+        ProfileError: an unknown profile or setting, a value of the wrong kind, or a number below 1.
+
+    Example:
+        >>> choose_profile("cpu", max_steps=5).max_steps
+        5
+    """
+    if name == "auto":
+        import torch
+
+        if torch.cuda.is_available():
+            name, why = "t4", f"a CUDA GPU is present ({torch.cuda.get_device_name(0)})"
+        else:
+            name, why = "cpu", "no CUDA GPU is present"
+    else:
+        why = "you chose it"
+    if name not in PROFILES:
+        expected = '"auto", "t4" or "cpu"'
+        raise ProfileError("PROFILE", found=repr(name), expected=expected, fix=f"set PROFILE to {expected}")
+    values = {**PROFILES[name], "run_dir": ROOT / "runs" / name}
+    given = {key: value for key, value in overrides.items() if value is not None and value != ""}
+    for key, value in given.items():
+        if key not in values:
+            raise ProfileError("setting", found=key, expected=f"one of {', '.join(sorted(values))}", fix="correct it")
+        values[key] = _read_as(key, value, values[key])
+    return Profile(name=name, why=why, **values, overridden=tuple(given))
+
+
+def _read_as(key: str, value: Any, default: Any) -> Any:
+    """A reader's value in the type of the profile's own value."""
+    where = key.upper()
+    if isinstance(default, Path):
+        return Path(value).expanduser().resolve()
+    if isinstance(default, str):
+        return str(value)
+    if key == "use_gradient_checkpointing":
+        choices = {"true": True, "false": False, "unsloth": "unsloth"}
+        if str(value).lower() not in choices:
+            raise ProfileError(where, found=repr(value), expected='True, False or "unsloth"', fix="use one of these")
+        return choices[str(value).lower()]
+    kind = "a number above 0" if isinstance(default, float) else "a whole number, 1 or more"
+    try:
+        number = type(default)(str(value))
+    except ValueError:
+        number = 0
+    if isinstance(value, bool) or not number > 0:
+        raise ProfileError(where, found=repr(value), expected=kind, fix=f"set {where} to {kind}, such as {default}")
+    return number
+
+
+def model_source(model_name: str) -> str:
+    """What `from_pretrained` is to load: a folder that holds a model, or a Hub repository that can be reached.
+
+    Raises:
+        ProfileError: the folder holds no model, or the Hub has no such repository or cannot be reached.
+    """
+    if model_name == SMOLLM2:
+        from helpers.smollm2 import prepare_smollm2
+
+        return str(prepare_smollm2())
+    folder = Path(model_name).expanduser()
+    if folder.is_dir():
+        missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
+        if not any(folder.glob("*.safetensors")):
+            missing.append("*.safetensors")
+        if missing:
+            raise ProfileError(
+                f"MODEL_NAME {folder}",
+                found=f"a folder without {', '.join(missing)}",
+                expected="a Hugging Face model folder",
+                fix="give the folder that save_pretrained wrote, or the name of a Hub repository",
+            )
+        return str(folder)
+    require_hub(model_name, setting="MODEL_NAME", repo_type="model")
+    return model_name
+
+
+def data_source(dataset: str) -> dict[str, str]:
+    """The first arguments of `datasets.load_dataset`, once it is sure that they can work.
+
+    Returns:
+        {"path": "json", "data_files": FILE} for a .json or .jsonl file, {"path": NAME} for a Hub data set.
+
+    Raises:
+        ProfileError: the file is missing, empty, not JSON(L) or not ShareGPT, or the Hub cannot give the data set.
+    """
+    if not dataset.endswith((".json", ".jsonl")):
+        require_hub(dataset, setting="DATASET", repo_type="dataset")
+        return {"path": dataset}
+    file = Path(dataset).expanduser()
+    where, fix = f"DATASET {file}", "give a file with one ShareGPT conversation a line"
+    if not file.is_file():
+        raise ProfileError(where, found="no such file", expected="a .json or .jsonl file", fix="correct the path")
+    text = file.read_text(encoding="utf-8", errors="replace").strip()
+    if not text:
+        raise ProfileError(where, found="an empty file", expected="conversations", fix=fix)
+    first_line = text.splitlines()[0]
+    try:
+        rows = json.loads(text) if text[0] == "[" else [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise ProfileError(where, found=f"not JSON ({error})", expected="JSON or JSON Lines", fix=fix) from None
+    expected = 'rows like {"conversations": [{"from": "human", "value": "…"}, …]}'
+    for number, row in enumerate(rows, 1):
+        turns = row.get("conversations") if isinstance(row, dict) else None
+        if not (isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)):
+            raise ProfileError(f"{where}, row {number}", found=first_line[:80], expected=expected, fix=fix)
+    return {"path": "json", "data_files": str(file)}
+
+
+def require_hub(repository: str, *, setting: str, repo_type: str = "model") -> None:
+    """Make sure that a Hub repository can be had: it is in the local cache, or the Hub answers that it exists.
+
+    Raises:
+        ProfileError: no connection, no such repository, or one whose licence this token has not accepted.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    what = "data set" if repo_type == "dataset" else "model"
+    local = "a .jsonl file" if repo_type == "dataset" else "a folder with a model"
+    where = f"{setting} {repository}"
+    try:
+        snapshot_download(repository, repo_type=repo_type, local_files_only=True)
+        return
+    except HFValidationError:
+        expected = f"{local}, or a Hub name such as owner/name"
+        raise ProfileError(where, found="no such folder", expected=expected, fix="correct the path") from None
+    except (LocalEntryNotFoundError, OSError):
+        pass
+    try:
+        HfApi().repo_info(repository, repo_type=repo_type, timeout=HUB_TIMEOUT_SECONDS)
+    except GatedRepoError:
+        fix = f"accept it on the {what}'s page and put a token into HF_TOKEN (on Colab: the key icon, Secrets)"
+        raise ProfileError(where, found=f"a gated {what}", expected="its licence accepted", fix=fix) from None
+    except RepositoryNotFoundError:
+        fix = f"correct the name, or give {local}"
+        raise ProfileError(where, found="no such repository on the Hub", expected=f"a {what}", fix=fix) from None
+    except Exception as error:  # the Hub's client raises its own, httpx's and the socket's errors
+        fix = f"connect to the network, or set {setting} to {local}"
+        found = f"no answer from the Hugging Face Hub ({type(error).__name__})"
+        raise ProfileError(where, found=found, expected=f"a {what} that can be downloaded", fix=fix) from None
+
+
+def choose_template(tokenizer: Any) -> ChatTemplate:
+    """The chat template to train with, by the special tokens that the model was taught.
+
+    Llama 3 gets Unsloth's `llama-3.1`, because the base models come without a template; every other known family
+    keeps its own: a model never learned the tokens of a foreign one.
+
+    Raises:
+        ProfileError: the tokenizer belongs to none of the known families.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for template in CHAT_TEMPLATES:
+        if template.known_by in vocabulary and (template.name or tokenizer.chat_template):
+            return template
+    raise ProfileError(
+        "chat template",
+        found=f"a tokenizer with none of {', '.join(template.known_by for template in CHAT_TEMPLATES)}",
+        expected="a chat model of the Llama 3, ChatML or Gemma family",
+        fix="choose an -Instruct model, or add its markers to CHAT_TEMPLATES in helpers/profiles.py",
+    )
+
+
+def shown(path: str | Path) -> str:
+    """A path as it is printed: relative to the series' folder or to the home folder where it lies below them."""
+    path = Path(path)
+    for base, prefix in ((ROOT, ""), (Path.home(), "~/")):
+        if path.is_relative_to(base):
+            return prefix + path.relative_to(base).as_posix()
+    return path.as_posix()
+
+
+def _one_line(value: object) -> object:
+    return shown(value) if isinstance(value, Path) or (isinstance(value, str) and value.startswith("/")) else value

@@ -1,0 +1,174 @@
+"""Run chapters headlessly with papermill: `python -m helpers.series` runs all of them and prints one table.
+
+python -m helpers.series                              the series, as `make run` does
+python -m helpers.series 05_infer -p MAX_STEPS 5      some chapters, with parameters of theirs
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import InputError
+from helpers.tables import text_table
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+CHAPTERS = ("01_install", "02_load_and_lora", "03_data", "04_train", "05_infer", "06_save")
+RESULT = re.compile(r"^Result: (.+)$", re.MULTILINE)
+
+
+class SeriesError(InputError):
+    """A chapter or a parameter that does not exist."""
+
+
+@dataclass(frozen=True)
+class ChapterRun:
+    """One executed chapter.
+
+    Attributes:
+        chapter: its name, such as "04_train".
+        seconds: wall time, kernel start included.
+        failure: "" or which cell failed and why.
+        result: its key figure, from the line `Result: …` that its last code cell prints.
+        executed: the executed notebook.
+    """
+
+    chapter: str
+    seconds: float
+    failure: str
+    result: str
+    executed: Path
+
+
+def chapter_parameters(chapter: str) -> set[str]:
+    """The names that a chapter's parameters cell sets."""
+    import papermill
+
+    if chapter not in CHAPTERS:
+        raise SeriesError("chapter", found=chapter, expected=f"one of {', '.join(CHAPTERS)}", fix="name one of these")
+    return set(papermill.inspect_notebook(str(NOTEBOOKS / f"{chapter}.ipynb")))
+
+
+def check_parameters(chapters: Iterable[str], parameters: Mapping[str, Any]) -> None:
+    """Raises SeriesError for a parameter that no chapter has (papermill would only warn and run without it)."""
+    known = set().union(*(chapter_parameters(chapter) for chapter in chapters))
+    for name in parameters:
+        if name not in known:
+            raise SeriesError("parameter", found=name, expected=f"one of {', '.join(sorted(known))}", fix="correct it")
+
+
+def run_chapter(chapter: str, *, executed_dir: str | Path, parameters: Mapping[str, Any] | None = None) -> ChapterRun:
+    """Execute one chapter; the executed notebook is written to `executed_dir`, also when a cell fails.
+
+    Args:
+        chapter: a name of `CHAPTERS`.
+        executed_dir: where the executed notebook goes.
+        parameters: values for names that the chapter's parameters cell sets; names that only other chapters have are
+            left out, so that one set serves the series.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    known = chapter_parameters(chapter)
+    source = NOTEBOOKS / f"{chapter}.ipynb"
+    executed = Path(executed_dir) / source.name
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    given = {name: value for name, value in (parameters or {}).items() if name in known}
+    start, failure = time.perf_counter(), ""
+    try:
+        papermill.execute_notebook(
+            source, executed, given, kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty()
+        )
+    except PapermillExecutionError as error:
+        first_line = error.source.strip().splitlines()[0]
+        failure = f"code cell [{error.exec_count}] `{first_line}`: {error.ename}: {error.evalue}"
+    return ChapterRun(chapter, time.perf_counter() - start, failure, "" if failure else read_result(executed), executed)
+
+
+def read_result(executed: Path) -> str:
+    """The chapter's key figure: what its last `Result: …` line says."""
+    import nbformat
+
+    printed = "\n".join(
+        output.get("text", "")
+        for cell in nbformat.read(executed, as_version=4).cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    )
+    found = RESULT.findall(printed)
+    return found[-1] if found else ""
+
+
+def run_chapters(
+    chapters: Iterable[str], *, executed_dir: str | Path, parameters: Mapping[str, Any] | None = None
+) -> list[ChapterRun]:
+    """Run chapters in order, with a line when each starts and ends; stops after the first that fails.
+
+    Inside a chapter catch-up is off: the chapters before it have just run, so what is missing is a fault of theirs.
+    """
+    chapters, runs = list(chapters), []
+    before, os.environ["CATCH_UP"] = os.environ.get("CATCH_UP"), "0"
+    try:
+        for number, chapter in enumerate(chapters, 1):
+            print(f"[{number}/{len(chapters)}] {chapter} …", flush=True)
+            run = run_chapter(chapter, executed_dir=executed_dir, parameters=parameters)
+            runs.append(run)
+            print(f"[{number}/{len(chapters)}] {chapter}: {run.seconds:.0f} s, {run.failure or run.result}", flush=True)
+            if run.failure:
+                break
+    finally:
+        os.environ.pop("CATCH_UP")
+        if before is not None:
+            os.environ["CATCH_UP"] = before
+    return runs
+
+
+def read_value(text: str) -> Any:
+    """A parameter's value as typed on a command line: JSON where it is JSON, else the string itself.
+
+    Example: "60" -> 60, "1e-4" -> 0.0001, "true" -> True, "cpu" -> "cpu"
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from helpers.profiles import choose_profile, shown
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chapters", nargs="*", default=list(CHAPTERS), metavar="CHAPTER", help="default: all six")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
+    parser.add_argument("--fresh", action="store_true", help="set the run folder aside first, as NAME.previous")
+    options = parser.parse_args(arguments)
+    parameters = {name: read_value(value) for name, value in options.p}
+    try:
+        check_parameters(options.chapters, parameters)
+        profile = choose_profile(parameters.get("PROFILE", "auto"), run_dir=parameters.get("RUN_DIR"))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.fresh and profile.run_dir.exists():
+        previous = profile.run_dir.with_name(profile.run_dir.name + ".previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        profile.run_dir.rename(previous)
+        print(f"The run that was there is now {shown(previous)}")
+    runs = run_chapters(options.chapters, executed_dir=profile.run_dir / "executed", parameters=parameters)
+    rows = [[run.chapter, f"{run.seconds:.0f}", "FAILED" if run.failure else "ok", run.result] for run in runs]
+    rows.append(["in all", f"{sum(run.seconds for run in runs):.0f}", "FAILED" if runs[-1].failure else "ok", ""])
+    print("\n" + text_table(["chapter", "seconds", "verdict", "key figure"], rows))
+    if runs[-1].failure:
+        print(f"\n{runs[-1].chapter} failed in {runs[-1].failure}\nExecuted notebook: {shown(runs[-1].executed)}")
+    return 1 if runs[-1].failure else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
