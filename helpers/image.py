@@ -1,0 +1,347 @@
+"""Read a freeze of Colab's image, and say whether the lock installs cleanly on it, without installing anything."""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from helpers.errors import InputError
+from helpers.tables import html_table, text_table
+
+ROOT = Path(__file__).resolve().parent.parent
+METADATA = ROOT / "colab-image" / "metadata.json"
+OVERRIDES = ROOT / "colab-image" / "overrides.txt"
+PIP_BATCH = 40  # pip stops at the first package without a wheel, so a lost batch must be cheap to repeat
+
+
+class ImageError(InputError):
+    """A freeze, a system line, a lock or its metadata that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Pin:
+    """One row of a lock: `trl==0.29.1`, and the reason written above it."""
+
+    name: str
+    version: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What one version of a package asks for.
+
+    `wheels` are the Python versions that have a wheel for Colab's platform (known for the lock's packages only).
+    """
+
+    requires: tuple[str, ...]
+    requires_python: str = ""
+    wheels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Change:
+    """What the lock does to one package of the image."""
+
+    package: str
+    before: str
+    after: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A requirement that does not hold once the lock is installed; `accepted` is the reason if that is meant."""
+
+    package: str
+    requires: str
+    found: str
+    accepted: str = ""
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """What the lock would do to one image. Example: `report.ok` is False where `report.conflicts` is not empty.
+
+    `unread` counts the image's packages whose own requirements are not on record, so that they may conflict unseen.
+    """
+
+    python: str
+    torch: str
+    added: tuple[Change, ...]
+    changed: tuple[Change, ...]
+    removed: tuple[Change, ...]
+    conflicts: tuple[Conflict, ...]
+    accepted: tuple[Conflict, ...]
+    unread: int
+
+    @property
+    def ok(self) -> bool:
+        """True where nothing conflicts."""
+        return not self.conflicts
+
+    def _rows(self) -> list[list[str]]:
+        rows = [
+            [kind, c.package, f"{c.before} -> {c.after}", c.reason]
+            for kind in ("added", "changed", "removed")
+            for c in getattr(self, kind)
+        ]
+        rows += [["accepted", c.package, f"asks for {c.requires}, finds {c.found}", c.accepted] for c in self.accepted]
+        rows += [["CONFLICT", c.package, f"asks for {c.requires}, finds {c.found}", ""] for c in self.conflicts]
+        return rows
+
+    def _verdict(self) -> str:
+        counts = ", ".join(f"{len(getattr(self, kind))} {kind}" for kind in ("added", "changed", "removed"))
+        verdict = "installs cleanly" if self.ok else f"does not install cleanly: {len(self.conflicts)} conflicts"
+        note = (
+            f" {self.unread} of the image's packages are not on record: whether they need another version of a package "
+            "that the lock changes was not checked (--fetch reads them from the package index)."
+            if self.unread
+            else ""
+        )
+        return f"Python {self.python}, torch {self.torch}: the lock {verdict} ({counts}).{note}"
+
+    def __repr__(self) -> str:
+        return text_table(["what", "package", "versions", "reason"], self._rows()) + "\n" + self._verdict()
+
+    def _repr_html_(self) -> str:
+        return html_table(["what", "package", "versions", "reason"], self._rows()) + f"<p>{self._verdict()}</p>"
+
+    def as_json(self) -> dict:
+        """The report as plain data, with `ok`."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def normal_name(name: str) -> str:
+    """A package's name as indexes compare it. Example: `unsloth_zoo` -> `unsloth-zoo`."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise ImageError(str(path), found="no such file", expected="a text file", fix="check the path")
+    return path.read_text(encoding="utf-8")
+
+
+def read_freeze(path: str | Path) -> dict[str, str | None]:
+    """The packages of a `pip freeze`, by normal name; None where the row gives an address instead of a version.
+
+    Example: `Jinja2==3.1.6` and `google-colab @ file:///x.tar.gz` -> `{"jinja2": "3.1.6", "google-colab": None}`.
+
+    Raises:
+        ImageError: a line is neither of the two, or there is none.
+    """
+    packages: dict[str, str | None] = {}
+    for number, line in enumerate(_read(Path(path)).splitlines(), start=1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        row = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:==(\S+)| @ \S+)", line)
+        if row is None:
+            raise ImageError(
+                f"{path}, line {number}",
+                found=repr(line),
+                expected="name==version or name @ address",
+                fix="give the output of `pip freeze`",
+            )
+        packages[normal_name(row[1])] = row[2]
+    if not packages:
+        raise ImageError(str(path), found="no package", expected="the output of `pip freeze`", fix="check the file")
+    return packages
+
+
+def read_os_info(path: str | Path) -> str:
+    """The Python version in a system line file: `Python 3.13.15` -> `3.13.15`.
+
+    Raises:
+        ImageError: no such line.
+    """
+    row = re.search(r"^Python (\d+\.\d+\.\d+)$", _read(Path(path)), flags=re.MULTILINE)
+    if row is None:
+        raise ImageError(str(path), found="no such line", expected="a line `Python X.Y.Z`", fix="give os-info-gpu.txt")
+    return row[1]
+
+
+def read_lock(path: str | Path) -> list[Pin]:
+    """The rows of a requirements file in which every package is pinned; a comment line above a row is its reason.
+
+    Raises:
+        ImageError: a row without `==`, or no row at all.
+    """
+    pins, reason = [], ""
+    for line in _read(Path(path)).splitlines():
+        if line.startswith("#"):
+            reason = line[1:].strip()
+        elif line.strip() and not line.startswith(" "):
+            row = re.match(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)", line)
+            if row is None:
+                raise ImageError(
+                    str(path), found=repr(line), expected="name==version", fix="run `make lock` to make the file anew"
+                )
+            pins.append(Pin(normal_name(row[1]), row[2], reason))
+            reason = ""
+    if not pins:
+        raise ImageError(str(path), found="no package", expected="name==version rows", fix="run `make lock`")
+    return pins
+
+
+def read_reasons(path: str | Path) -> dict[str, str]:
+    """The text behind `#`, by package. Example: `trl==0.29.1  # SFTTrainer` -> `{"trl": "SFTTrainer"}`."""
+    reasons = {}
+    for line in _read(Path(path)).splitlines():
+        requirement, _, reason = line.partition("#")
+        if requirement.strip():
+            reasons[normal_name(re.split(r"[=<>!~ ;\[]", requirement.strip())[0])] = reason.strip()
+    return reasons
+
+
+def read_metadata(path: str | Path = METADATA) -> dict[str, Metadata]:
+    """What `make lock` put on record, by `name==version`."""
+    try:
+        rows = json.loads(_read(Path(path)))
+        return {
+            key: Metadata(tuple(row["requires"]), row.get("requires_python", ""), tuple(row.get("wheels", ())))
+            for key, row in rows.items()
+        }
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ImageError(
+            str(path), found=repr(error), expected="what `make lock` writes", fix="run `make lock`"
+        ) from None
+
+
+def fetch_metadata(pins: Sequence[Pin], *, python: str) -> dict[str, Metadata]:
+    """Each package's own requirements, from the package index, by `name==version`; nothing is installed.
+
+    Packages that have no wheel for this Python on Colab's platform (Linux, x86_64, glibc 2.35) are left out.
+
+    Raises:
+        ImageError: pip failed for another reason, such as no network; the message is pip's own.
+    """
+    found: dict[str, Metadata] = {}
+    platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(35, 4, -1)]
+    platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
+    for start in range(0, len(pins), PIP_BATCH):
+        batch = {normal_name(pin.name): f"{pin.name}=={pin.version}" for pin in pins[start : start + PIP_BATCH]}
+        while batch:
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps"]
+                command += ["--ignore-installed", "--only-binary=:all:", "--target", folder, "--report", f"{folder}/r"]
+                command += ["--python-version", ".".join(python.split(".")[:2])]
+                command += [f"--platform={platform}" for platform in platforms]
+                done = subprocess.run([*command, *batch.values()], capture_output=True, text=True)
+                if done.returncode == 0:
+                    for item in json.loads(Path(folder, "r").read_text(encoding="utf-8"))["install"]:
+                        about = item["metadata"]
+                        found[f"{normal_name(about['name'])}=={about['version']}"] = Metadata(
+                            tuple(about.get("requires_dist", ())), about.get("requires_python", "")
+                        )
+                    break
+                lost = re.search(r"No matching distribution found for ([A-Za-z0-9._-]+)==", done.stderr)
+                if lost is None or "Retrying" in done.stderr:
+                    raise ImageError(
+                        "package index", found=done.stderr.strip()[-600:], expected="an answer", fix="check the network"
+                    )
+                del batch[normal_name(lost[1])]
+    return found
+
+
+def compare_image(
+    image: Mapping[str, str | None],
+    *,
+    python: str,
+    pins: Sequence[Pin],
+    metadata: Mapping[str, Metadata],
+    accepted: Mapping[str, str],
+) -> ImageReport:
+    """What installing `pins` without dependency resolution would do to an image, and what would then not fit.
+
+    A conflict is a requirement of a locked package that does not hold afterwards, or one of an image's package that
+    held before and does not any more. What the image itself already breaks is left alone.
+
+    Args:
+        image: name -> version, from `read_freeze`.
+        python: the image's Python, `3.13.15`.
+        metadata: each package's own requirements, from `read_metadata` or `fetch_metadata`.
+        accepted: name -> why a requirement on this package is set aside, from `read_reasons`.
+    """
+    from packaging.specifiers import SpecifierSet
+
+    locked = {pin.name: pin.version for pin in pins}
+    after = {**image, **locked}
+    minor = ".".join(python.split(".")[:2])
+    conflicts = []
+    for pin in pins:
+        row = metadata.get(f"{pin.name}=={pin.version}")
+        if row is None:
+            raise ImageError(
+                f"{pin.name}=={pin.version}", found="no metadata", expected="a record of it", fix="run `make lock`"
+            )
+        label = f"{pin.name} {pin.version}"
+        if not SpecifierSet(row.requires_python).contains(python):
+            conflicts.append(Conflict(label, f"Python {row.requires_python}", python))
+        elif minor not in row.wheels:
+            conflicts.append(Conflict(label, "a wheel for this Python", f"wheels for {', '.join(row.wheels)}"))
+        conflicts += [Conflict(label, *broken) for broken in unmet(row.requires, after, python=python)]
+    unread = 0
+    for name, version in image.items():
+        if name in locked:
+            continue
+        row = metadata.get(f"{name}=={version}")
+        if row is None:
+            unread += 1
+            continue
+        before = unmet(row.requires, image, python=python)
+        conflicts += [
+            Conflict(f"{name} {version}", *broken)
+            for broken in unmet(row.requires, after, python=python)
+            if requirement_name(broken[0]) in locked
+            and requirement_name(broken[0]) not in map(requirement_name, (b[0] for b in before))
+        ]
+    changes = [
+        Change(p.name, image.get(p.name) or ("none" if p.name not in image else "unknown"), p.version, p.reason)
+        for p in pins
+    ]
+    reasons = {c: accepted.get(requirement_name(c.requires), "") for c in conflicts}
+    return ImageReport(
+        python=python,
+        torch=image.get("torch") or "none",
+        added=tuple(c for c in changes if c.before == "none"),
+        changed=tuple(c for c in changes if c.before not in ("none", c.after)),
+        removed=(),  # pip and uv never remove a package when told to install without dependencies
+        conflicts=tuple(c for c, reason in reasons.items() if not reason),
+        accepted=tuple(Conflict(c.package, c.requires, c.found, reason) for c, reason in reasons.items() if reason),
+        unread=unread,
+    )
+
+
+def requirement_name(requirement: str) -> str:
+    """The package that a requirement is about. Example: `unsloth_zoo[x]>=2 ; python_version > "3"` -> `unsloth-zoo`."""
+    return normal_name(re.match(r"[A-Za-z0-9._-]+", requirement)[0])
+
+
+def unmet(requires: Sequence[str], versions: Mapping[str, str | None], *, python: str) -> list[tuple[str, str]]:
+    """The requirements that do not hold among `versions` on Linux x86_64, each with what is there instead.
+
+    Extras are not followed. A package whose version is None (installed from an address) passes.
+
+    Example: `unmet(["datasets!=4.0.*"], {"datasets": "4.0.0"}, python="3.13.15")` -> `[("datasets!=4.0.*", "4.0.0")]`.
+    """
+    from packaging.requirements import Requirement
+
+    place = {"python_version": ".".join(python.split(".")[:2]), "python_full_version": python, "extra": ""}
+    place |= {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix", "platform_machine": "x86_64"}
+    place |= {"implementation_name": "cpython", "platform_python_implementation": "CPython"}
+    broken = []
+    for text in requires:
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate(place):
+            continue
+        name = normal_name(requirement.name)
+        found = versions.get(name, "nothing")
+        if found == "nothing" or (found and not requirement.specifier.contains(found, prereleases=True)):
+            broken.append((f"{requirement.name}{requirement.specifier}", found))
+    return broken

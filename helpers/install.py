@@ -1,0 +1,202 @@
+"""The setup cell's work: find out where this runs, install the lock there, and say what changed."""
+
+import importlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.errors import InputError
+from helpers.image import Change, Pin, read_lock
+from helpers.tables import html_table, text_table
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU_ONLY = ("xformers",)  # in the lock, but of no use without a CUDA GPU: the local CPU environment leaves it out
+PLACES = {"colab": "Google Colab", "kaggle": "Kaggle", "local": "this computer"}
+RESTART = {
+    "colab": "Runtime > Restart session, then run this cell again",
+    "kaggle": "Run > Restart & clear cell outputs, then run this cell again",
+    "local": "restart the kernel, then run this cell again",
+}
+
+# Packages replaced after this process had imported them: `__version__` would tell too, but not every package has one.
+_replaced_while_loaded: set[str] = set()
+
+
+class InstallError(InputError):
+    """The lock could not be installed, or the local environment is not there."""
+
+
+@dataclass(frozen=True)
+class SetupReport:
+    """What the setup cell found and did. `restart`: the packages that this kernel had loaded before they changed."""
+
+    place: str
+    changes: tuple[Change, ...]
+    present: int
+    installer: str
+    seconds: float
+    restart: tuple[str, ...]
+    note: str = ""
+
+    def _lines(self) -> list[str]:
+        name = f"{PLACES[self.place]}, Python {sys.version.split()[0]}"
+        lock = f"{self.present} packages already have the lock's versions"
+        if self.changes:
+            lines = [
+                f"{name}: {len(self.changes)} packages changed with {self.installer} in {self.seconds:.0f} s, {lock}."
+            ]
+        else:
+            lines = [f"{name}: nothing to install, {lock}."]
+        if self.note:
+            lines.append(self.note)
+        if self.restart:
+            was = "was" if len(self.restart) == 1 else "were"
+            lines.append(
+                f"RESTART NEEDED: {', '.join(self.restart)} {was} replaced, but this kernel still holds the old "
+                f"version. Do this once: {RESTART[self.place]}."
+            )
+        return lines
+
+    def _rows(self) -> list[list[str]]:
+        return [[c.package, c.before, c.after, c.reason] for c in self.changes]
+
+    def __repr__(self) -> str:
+        table = text_table(["package", "before", "now", "why"], self._rows()) + "\n" if self.changes else ""
+        return table + "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        table = html_table(["package", "before", "now", "why"], self._rows()) if self.changes else ""
+        return table + "".join(f"<p>{line}</p>" for line in self._lines())
+
+
+def find_place() -> str:
+    """Where this runs: `colab`, `kaggle` or `local`."""
+    if "COLAB_RELEASE_TAG" in os.environ or "google.colab" in sys.modules:
+        return "colab"
+    return "kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else "local"
+
+
+def find_requirements(path: str | Path) -> Path:
+    """The file as given where it exists, else the one of this name in the repository's root.
+
+    Raises:
+        InstallError: neither exists.
+    """
+    for candidate in (Path(path), ROOT / path):
+        if candidate.is_file():
+            return candidate
+    raise InstallError(
+        str(path), found="no such file", expected="a requirements file", fix="clone the repository again"
+    )
+
+
+def installed_version(name: str) -> str | None:
+    """The version that is installed now, or None. Example: `installed_version("pip")` -> `"24.1.2"`."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def same_version(a: str, b: str) -> bool:
+    """Equal but for a build label. Example: `2.11.0+cu128` and `2.11.0` -> True."""
+    return a.split("+")[0] == b.split("+")[0]
+
+
+def import_names(name: str) -> set[str]:
+    """What an installed package is imported as. Example: `unsloth-zoo` -> `{"unsloth_zoo"}`."""
+    try:
+        files = importlib.metadata.files(name) or ()
+    except importlib.metadata.PackageNotFoundError:
+        return set()
+    names = {f.parts[0].split(".")[0] for f in files if f.suffix in (".py", ".so") and not f.parts[0].startswith(".")}
+    return {n for n in names if n.isidentifier()}
+
+
+def loaded_version(name: str) -> str | None:
+    """The version of a package that this process has imported, where it says so, else None."""
+    modules = [sys.modules[n] for n in import_names(name) if n in sys.modules]
+    versions = [str(m.__dict__["__version__"]) for m in modules if "__version__" in m.__dict__]
+    return versions[0] if versions else None
+
+
+def stale_packages(pins: Sequence[Pin]) -> tuple[str, ...]:
+    """The packages of which this process holds another version than the one installed now."""
+    stale = set(_replaced_while_loaded)
+    for pin in pins:
+        loaded, installed = loaded_version(pin.name), installed_version(pin.name)
+        if loaded and installed and not same_version(loaded, installed):
+            stale.add(pin.name)
+    return tuple(sorted(stale))
+
+
+def installer_command(requirements: Path) -> list[str]:
+    """The command that installs the lock: uv where there is one (Colab has it), else pip."""
+    uv = shutil.which("uv")
+    start = [uv, "pip", "install", "--python", sys.executable] if uv else [sys.executable, "-m", "pip", "install"]
+    return [*start, "--no-deps", "--require-hashes", "-r", str(requirements)]
+
+
+def set_up(*, requirements: str | Path = "requirements-colab.txt") -> SetupReport:
+    """Install the lock on Colab or Kaggle where something differs from it; on a local computer only look.
+
+    Only the lock's packages are touched (no dependency resolution), and their hashes are checked.
+
+    Raises:
+        InstallError: the installer failed (its whole output is printed first), or a package is missing on a local
+            computer, where installing is left to `make setup`.
+    """
+    start = time.perf_counter()
+    place = find_place()
+    path = find_requirements(requirements)
+    pins = read_lock(path)
+    before = {pin.name: installed_version(pin.name) for pin in pins}
+    differs = [pin for pin in pins if before[pin.name] is None or not same_version(before[pin.name], pin.version)]
+    present = len(pins) - len(differs)
+    if place == "local":
+        return _look(pins, before=before, differs=differs, present=present)
+    if not differs:
+        return SetupReport(place, (), present, "", time.perf_counter() - start, stale_packages(pins))
+    loaded = {pin.name for pin in differs if before[pin.name] and import_names(pin.name) & set(sys.modules)}
+    command = installer_command(path)
+    installer = "uv" if "--python" in command else "pip"
+    print(f"{PLACES[place]}: installing {len(differs)} packages with {installer} ...", flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    importlib.invalidate_caches()
+    now = {pin.name: installed_version(pin.name) for pin in pins}
+    wrong = [pin.name for pin in pins if now[pin.name] is None or not same_version(now[pin.name], pin.version)]
+    if done.returncode or wrong:
+        print(" ".join(command), done.stdout, sep="\n", flush=True)
+        raise InstallError(
+            f"{installer} install",
+            found=f"exit status {done.returncode}" + (f", and still not right: {', '.join(wrong)}" if wrong else ""),
+            expected=f"the packages of {path.name}",
+            fix="read the installer's own message above"
+            + (", and see that Internet is on in the notebook's settings" if place == "kaggle" else ""),
+        )
+    _replaced_while_loaded.update(loaded)
+    changes = tuple(Change(pin.name, before[pin.name] or "none", pin.version, pin.reason) for pin in differs)
+    return SetupReport(place, changes, present, installer, time.perf_counter() - start, stale_packages(pins))
+
+
+def _look(pins: Sequence[Pin], *, before: dict[str, str | None], differs: Sequence[Pin], present: int) -> SetupReport:
+    missing = [pin.name for pin in differs if before[pin.name] is None and pin.name not in GPU_ONLY]
+    if missing:
+        raise InstallError(
+            "this Python environment",
+            found=f"no {', '.join(missing)} in {sys.prefix}",
+            expected="the packages of requirements-local.txt",
+            fix="run `make setup`, then choose the kernel of .venv",
+        )
+    other = [f"{pin.name} {before[pin.name]} (lock: {pin.version})" for pin in differs if before[pin.name]]
+    left_out = [pin.name for pin in differs if before[pin.name] is None]
+    notes = [f"Left out here, since it needs a GPU: {', '.join(left_out)}."] if left_out else []
+    if other:
+        notes.append(f"Other versions than the lock's: {', '.join(other)}. `make setup` brings them back.")
+    return SetupReport("local", (), present, "", 0.0, stale_packages(pins), " ".join(notes))
