@@ -1,0 +1,638 @@
+"""Prove that a masked dataset trains on the answers and on nothing else, and show one row in colour.
+
+The ground truth is read from the tokenizer's own chat template (`helpers.turns`), never from the marker strings that
+`train_on_responses_only` was given: a wrong marker cannot fool the check as well. For every token it is one of
+- *must be trained*: the answer's text and its end-of-turn token;
+- *must be masked*: everything else, headers and the BOS token included;
+- *either*: what the template writes behind the end-of-turn token (ChatML's newline), an EOS token appended there by
+  the trainer, and a token that holds the last of the header and the first white space of the answer.
+"""
+
+import html
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from helpers.errors import InputError
+from helpers.tables import html_table, text_table
+from helpers.turns import Answers, TokenBytes, Turns, find_answers, read_turns
+
+_CHUNK_TOKENS = 1_000_000
+_UNKNOWN = np.iinfo(np.int64).max  # the length that an answer would need, where the row was cut
+_MASKED, _TRAINED, _EITHER = 0, 1, 2
+
+# In the order in which they are blamed: each may cause those behind it.
+_CHECKS = {
+    "no_template": ("rows", "no answer of this chat template in any row"),
+    "label_mismatch": ("tokens", "trained labels that differ from their input ids"),
+    "double_bos": ("rows", "more than one BOS token, or none where the template has one"),
+    "leaked": ("tokens", "trained, but not part of an answer"),
+    "only_last": ("rows", "only the last of several answers is trained"),
+    "fully_masked": ("rows", "nothing is trained"),
+    "missed": ("tokens", "part of an answer, but masked"),
+    "missing_end": ("answers", "end-of-turn token masked or absent: the model never learns to stop"),
+    "pad_trained": ("tokens", "padding is trained"),
+    "truncated": ("rows", "cut off by the length limit"),
+}
+
+
+class MaskingError(InputError):
+    """The mask is wrong: names the row, the tokens, what was expected and the fix."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of fault. `first_rows` are row numbers of the dataset; `found` quotes the first one."""
+
+    code: str
+    count: int
+    unit: str
+    rows: int
+    first_rows: tuple[int, ...]
+    where: str
+    found: str
+    expected: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """What `check_masking` found. A count is 0 where all is well; `ok` is true only if all are.
+
+    Attributes:
+        rows, tokens, trained_tokens, answers: totals; padding is not counted.
+        leaked, missed, pad_trained, label_mismatch: tokens.
+        missing_end: answers. fully_masked, only_last, double_bos, truncated: rows.
+        tokens_per_row: median, 95th percentile and maximum.
+        histogram: rows in eight equal steps of length, from the shortest row to the longest.
+        length_for_99_percent: tokens a row needs so that 99 % of the answers are whole; None where the rows were cut
+            and cannot tell.
+        findings: the faults, the likeliest cause first.
+    """
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    answers: int
+    tokens_per_row: tuple[int, int, int]
+    shortest: int
+    histogram: tuple[int, ...]
+    length_for_99_percent: int | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings
+
+    def _count(self, code: str) -> int:
+        return next((finding.count for finding in self.findings if finding.code == code), 0)
+
+    leaked = property(lambda self: self._count("leaked"))
+    missed = property(lambda self: self._count("missed"))
+    missing_end = property(lambda self: self._count("missing_end"))
+    only_last = property(lambda self: self._count("only_last"))
+    fully_masked = property(lambda self: self._count("fully_masked"))
+    double_bos = property(lambda self: self._count("double_bos"))
+    truncated = property(lambda self: self._count("truncated"))
+    pad_trained = property(lambda self: self._count("pad_trained"))
+    label_mismatch = property(lambda self: self._count("label_mismatch"))
+
+    def raise_if_failed(self) -> None:
+        """Raise `MaskingError` about the likeliest cause; do nothing where `ok`."""
+        if self.ok:
+            return
+        first, *others = self.findings
+        also = f" (also found: {', '.join(f'{other.code} {other.count}' for other in others)})" if others else ""
+        raise MaskingError(first.where, found=first.found, expected=first.expected, fix=first.fix + also)
+
+    def _tables(self) -> list[tuple[str, list[str], list[list[object]]]]:
+        median, p95, longest = self.tokens_per_row
+        share = 100 * self.trained_tokens / max(self.tokens, 1)
+        peak = max(self.histogram, default=0)
+        bars = "".join("▁▂▃▄▅▆▇█"[7 * n // peak] if n else "·" for n in self.histogram)
+        facts = [
+            ["rows, answers", f"{self.rows:,}, {self.answers:,}"],
+            ["tokens trained", f"{self.trained_tokens:,} of {self.tokens:,} ({share:.1f} %)"],
+            ["tokens per row", f"median {median:,}, 95 % {p95:,}, max {longest:,}"],
+            ["rows by length", f"{self.shortest:,} {bars} {longest:,}"],
+        ]
+        verdict = "every answer is trained, and nothing else" if self.ok else "NOT fit to train on"
+        tables = [(f"Mask check: {verdict}", ["measure", "value"], facts)]
+        if self.findings:
+            rows = [
+                [f.code, f"{f.count:,} {f.unit}", ", ".join(map(str, f.first_rows)), _CHECKS[f.code][1]]
+                for f in self.findings
+            ]
+            tables.append(("", ["fault", "count", "first rows", "what it means"], rows))
+        return tables
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            part for title, headers, rows in self._tables() for part in (title, text_table(headers, rows)) if part
+        )
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            f"<p><b>{html.escape(title)}</b></p>" * bool(title) + html_table(headers, rows)
+            for title, headers, rows in self._tables()
+        )
+
+
+def check_masking(dataset, *, tokenizer, ignore_index: int = -100, texts: Iterable[str] | None = None) -> MaskReport:
+    """Check the labels of every row.
+
+    Args:
+        dataset: rows with `input_ids` and `labels` (and, where padded, `attention_mask`): a `datasets.Dataset`, a
+            list of dicts, or a padded batch (a dict of arrays of shape `(rows, tokens)`). A row holds one
+            conversation from its start, or several one after the other.
+        tokenizer: the one that made the ids, with its chat template.
+        ignore_index: the label of a masked token.
+        texts: the rendered conversations before they were cut; read only if rows are cut, to say what length would
+            keep 99 % of the answers whole. (Fully masked rows are dropped in training, so these need not be the same
+            rows.)
+
+    Raises:
+        MaskingError: a row cannot be read: no labels, or not as many as ids, or ids outside the vocabulary.
+        TurnsError: the chat template cannot be checked.
+
+    Example:
+        >>> check_masking(trainer.train_dataset, tokenizer=tokenizer).raise_if_failed()
+    """
+    table = TokenBytes(tokenizer)
+    turns = read_turns(tokenizer, table)
+    parts = [_examine(chunk, tokenizer, table, turns, ignore_index) for chunk in _chunks(dataset, table)]
+    if not parts:
+        raise MaskingError("dataset", found="no rows", expected="rows with input_ids and labels", fix="pass other rows")
+    lengths = np.concatenate([part.lengths for part in parts])
+    needed = np.concatenate([part.needed for part in parts])
+    faults = {code: np.concatenate([part.faults[code] for part in parts]) for code in _CHECKS}
+    enough = _length_for_99_percent(needed)
+    if enough is None and texts is not None:
+        enough = _length_for_99_percent(_needed_by(texts, tokenizer, table, turns))
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    return MaskReport(
+        rows=len(lengths),
+        tokens=int(lengths.sum()),
+        trained_tokens=sum(part.trained_tokens for part in parts),
+        answers=len(needed),
+        tokens_per_row=(*np.percentile(lengths, [50, 95], method="inverted_cdf").astype(int).tolist(), longest),
+        shortest=shortest,
+        histogram=tuple(np.histogram(lengths, bins=8, range=(shortest, longest + 1))[0].tolist()),
+        length_for_99_percent=enough,
+        findings=_findings(faults, dataset, tokenizer, table, turns, longest=longest, enough=enough),
+    )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows laid end to end: `starts` and `lengths` have an entry a row, all else one a token."""
+
+    first_row: int
+    ids: np.ndarray
+    labels: np.ndarray
+    attended: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    row_of: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One chunk's results. `faults[code]` has a line a span: row, first token, the token behind the last."""
+
+    faults: dict[str, np.ndarray]
+    lengths: np.ndarray
+    needed: np.ndarray
+    trained_tokens: int
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """Where a chunk's answers are. `first`, `last`, `row` and `found` have an entry an answer, `expected` one a token.
+
+    Tokens are counted through the chunk; `last` is the token behind the end-of-turn token. `row_bytes[r]` is where row
+    r begins and ends in `data`, its padding left out.
+    """
+
+    found: Answers
+    first: np.ndarray
+    last: np.ndarray
+    row: np.ndarray
+    expected: np.ndarray
+    data: bytes
+    row_bytes: np.ndarray
+
+
+def _examine(chunk: _Chunk, tokenizer, table: TokenBytes, turns: Turns, ignore_index: int) -> _Part:
+    rows, row_of, starts = len(chunk.lengths), chunk.row_of, chunk.starts
+    pad = _padding(chunk, tokenizer, turns)
+    trained = chunk.labels != ignore_index
+    truth = _locate(chunk, pad, tokenizer, table, turns)
+    closed, must = truth.found.closed, truth.expected == _TRAINED
+    is_end = np.zeros(len(chunk.ids), bool)
+    is_end[truth.last[closed] - 1] = True
+
+    def numbered(row: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        return np.column_stack([row + chunk.first_row, first - starts[row], last - starts[row]])
+
+    def runs(flagged: np.ndarray) -> np.ndarray:
+        at = np.flatnonzero(flagged)
+        new = np.append(True, (np.diff(at) != 1) | (np.diff(row_of[at]) != 0))[: len(at)]
+        return numbered(row_of[at[new]], at[new], at[np.roll(new, -1)] + 1)
+
+    def whole(flagged: np.ndarray) -> np.ndarray:
+        row = np.flatnonzero(flagged)
+        return numbered(row, starts[row], starts[row] + chunk.lengths[row])
+
+    # answers of which a token is in the row at all, and those of which one is trained
+    real = _between(must, truth) > 0
+    spoken = _between(must & trained, truth)[real] > 0
+    answers_in_row = np.bincount(truth.row[real], minlength=rows)
+    spoken_in_row = np.bincount(truth.row[real][spoken], minlength=rows)
+    last_spoken = np.zeros(rows, bool)
+    last_spoken[answers_in_row > 0] = spoken[(np.cumsum(answers_in_row) - 1)[answers_in_row > 0]]
+    cut, foreign = _row_ends(truth, turns, table, tokenizer)
+    missed = must & ~trained
+    open_ended = ~closed & ~truth.found.cut
+    faults = {
+        "no_template": whole(foreign),
+        "label_mismatch": runs(trained & (chunk.labels != chunk.ids)),
+        "double_bos": runs(_wrong_bos(chunk, pad, truth.expected, is_end, tokenizer, turns, table)),
+        "leaked": runs(trained & (truth.expected == _MASKED) & ~pad),
+        "only_last": whole((answers_in_row > 1) & (spoken_in_row == 1) & last_spoken),
+        "fully_masked": whole(np.bincount(row_of[trained & ~pad], minlength=rows) == 0),
+        "missed": runs(missed & ~is_end),
+        "missing_end": np.concatenate(
+            [runs(missed & is_end), numbered(truth.row[open_ended], truth.first[open_ended], truth.last[open_ended])]
+        ),
+        "pad_trained": runs(trained & pad),
+        "truncated": whole(cut & ~foreign),
+    }
+    return _Part(
+        faults,
+        lengths=np.bincount(row_of[~pad], minlength=rows),
+        needed=np.where(closed, truth.last - starts[truth.row], _UNKNOWN),
+        trained_tokens=int((trained & ~pad).sum()),
+    )
+
+
+def _locate(chunk: _Chunk, pad: np.ndarray, tokenizer, table: TokenBytes, turns: Turns) -> _Truth:
+    """Find the answers and say for each token whether it has to be trained."""
+    rows = np.arange(len(chunk.lengths))
+    place = np.arange(len(chunk.ids)) + chunk.row_of  # a ROW_END stands behind each row
+    spaced = np.full(len(chunk.ids) + len(rows), table.row_end_id, np.int64)
+    spaced[place] = np.where(pad, table.row_end_id, chunk.ids)
+    data, offsets = table.join(spaced)
+    found = find_answers(data, turns)
+    first, last, after = (np.searchsorted(offsets, edge) for edge in (found.start, found.stop, found.after))
+    # the trainer may append an EOS token behind a finished answer
+    after += found.closed & (spaced[np.minimum(after, len(spaced) - 1)] == tokenizer.eos_token_id)
+    expected = _TRAINED * _covered(first, last, len(spaced)) + _EITHER * _covered(last, after, len(spaced))
+    for i in np.flatnonzero(offsets[first] > found.start):
+        # one token holds the end of the header and the start of the answer: newline and `Hi` has to be trained,
+        # newline and newline may be
+        header = data[offsets[first[i] - 1] : found.start[i]]
+        answer = data[found.start[i] : offsets[first[i]]]
+        first[i] -= 1
+        expected[first[i]] = _TRAINED if answer.strip() and not header.strip() else _EITHER
+    row = np.searchsorted(chunk.starts + rows, first, side="right") - 1
+    kept_stop = np.maximum.reduceat(np.append(np.where(pad, -1, place), -1), chunk.starts) + 1
+    row_bytes = np.column_stack([offsets[chunk.starts + rows], offsets[kept_stop]])
+    return _Truth(found, first - row, last - row, row, expected[place], data, row_bytes)
+
+
+def _covered(first: np.ndarray, last: np.ndarray, size: int) -> np.ndarray:
+    """True from each `first` up to its `last`; the spans do not overlap."""
+    edges = np.bincount(first, minlength=size + 1) - np.bincount(last, minlength=size + 1)
+    return np.cumsum(edges[:size]) > 0
+
+
+def _between(flagged: np.ndarray, truth: _Truth) -> np.ndarray:
+    """How many tokens of each answer are flagged."""
+    total = np.append(0, np.cumsum(flagged))
+    return total[truth.last] - total[truth.first]
+
+
+def _padding(chunk: _Chunk, tokenizer, turns: Turns) -> np.ndarray:
+    """True for padding: where the attention mask is 0, and runs of the pad token at either end of a row.
+
+    Where the pad token is also one that a row may end (or begin) with, the one next to the text is text.
+    """
+    if tokenizer.pad_token_id is None:
+        return ~chunk.attended
+    at = np.arange(len(chunk.ids))
+    text = np.append(chunk.ids != tokenizer.pad_token_id, False)
+    last = np.maximum.reduceat(np.where(text, np.append(at, -1), -1), chunk.starts)
+    first = np.minimum.reduceat(np.where(text, np.append(at, 0), len(at)), chunk.starts)
+    first = first - (tokenizer.pad_token_id == tokenizer.bos_token_id)
+    last = last + (tokenizer.pad_token_id in (tokenizer.eos_token_id, turns.end_token_id))
+    return ~chunk.attended | (at < first[chunk.row_of]) | (at > last[chunk.row_of])
+
+
+def _row_ends(truth: _Truth, turns: Turns, table: TokenBytes, tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Per row: whether it stops in the middle of a turn, and whether it holds no mark of this template at all."""
+    done, stop = truth.row_bytes[:, 0].copy(), truth.row_bytes[:, 1]
+    np.maximum.at(done, truth.row, truth.found.after)
+    has_answer = np.bincount(truth.row, minlength=len(stop)) > 0
+    cut = np.zeros(len(stop), bool)
+    cut[truth.row[truth.found.cut]] = True
+    foreign = np.zeros(len(stop), bool)
+    eos = table.pieces[tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else b""
+    for row in np.flatnonzero(~cut & (done < stop)):
+        rest = truth.data[done[row] : stop[row]]
+        foreign[row] = not has_answer[row] and not any(mark in rest for mark in turns.marks)
+        # a finished question without an answer is not cut; nor is an appended EOS token
+        cut[row] = rest != eos and not (turns.user_end and rest.endswith(turns.user_end))
+    return cut, foreign
+
+
+def _wrong_bos(chunk, pad, expected, is_end, tokenizer, turns: Turns, table: TokenBytes) -> np.ndarray:
+    """True for a BOS token too many, and for a row's first token where it should be one and is not."""
+    if tokenizer.bos_token_id is None:
+        return np.zeros(len(chunk.ids), bool)
+    bos = (chunk.ids == tokenizer.bos_token_id) & ~pad
+    opens = ~pad & np.append(True, pad[:-1] | (np.diff(chunk.row_of) != 0))[: len(pad)]
+    follows_bos = np.append(False, bos[:-1])[: len(bos)] & ~opens
+    wrong = bos & follows_bos
+    code = table.pieces[tokenizer.bos_token_id]
+    if not any(code in mark for mark in turns.marks):  # in the middle of a row only where a new conversation starts
+        behind_answer = np.append(False, (is_end | (expected == _EITHER))[:-1])[: len(bos)]
+        wrong |= bos & ~opens & ~behind_answer
+    return wrong | (opens & ~bos) if turns.renders_bos else wrong
+
+
+def _length_for_99_percent(needed: np.ndarray) -> int | None:
+    """The tokens a row needs so that 99 % of the answers fit; None where that many were cut that nobody can say."""
+    if not len(needed):
+        return None
+    length = int(np.percentile(needed, 99, method="inverted_cdf"))
+    return None if length == _UNKNOWN else length
+
+
+def _needed_by(texts: Iterable[str], tokenizer, table: TokenBytes, turns: Turns) -> np.ndarray:
+    """The tokens that each answer of `texts` needs, counted from its row's start."""
+    rows = ({"input_ids": ids, "labels": ids} for ids in tokenizer(list(texts)).input_ids)
+    parts = [_examine(chunk, tokenizer, table, turns, -100) for chunk in _chunks(list(rows), table)]
+    return np.concatenate([part.needed for part in parts])
+
+
+def _findings(faults, dataset, tokenizer, table: TokenBytes, turns: Turns, *, longest, enough) -> tuple[Finding, ...]:
+    """The faults in the order of `_CHECKS`, each with its first row quoted and the fix that fits."""
+    found = []
+    cut_rows = faults["truncated"][:, 0]
+    markers = (
+        f"give train_on_responses_only this template's own markers, instruction_part={table.text(turns.user_start)!r} "
+        f"and response_part={table.text(turns.answer_start)!r}"
+    )
+    length = (
+        f"the markers are not to blame: set max_seq_length to {enough:,}, which keeps 99 % of the answers whole"
+        if enough
+        else f"the markers are not to blame: raise max_seq_length above {longest:,} (pass texts= to learn by how much)"
+    )
+    end = table.text(turns.answer_end)
+    for code, (unit, _) in _CHECKS.items():
+        spans = faults[code][np.lexsort(faults[code][:, 1::-1].T)] if len(faults[code]) else faults[code]
+        if not len(spans):
+            continue
+        rows = np.unique(spans[:, 0])
+        count = (
+            int((spans[:, 2] - spans[:, 1]).sum()) if unit == "tokens" else len(rows) if unit == "rows" else len(spans)
+        )
+        uncut = spans[~np.isin(spans[:, 0], cut_rows)]
+        by_cut = code == "fully_masked" and not len(uncut)
+        row, first, last = map(int, (uncut if code == "fully_masked" and len(uncut) else spans)[0])
+        ids = _row(dataset, row)["input_ids"]
+        text = _quote(tokenizer.decode(ids[first:last]), from_end=code == "truncated")
+        expected, fix = {
+            "no_template": ("rows made with this tokenizer's chat template", "use one tokenizer for format and check"),
+            "label_mismatch": (
+                "labels equal to their input ids: the model shifts them",
+                "do not shift or change labels",
+            ),
+            "double_bos": (
+                "one BOS token at the start of the conversation",
+                "make the text with format_conversations, which leaves the BOS token to the tokenizer",
+            ),
+            "leaked": ("tokens outside an answer to be masked", markers),
+            "only_last": ("every answer trained", "leave out last_response_only, or split the conversations"),
+            "fully_masked": ("at least one answer trained", length if by_cut else markers),
+            "missed": ("the whole answer trained", markers),
+            "missing_end": (
+                f"each answer's {end!r} trained",
+                f"{markers}; the text has to hold {end!r} after each answer",
+            ),
+            "pad_trained": ("padding masked", "pad labels with -100, and use a pad token that is not the EOS token"),
+            "truncated": (f"answers that end with {end!r}", length),
+        }[code]
+        what = _CHECKS[code][1]
+        found.append(
+            Finding(
+                code,
+                count,
+                unit,
+                len(rows),
+                tuple(rows[:3].tolist()),
+                f"row {row}, tokens {first} to {last - 1}",
+                f"{what}: {text}",
+                expected,
+                fix,
+            )
+        )
+    return tuple(found)
+
+
+def _quote(text: str, *, from_end: bool, width: int = 60) -> str:
+    short = text if len(text) <= width else "…" + text[-width:] if from_end else text[:width] + "…"
+    return repr(short)
+
+
+def _row(dataset, row: int) -> dict[str, list[int]]:
+    found = {key: dataset[key][row] for key in dataset} if isinstance(dataset, Mapping) else dataset[row]
+    return {key: np.asarray(_cpu(found[key])).tolist() for key in ("input_ids", "labels")}
+
+
+def _cpu(values):
+    return values.cpu() if hasattr(values, "cpu") else values
+
+
+def _chunks(dataset, table: TokenBytes) -> Iterator[_Chunk]:
+    """Rows laid end to end, about a million tokens at a time."""
+    first_row, waiting, size = 0, [], 0
+    for block in _blocks(dataset):
+        waiting.append(block)
+        size += len(block[0])
+        if size >= _CHUNK_TOKENS:
+            chunk = _chunk(first_row, waiting, table)
+            yield chunk
+            first_row, waiting, size = first_row + len(chunk.lengths), [], 0
+    if waiting:
+        yield _chunk(first_row, waiting, table)
+
+
+def _chunk(first_row: int, blocks: list, table: TokenBytes) -> _Chunk:
+    ids, labels, attended, lengths, label_lengths = (np.concatenate(column) for column in zip(*blocks, strict=True))
+    wrong = np.flatnonzero(lengths != label_lengths)
+    if len(wrong):
+        raise MaskingError(
+            f"row {first_row + wrong[0]}",
+            found=f"{label_lengths[wrong[0]]} labels for {lengths[wrong[0]]} input ids",
+            expected="one label a token",
+            fix="make the labels anew from the row's input ids",
+        )
+    starts = np.cumsum(lengths) - lengths
+    row_of = np.repeat(np.arange(len(lengths)), lengths)
+    wrong = np.flatnonzero((ids < 0) | (ids >= table.row_end_id))
+    if len(wrong):
+        row = row_of[wrong[0]]
+        raise MaskingError(
+            f"row {first_row + row}, token {wrong[0] - starts[row]}",
+            found=f"input id {ids[wrong[0]]}",
+            expected=f"an id of this tokenizer, 0 to {table.row_end_id - 1}",
+            fix="pass the tokenizer that made the rows",
+        )
+    return _Chunk(first_row, ids, labels, attended.astype(bool), starts, lengths, row_of)
+
+
+def _blocks(dataset) -> Iterator[tuple[np.ndarray, ...]]:
+    """Rows as flat arrays: ids, labels, attended, and the numbers of ids and of labels in each row."""
+    if isinstance(dataset, Mapping):
+        dataset = [dict(zip(dataset, values, strict=True)) for values in zip(*dataset.values(), strict=True)]
+    if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
+        yield from _arrow_blocks(dataset)
+        return
+    for row, values in enumerate(dataset):
+        _need_columns(values, f"row {row}")
+        ids, labels = (np.asarray(_cpu(values[key]), np.int64) for key in ("input_ids", "labels"))
+        mask = values.get("attention_mask")
+        attended = np.ones(len(ids), np.int64) if mask is None else np.asarray(_cpu(mask), np.int64)
+        yield ids, labels, attended, np.array([len(ids)]), np.array([len(labels)])
+
+
+def _arrow_blocks(dataset, rows_at_once: int = 128) -> Iterator[tuple[np.ndarray, ...]]:
+    import pyarrow.compute as pc
+
+    _need_columns(dataset.column_names, "dataset")
+    names = [name for name in ("input_ids", "labels", "attention_mask") if name in dataset.column_names]
+    arrow = dataset.select_columns(names).with_format("arrow")
+    for first in range(0, len(dataset), rows_at_once):
+        columns = arrow[first : first + rows_at_once]
+        flat = [pc.list_flatten(columns[name]).to_numpy().astype(np.int64) for name in names]
+        if len(flat) == 2:
+            flat.append(np.ones(len(flat[0]), np.int64))
+        lengths = [pc.list_value_length(columns[name]).to_numpy().astype(np.int64) for name in names[:2]]
+        yield *flat, *lengths
+
+
+def _need_columns(names, where: str) -> None:
+    for name in ("input_ids", "labels"):
+        if name not in names:
+            raise MaskingError(
+                where,
+                found=f"no {name!r} among {sorted(names)}",
+                expected="tokenized and masked rows",
+                fix="call train_on_responses_only first, and check trainer.train_dataset",
+            )
+
+
+def show_masking(row: Mapping, *, tokenizer, ignore_index: int = -100) -> "MaskView":
+    """One row as text, trained tokens apart from masked ones; in a notebook in colour, with ids as tool-tips.
+
+    Args:
+        row: `input_ids` and `labels`, lists of one length.
+        tokenizer: the one that made the ids.
+
+    Example:
+        >>> print(show_masking(trainer.train_dataset[0], tokenizer=tokenizer))
+        30 tokens, 9 trained
+        masked  | <|im_start|>user↵Hi<|im_end|>↵<|im_start|>assistant↵
+        TRAINED | Hello!<|im_end|>
+        masked  | ↵
+    """
+    _need_columns(row, "row")
+    table = TokenBytes(tokenizer)
+    ids, labels = (np.asarray(_cpu(row[key])).tolist() for key in ("input_ids", "labels"))
+    if len(ids) != len(labels):
+        raise MaskingError(
+            "row",
+            found=f"{len(labels)} labels for {len(ids)} ids",
+            expected="one label a token",
+            fix="pass a whole row",
+        )
+    trained = [label != ignore_index for label in labels]
+    pieces: list[_Piece] = []
+    data = b""
+    first = 0
+    for index, token_id in enumerate(ids):
+        data += table.pieces[token_id]
+        # the bytes of one character may be spread over several tokens: they are shown as one piece
+        whole = index + 1 == len(ids) or trained[index + 1] != trained[first] or _is_text(data)
+        if whole:
+            special = data in table.codes
+            pieces.append(_Piece(table.text(data), trained[first], special, tuple(ids[first : index + 1]), first))
+            data, first = b"", index + 1
+    return MaskView(tuple(pieces))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    text: str
+    trained: bool
+    special: bool
+    ids: tuple[int, ...]
+    index: int
+
+
+# Okabe and Ito's blue and orange, thin enough that the theme's own text colour stays legible on them. Not by colour
+# alone: trained text is underlined, special tokens are framed. <u> and <b> survive viewers that strip styles.
+_TRAINED_STYLE = "background:rgba(0,114,178,.30);text-decoration:underline;text-underline-offset:3px"
+_MASKED_STYLE = "background:rgba(230,159,0,.16);text-decoration:none"
+_SPECIAL_STYLE = "font-weight:600;outline:1px solid rgba(128,128,128,.8);outline-offset:-1px"
+
+
+@dataclass(frozen=True)
+class MaskView:
+    """A row to look at: print it, or let a notebook show it in colour."""
+
+    pieces: tuple[_Piece, ...]
+
+    def __repr__(self) -> str:
+        total = sum(len(piece.ids) for piece in self.pieces)
+        lines = [f"{total} tokens, {sum(len(p.ids) for p in self.pieces if p.trained)} trained"]
+        for trained, run in groupby(self.pieces, key=lambda piece: piece.trained):
+            lines.append(("TRAINED | " if trained else "masked  | ") + "".join(_visible(p.text) for p in run))
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        spans = []
+        for piece in self.pieces:
+            tag, style = ("u", _TRAINED_STYLE) if piece.trained else ("span", _MASKED_STYLE)
+            ids = ", ".join(map(str, piece.ids))
+            title = f"id {ids}, index {piece.index}, {'trained' if piece.trained else 'masked'}"
+            text = html.escape(piece.text).replace("\n", "↵\n")
+            if piece.special:
+                text = f'<b style="{_SPECIAL_STYLE}">{text}</b>'
+            spans.append(f'<{tag} style="{style}" title="{title}">{text}</{tag}>')
+        total = sum(len(piece.ids) for piece in self.pieces)
+        trained = sum(len(piece.ids) for piece in self.pieces if piece.trained)
+        return (
+            f'<div><p>{total} tokens, {trained} trained: <u style="{_TRAINED_STYLE}">trained</u> '
+            f'<span style="{_MASKED_STYLE}">masked</span></p><pre style="white-space:pre-wrap;line-height:1.7;'
+            f'color:inherit;background:transparent">{"".join(spans)}</pre></div>'
+        )
+
+
+def _visible(text: str) -> str:
+    """Newlines as `↵`, other control characters as escapes."""
+    return "".join(c if c.isprintable() else "↵" if c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _is_text(data: bytes) -> bool:
+    if data[:1] == b"\xff":
+        return True
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.reason != "unexpected end of data"
+    return True
