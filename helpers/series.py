@@ -5,13 +5,15 @@ python -m helpers.series 05_infer -p MAX_STEPS 5      some chapters, with parame
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ class ChapterRun:
         failure: "" or which cell failed and why.
         result: its key figure, from the line `Result: …` that its last code cell prints.
         executed: the executed notebook.
+        peak_gib: the most memory that the chapter's kernel and its children held together, sampled.
     """
 
     chapter: str
@@ -45,6 +48,7 @@ class ChapterRun:
     failure: str
     result: str
     executed: Path
+    peak_gib: float
 
 
 def chapter_parameters(chapter: str) -> set[str]:
@@ -82,14 +86,40 @@ def run_chapter(chapter: str, *, executed_dir: str | Path, parameters: Mapping[s
     executed.parent.mkdir(parents=True, exist_ok=True)
     given = {name: value for name, value in (parameters or {}).items() if name in known}
     start, failure = time.perf_counter(), ""
+    with peak_of_children() as peak:
+        try:
+            papermill.execute_notebook(
+                source, executed, given, kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty()
+            )
+        except PapermillExecutionError as error:
+            first_line = error.source.strip().splitlines()[0]
+            failure = f"code cell [{error.exec_count}] `{first_line}`: {error.ename}: {error.evalue}"
+    seconds, result = time.perf_counter() - start, "" if failure else read_result(executed)
+    return ChapterRun(chapter, seconds, failure, result, executed, peak[0])
+
+
+@contextlib.contextmanager
+def peak_of_children() -> Iterator[list[float]]:
+    """Sample this process's descendants twice a second; yields a list whose one item is their peak so far, in GiB."""
+    import psutil
+
+    peak, done = [0.0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.5):
+            total = 0
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    total += child.memory_info().rss
+            peak[0] = max(peak[0], total / 2**30)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
     try:
-        papermill.execute_notebook(
-            source, executed, given, kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty()
-        )
-    except PapermillExecutionError as error:
-        first_line = error.source.strip().splitlines()[0]
-        failure = f"code cell [{error.exec_count}] `{first_line}`: {error.ename}: {error.evalue}"
-    return ChapterRun(chapter, time.perf_counter() - start, failure, "" if failure else read_result(executed), executed)
+        yield peak
+    finally:
+        done.set()
+        sampler.join()
 
 
 def read_result(executed: Path) -> str:
@@ -114,6 +144,7 @@ def run_chapters(
     Inside a chapter catch-up is off: the chapters before it have just run, so what is missing is a fault of theirs.
     """
     chapters, runs = list(chapters), []
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else each kernel start prints four lines about it
     before, os.environ["CATCH_UP"] = os.environ.get("CATCH_UP"), "0"
     try:
         for number, chapter in enumerate(chapters, 1):
@@ -128,6 +159,19 @@ def run_chapters(
         if before is not None:
             os.environ["CATCH_UP"] = before
     return runs
+
+
+def save_measures(runs: Iterable[ChapterRun], path: Path) -> None:
+    """Write what the README and the chapters' budget lines quote: minutes and memory, and where they were measured."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name(0) if gpu else f"{os.cpu_count()} CPU cores"
+    chapters = {
+        run.chapter: {"minutes": round(run.seconds / 60, 1), "peak_gib": round(run.peak_gib, 1)} for run in runs
+    }
+    measured = {"device": device, "date": time.strftime("%Y-%m-%d"), "chapters": chapters}
+    path.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
 
 
 def read_value(text: str) -> Any:
@@ -162,9 +206,15 @@ def main(arguments: list[str] | None = None) -> int:
         profile.run_dir.rename(previous)
         print(f"The run that was there is now {shown(previous)}")
     runs = run_chapters(options.chapters, executed_dir=profile.run_dir / "executed", parameters=parameters)
-    rows = [[run.chapter, f"{run.seconds:.0f}", "FAILED" if run.failure else "ok", run.result] for run in runs]
-    rows.append(["in all", f"{sum(run.seconds for run in runs):.0f}", "FAILED" if runs[-1].failure else "ok", ""])
-    print("\n" + text_table(["chapter", "seconds", "verdict", "key figure"], rows))
+    verdict = "FAILED" if runs[-1].failure else "ok"
+    rows = [
+        [run.chapter, round(run.seconds), f"{run.peak_gib:.1f}", "FAILED" if run.failure else "ok", run.result]
+        for run in runs
+    ]
+    total, peak = sum(run.seconds for run in runs), max(run.peak_gib for run in runs)
+    rows.append(["in all", round(total), f"{peak:.1f}", verdict, ""])
+    print("\n" + text_table(["chapter", "seconds", "peak GiB", "verdict", "key figure"], rows))
+    save_measures(runs, profile.run_dir / "executed" / "measured.json")
     if runs[-1].failure:
         print(f"\n{runs[-1].chapter} failed in {runs[-1].failure}\nExecuted notebook: {shown(runs[-1].executed)}")
     return 1 if runs[-1].failure else 0

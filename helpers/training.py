@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import InputError
+from helpers.figures import MARK, TRAINED, as_image
 from helpers.tables import html_table, text_table
 
 if TYPE_CHECKING:
@@ -44,21 +45,21 @@ def loss_plot(*, max_steps: int) -> "TrainerCallback":
         def draw(self) -> None:
             figure = Figure(figsize=(7, 3.2), layout="constrained")
             axes = figure.subplots()
-            axes.plot(list(self.train), list(self.train.values()), color="#0072b2", label="training")
+            axes.plot(list(self.train), list(self.train.values()), color=TRAINED, label="training")
             axes.plot(
                 list(self.held_out),
                 list(self.held_out.values()),
                 "o--",
-                color="#d55e00",
+                color=MARK,
                 label="held-out (never trained)",
             )
             axes.set(xlabel="step", ylabel="loss on the answers", xlim=(0, max_steps), ylim=(0, None))
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
             if self.handle is None:
-                self.handle = display(figure, display_id=True)
+                self.handle = display(as_image(figure), display_id=True)
             else:
-                self.handle.update(figure)
+                self.handle.update(as_image(figure))
 
     return LossPlot()
 

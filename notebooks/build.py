@@ -6,10 +6,15 @@ the editions differ in prose alone. A code cell that reads `# include: FILE` is 
 Recorded outputs live in the built notebooks. They are kept up to the first code cell that changed and cleared from
 there on, because everything below a changed cell may depend on it. `--outputs-from DIR` takes them from the executed
 notebooks of a run instead, and `--check` writes nothing and fails where a notebook differs from its source.
+
+The README's chapter table is written too, from the titles and from what was measured when the outputs were recorded.
+`--location owner/name` rewrites every mention of the series' place on GitHub.
 """
 
 import argparse
 import hashlib
+import json
+import re
 import sys
 import tomllib
 from collections import Counter
@@ -20,6 +25,9 @@ import nbformat
 from nbformat import NotebookNode
 
 NOTEBOOKS = Path(__file__).resolve().parent
+ROOT = NOTEBOOKS.parent
+README = ROOT / "README.md"
+TABLE_START, TABLE_END = "<!-- chapters: written by notebooks/build.py -->", "<!-- end of chapters -->"
 EDITIONS = {"en": NOTEBOOKS, "zh": NOTEBOOKS / "zh-CN"}
 METADATA = {
     "accelerator": "GPU",
@@ -28,11 +36,12 @@ METADATA = {
 }
 CELL_METADATA = ("tags", "lang")
 INCLUDE = "# include: "
+BUDGET = "{{budget}}"
 
 
 def repository() -> str:
     """`owner/name` on GitHub: the one constant, from pyproject.toml."""
-    project = tomllib.loads((NOTEBOOKS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return project["urls"]["Repository"].removeprefix("https://github.com/")
 
 
@@ -56,8 +65,8 @@ def build(source: Path, lang: str) -> NotebookNode:
     """One edition of one chapter, without outputs.
 
     A cell's id is a hash of its own source: the same in every build and in both editions, whatever is added around it,
-    and a different one as soon as the cell changes. The repository's name does not count, so that moving the series
-    changes no id.
+    and a different one as soon as the cell changes. The repository's name and the measured budget do not count, so
+    that neither moving the series nor measuring it again changes an id.
     """
     seen: Counter[str] = Counter()
     cells = []
@@ -67,12 +76,74 @@ def build(source: Path, lang: str) -> NotebookNode:
         text = f"{source.stem}\n{cell.cell_type}\n{cell.source}".replace(repository(), "")
         seen[text] += 1
         metadata = {key: cell.metadata[key] for key in CELL_METADATA if key in cell.metadata}
+        source_text = cell.source.replace(BUDGET, budget(source.stem, lang))
         make = nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
         cell_id = hashlib.sha256(f"{text}\n{seen[text]}".encode()).hexdigest()[:12]
-        cells.append(make(cell.source, id=cell_id, metadata=metadata))
+        cells.append(make(source_text, id=cell_id, metadata=metadata))
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=METADATA)
     notebook.nbformat_minor = 5
     return notebook
+
+
+def move(location: str) -> list[Path]:
+    """Put another `owner/name` wherever the repository's name stands; returns the files that changed.
+
+    Raises:
+        SystemExit: it is not of the form owner/name.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", location):
+        raise SystemExit(
+            f"--location: found {location!r}, expected owner/name. Fix: make location REPOSITORY=owner/name."
+        )
+    before, changed = repository(), []
+    files = [ROOT / "pyproject.toml", README, *NOTEBOOKS.glob("src/*.py"), *(path for *_, path in targets())]
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        if before in text:
+            path.write_text(text.replace(before, location), encoding="utf-8")
+            changed.append(path)
+    return changed
+
+
+def title(source: Path, lang: str = "en") -> str:
+    """The chapter's heading."""
+    cells = (cell.source for cell in read_cells(source) if cell.metadata.get("lang") == lang)
+    return next(cells).splitlines()[0].removeprefix("# ")
+
+
+def readme() -> str:
+    """The README with its chapter table made anew between its two markers."""
+    taken = measured()
+    rows = [f"| chapter | Colab | minutes ({taken['device']}) | peak GiB | T4 |", "|---|---|---|---|---|"]
+    for source in sources():
+        link = f"https://colab.research.google.com/github/{repository()}/blob/main/notebooks/{source.stem}.ipynb"
+        badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
+        figures = taken["chapters"][source.stem]
+        name = f"[{source.stem[:2]} {title(source)}](notebooks/{source.stem}.ipynb)"
+        rows.append(f"| {name} | {badge} | {figures['minutes']} | {figures['peak_gib']} | not measured |")
+    table = "\n".join([TABLE_START, *rows, TABLE_END])
+    before, rest = README.read_text(encoding="utf-8").split(TABLE_START)
+    return before + table + rest.split(TABLE_END)[1]
+
+
+def measured() -> dict:
+    """What each chapter took when the outputs were recorded: device, date, and minutes and peak GiB a chapter."""
+    return json.loads((NOTEBOOKS / "measured.json").read_text(encoding="utf-8"))
+
+
+def budget(chapter: str, lang: str) -> str:
+    """The chapter's budget line: measured where it was recorded, and honest about where it was not."""
+    taken = measured()
+    figures = taken["chapters"][chapter]
+    if lang == "zh":
+        return (
+            f"**开销**：{figures['minutes']} 分钟，内存峰值 {figures['peak_gib']} GiB"
+            f"（`cpu` 配置，{taken['device']}，{taken['date']} 实测）；T4：未测量。"
+        )
+    return (
+        f"**Budget**: {figures['minutes']} minutes and {figures['peak_gib']} GiB of memory at the peak (`cpu` profile, "
+        f"{taken['device']}, {taken['date']}). On a T4: not measured."
+    )
 
 
 def keep_outputs(notebook: NotebookNode, donor: NotebookNode) -> int:
@@ -83,16 +154,15 @@ def keep_outputs(notebook: NotebookNode, donor: NotebookNode) -> int:
     for cell, recorded in zip(ours, theirs, strict=False):
         if (cell.id, cell.source) != (recorded.id, recorded.source) or recorded.execution_count is None:
             break
-        cell.outputs, cell.execution_count = [clean(output) for output in recorded.outputs], recorded.execution_count
+        cell.outputs, cell.execution_count = clean(recorded.outputs), recorded.execution_count
         kept += 1
     return kept
 
 
-def clean(output: NotebookNode) -> NotebookNode:
-    """An output without widget views: their state is not stored, so they would render as a broken box."""
-    if "data" in output:
-        output.data.pop("application/vnd.jupyter.widget-view+json", None)
-    return output
+def clean(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Outputs without what only the live kernel can show, progress widgets, and without warnings on stderr."""
+    widget = "application/vnd.jupyter.widget-view+json"
+    return [output for output in outputs if output.get("name") != "stderr" and widget not in output.get("data", {})]
 
 
 def read_notebook(path: Path) -> NotebookNode:
@@ -112,16 +182,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--outputs-from", type=Path, metavar="DIR", help="take the outputs of the run executed in DIR")
     parser.add_argument("--check", action="store_true", help="write nothing, fail where a notebook is out of date")
+    parser.add_argument("--location", metavar="OWNER/NAME", help="where the series lives on GitHub from now on")
     arguments = parser.parse_args()
-    stale = []
+    if arguments.location:
+        for path in move(arguments.location):
+            print(path.relative_to(ROOT))
+    made: dict[Path, str] = {}
+    stale: list[Path] = []
     for source, lang, path in targets():
         notebook = build(source, lang)
         donor = arguments.outputs_from / path.name if arguments.outputs_from else path
         if donor.exists():
             keep_outputs(notebook, read_notebook(donor))
-        text = nbformat.writes(notebook) + "\n"
+        made[path] = nbformat.writes(notebook) + "\n"
+    made[README] = readme()
+    for path, text in made.items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            stale.append(path.relative_to(NOTEBOOKS.parent))
+            stale.append(path.relative_to(ROOT))
             if not arguments.check:
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(text, encoding="utf-8")

@@ -1,0 +1,126 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] lang="en"
+# # Install Unsloth and check the machine
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/01_install.ipynb)
+#
+# At the end you know that this machine can fine-tune a Llama 3.2 chat model, and with which settings.
+#
+# You can
+# - say in a sentence what a language model, fine-tuning and Unsloth are,
+# - install exactly the packages that the series was tested with,
+# - see what was found on this machine, and what to do where something is missing,
+# - tell the two profiles apart: `t4` for a GPU, `cpu` for a laptop without one.
+#
+# You need a browser and, for the `t4` profile, a Colab runtime with a T4 (*Runtime → Change runtime type → T4 GPU*).
+#
+# {{budget}}
+
+# %% [markdown] lang="en"
+# ## What you are about to do
+#
+# A **large language model** (LLM) reads text as a row of *tokens* (words and pieces of words) and predicts the next one.
+# Trained on much of the internet it knows a language and many facts; an *Instruct* model such as Llama 3.2 was then
+# taught to answer. It still does not know your products, your tone or your format.
+#
+# **Fine-tuning** continues that training on your own examples, a few hundred conversations are often enough, until the
+# model answers the way they do. Compared with a long prompt it costs nothing at each request, and it can teach behaviour
+# that is hard to describe.
+#
+# Training all three billion weights does not fit into a free T4's 15 GiB. Two ideas make it fit: keep the base model's
+# weights frozen in **4 bits** each, and train a few small extra matrices beside them (**LoRA**, chapter 02).
+#
+# **Unsloth** does that with less memory and time than the standard libraries: attention that never writes the whole
+# attention matrix to memory (the idea of FlashAttention), quantised weights, and hand-written kernels that fuse several
+# steps into one. How much it gains depends on the card and the shapes. One comparison: an H100, Llama-3.2-3B's shape,
+# batches of 2 × 4 rows of 1,024 tokens, Unsloth 2026.10.9: 1.28 s a step and 2.80 GiB, against 2.02 s and 4.49 GiB for
+# plain Transformers, PEFT and TRL.
+
+# %% [markdown] lang="en"
+# ## Set up
+#
+# The next cell opens every chapter, because on Colab every notebook gets a machine of its own. It installs what
+# `requirements-colab.txt` lists, changes nothing else, and says what it changed. The second time it does nothing.
+
+# %%
+# include: setup_cell.py
+
+# %% [markdown] lang="en"
+# Choices are made in one cell. `"auto"` takes the `t4` profile where a CUDA GPU is present and `cpu` otherwise.
+
+# %% tags=["parameters"]
+# @title Choices
+PROFILE = "auto"  # @param ["auto", "t4", "cpu"]
+
+# %% [markdown] lang="en"
+# ## Check the machine
+#
+# One row for each thing that the series depends on. `ok` needs nothing; `warn` works, but you should know; `fail` says
+# how to mend it in its last column.
+
+# %%
+from helpers.environment import check_environment
+
+environment = check_environment()
+environment
+
+# %% [markdown] lang="en"
+# A failed row stops here, with one line, rather than in the middle of a training run.
+
+# %%
+environment.raise_if_failed()
+
+# %% [markdown] lang="en"
+# ## See the profile
+#
+# A profile is a set of choices that the same cells run with. Any of them can be overridden in a chapter's *Choices*
+# cell. On a laptop the series trains SmolLM2-135M, a small chat model of the same architecture as Llama.
+
+# %%
+from helpers.profiles import choose_profile
+
+profile = choose_profile(PROFILE)
+profile
+
+# %% [markdown] lang="en"
+# ## Import Unsloth
+#
+# Unsloth patches Transformers, PEFT and TRL when it is imported, so it comes before them in every chapter. Without a GPU
+# it announces its CPU backend; a few libraries then mention kernels that only a GPU has, which does no harm.
+
+# %%
+import unsloth
+from unsloth import FastLanguageModel
+
+print(f"Unsloth {unsloth.__version__} is ready: {FastLanguageModel.__name__}")
+
+# %% [markdown] lang="en"
+# It will train on this device, in this precision. A T4 has no bfloat16, so it computes in float16.
+
+# %%
+import torch
+
+device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+precision = "bfloat16" if unsloth.is_bfloat16_supported() else "float16"
+print(f"Device: {device}. Precision: {precision}.")
+
+# %%
+passed = sum(row.verdict == "ok" for row in environment.rows)
+print(f"Result: {passed} of {len(environment.rows)} checks ok, profile {profile.name}")
+
+# %% [markdown] lang="en"
+# ## Where you are
+#
+# You have a machine that is known to work. Nothing is kept: on Colab this installation ends with the notebook's machine,
+# and the setup cell makes it again in the next chapter.
+#
+# On your own: set `PROFILE` to `"t4"` on a machine without a GPU, and read which settings differ.
+#
+# Next: [Load the model in 4-bit and add LoRA →](02_load_and_lora.ipynb)

@@ -1,0 +1,218 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] lang="en"
+# # Turn ShareGPT conversations into training text
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/03_data.ipynb)
+#
+# At the end you have a training set and a held-out set, written in the very format that the model was taught.
+#
+# You can
+# - read a chat template and say which tokens open and end a turn,
+# - convert ShareGPT (`from`/`value`) to `role`/`content`,
+# - find broken conversations before they cost you a training run,
+# - choose a sequence length from the data instead of guessing it.
+#
+# You need nothing from the chapters before. The model's weights are not loaded, only its tokenizer.
+#
+# {{budget}}
+
+# %%
+# include: setup_cell.py
+
+# %% [markdown] lang="en"
+# `DATASET` takes the name of a Hub data set, or the path of a `.json` or `.jsonl` file of your own with one
+# `{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}` a row.
+
+# %% tags=["parameters"]
+# @title Choices
+PROFILE = "auto"  # @param ["auto", "t4", "cpu"]
+MODEL_NAME = ""  # @param {type:"string"}
+DATASET = ""  # @param {type:"string"}
+MAX_SEQ_LENGTH = None  # @param {type:"raw"}
+MAX_STEPS = None  # @param {type:"raw"}
+RUN_DIR = ""  # @param {type:"string"}
+DRIVE_DIR = ""  # @param {type:"string"}
+
+# %%
+from helpers.handoff import fingerprint, open_run
+from helpers.profiles import choose_profile, choose_template, data_source, model_source
+
+choices = dict(model_name=MODEL_NAME, dataset=DATASET, max_seq_length=MAX_SEQ_LENGTH, max_steps=MAX_STEPS)
+profile = choose_profile(PROFILE, **choices, run_dir=RUN_DIR)
+run = open_run(profile.run_dir, drive=DRIVE_DIR)
+profile
+
+# %% [markdown] lang="en"
+# ## Look at the chat template
+#
+# A chat model reads one long string. Its *chat template* writes the turns into it, between special tokens. Training must
+# use the template that the model was taught, or it learns a second dialect. Llama 3.2 uses Llama 3.1's, which Unsloth
+# knows by the name `llama-3.1`; a model of another family keeps its own.
+
+# %%
+from unsloth.chat_templates import get_chat_template, standardize_sharegpt  # before transformers: it patches it
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(model_source(profile.model_name))
+template = choose_template(tokenizer)
+if template.name:
+    tokenizer = get_chat_template(tokenizer, chat_template=template.name)
+print(f"Template: {template.name or 'the model’s own'}, known by {template.known_by}")
+
+# %% [markdown] lang="en"
+# This is one exchange, written out. In Llama's template a turn is
+# `<|start_header_id|>user<|end_header_id|>`, an empty line, the text and `<|eot_id|>`, and `<|begin_of_text|>` (BOS)
+# opens the whole, once. In ChatML, which SmolLM2 and Qwen use, a turn stands between `<|im_start|>user` and
+# `<|im_end|>`. A system turn comes first, even if you gave none.
+
+# %% tags=["nbval-check-output"]
+example = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
+print(tokenizer.apply_chat_template(example, tokenize=False))
+
+# %% [markdown] lang="en"
+# Much can go wrong between a template and a tokenizer without a word: BOS twice, an end token that generation does not
+# stop on, padding that looks like the end. `check_template` tries each of them.
+
+# %% tags=["nbval-check-output"]
+from helpers.template import check_template, format_conversations
+
+template_report = check_template(tokenizer)
+template_report.raise_if_failed()
+template_report
+
+# %% [markdown] lang="en"
+# ## Load the conversations
+#
+# Only the rows that will be trained are prepared, plus those that are held out: 60 steps of 8 conversations need 480
+# rows, not all 100,000 of FineTome. The slice in `split` costs nothing for rows outside it.
+
+# %%
+from datasets import load_dataset
+
+source = data_source(profile.dataset)
+rows_needed = profile.train_rows + profile.eval_rows
+split = "train" if source["path"] == "json" else f"train[:{rows_needed}]"
+raw_dataset = load_dataset(**source, split=split)
+raw_dataset
+
+# %% [markdown] lang="en"
+# One conversation as it comes. This is *ShareGPT*: a list of turns, each with `from` (`human` or `gpt`) and `value`.
+
+# %% tags=["nbval-check-output"]
+raw_dataset[0]["conversations"]
+
+# %% [markdown] lang="en"
+# ## Check every conversation
+#
+# Rows that cannot teach anything, or would teach something wrong (an empty answer, two user turns in a row, a special
+# token inside the text), are counted and left out.
+
+# %% tags=["nbval-check-output"]
+from helpers.conversations import validate_conversations
+
+conversation_report = validate_conversations(raw_dataset)
+raw_dataset = raw_dataset.select(conversation_report.valid_rows)
+conversation_report
+
+# %% [markdown] lang="en"
+# Try it on a mistake. Here somebody swapped the roles of the second row, and the third has no answer. Change the rows,
+# run the cell again, and see what it finds.
+
+# %% tags=["nbval-check-output"]
+broken = [
+    {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello! How can I help?"}]},
+    {"conversations": [{"from": "gpt", "value": "Hello"}, {"from": "human", "value": "Hello! How can I help?"}]},
+    {"conversations": [{"from": "human", "value": "Is anybody there?"}, {"from": "gpt", "value": ""}]},
+]
+validate_conversations(broken)
+
+# %% [markdown] lang="en"
+# ## From ShareGPT to roles
+#
+# Templates want `role` (`user`, `assistant`) and `content`. `standardize_sharegpt` renames them and touches nothing else.
+
+# %% tags=["nbval-check-output"]
+dataset = standardize_sharegpt(raw_dataset)
+dataset[0]["conversations"]
+
+# %% [markdown] lang="en"
+# ## From roles to text
+#
+# `format_conversations` calls `tokenizer.apply_chat_template` on each conversation and drops a leading BOS, because the
+# tokenizer adds one when it tokenizes the text. Without that the model would see it twice.
+
+# %%
+dataset = dataset.map(format_conversations, fn_kwargs={"tokenizer": tokenizer}, batched=True, desc="Format")
+
+# %% tags=["nbval-check-output"]
+print(dataset[0]["text"])
+
+# %% [markdown] lang="en"
+# ## Choose the sequence length
+#
+# What is longer than `max_seq_length` is cut off, and with it the end of the answer: the model would learn to stop in
+# the middle. The orange line is your setting.
+
+# %%
+from helpers.figures import draw_lengths
+
+token_counts = [len(tokens) for tokens in tokenizer(dataset["text"])["input_ids"]]
+draw_lengths(token_counts, max_seq_length=profile.max_seq_length)
+
+# %%
+fits = [count <= profile.max_seq_length for count in token_counts]
+dataset = dataset.select([row for row, fit in enumerate(fits) if fit])
+print(f"Longest: {max(token_counts)} tokens. {fits.count(False)} rows are longer than {profile.max_seq_length}, left out.")
+
+# %% [markdown] lang="en"
+# ## Hold some back
+#
+# A loss on text that was trained on proves nothing. The held-out rows are never trained on; chapter 04 measures them
+# before and after. The support conversations bring their own split, in which no held-out question occurs in training.
+
+# %%
+if "split" in dataset.column_names:
+    train_dataset = dataset.filter(lambda row: row["split"] == "train")
+    eval_dataset = dataset.filter(lambda row: row["split"] == "held_out")
+else:
+    parts = dataset.train_test_split(test_size=min(profile.eval_rows, len(dataset) // 5), seed=3407)
+    train_dataset, eval_dataset = parts["train"], parts["test"]
+train_dataset = train_dataset.select(range(min(profile.train_rows, len(train_dataset))))
+eval_dataset = eval_dataset.select(range(min(profile.eval_rows, len(eval_dataset))))
+print(f"{len(train_dataset)} conversations to train on, {len(eval_dataset)} held out")
+
+# %% [markdown] lang="en"
+# ## Hand the data on
+#
+# The tokenizer travels with the data, so that chapter 04 trains with the template that you looked at. Its fingerprint
+# lets later chapters notice if another one gets in between.
+
+# %% tags=["handoff"]
+from datasets import DatasetDict
+
+markers = {"instruction_part": template.instruction_part, "response_part": template.response_part}
+facts = dict(base_model=profile.model_name, template=fingerprint(tokenizer.chat_template), **markers)
+with run.write("dataset", **facts) as folder:
+    DatasetDict(train=train_dataset, held_out=eval_dataset).save_to_disk(folder)
+    tokenizer.save_pretrained(folder / "tokenizer")
+print(f"Template fingerprint: {facts['template']}")
+
+# %%
+print(f"Result: {len(train_dataset)} + {len(eval_dataset)} conversations, longest {max(token_counts)} tokens")
+
+# %% [markdown] lang="en"
+# ## Where you are
+#
+# You have `dataset/` in the run folder: two sets of checked conversations as text, and the tokenizer.
+#
+# On your own: put ten conversations of your own into a `.jsonl` file and give its path as `DATASET`; set
+# `MAX_SEQ_LENGTH` to 64 and see how many rows no longer fit.
+#
+# Next: [Train on the answers only, and prove that it learned →](04_train.ipynb)

@@ -1,0 +1,311 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] lang="en"
+# # Train on the answers only, and prove that it learned
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/04_train.ipynb)
+#
+# At the end you have an adapter, and proof from conversations it never saw that it changed the model for the better.
+#
+# You can
+# - set up `SFTTrainer` and say what each setting does,
+# - train on the assistant's words only, and prove for every row that nothing else is trained,
+# - read memory and time of a run,
+# - tell learning from a falling training loss.
+#
+# You need `lora.json` and `dataset/` from chapters 02 and 03. If they are not in the run folder, this chapter makes them
+# first.
+#
+# {{budget}}
+
+# %%
+# include: setup_cell.py
+
+# %% tags=["parameters"]
+# @title Choices
+PROFILE = "auto"  # @param ["auto", "t4", "cpu"]
+MODEL_NAME = ""  # @param {type:"string"}
+DATASET = ""  # @param {type:"string"}
+MAX_SEQ_LENGTH = None  # @param {type:"raw"}
+MAX_STEPS = None  # @param {type:"raw"}
+LEARNING_RATE = None  # @param {type:"raw"}
+RUN_DIR = ""  # @param {type:"string"}
+DRIVE_DIR = ""  # @param {type:"string"}
+HUB_REPO = ""  # @param {type:"string"}
+
+# %%
+from helpers.handoff import open_run
+from helpers.profiles import choose_profile, model_source
+
+choices = dict(model_name=MODEL_NAME, dataset=DATASET, max_seq_length=MAX_SEQ_LENGTH, max_steps=MAX_STEPS)
+profile = choose_profile(PROFILE, **choices, learning_rate=LEARNING_RATE, run_dir=RUN_DIR)
+given = {name.upper(): value for name, value in choices.items()} | {"PROFILE": PROFILE}
+needs = ("lora.json", "dataset")
+run = open_run(profile.run_dir, needs=needs, drive=DRIVE_DIR, hub=HUB_REPO, parameters=given)
+profile
+
+# %% [markdown] lang="en"
+# ## Model, LoRA and data, as prepared
+#
+# The calls of chapter 02 with the settings that it handed on, and the rows and the tokenizer of chapter 03.
+
+# %%
+from unsloth import FastLanguageModel  # before transformers, peft and trl: it patches them
+
+from helpers.memory import stage_table, track_memory
+
+with track_memory("load in 4-bit and add LoRA") as load:
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=model_source(profile.model_name),
+        max_seq_length=profile.max_seq_length,
+        dtype=None,
+        load_in_4bit=True,
+    )
+    lora_settings = run.read_json("lora.json", base_model=profile.model_name)["lora"]
+    model = FastLanguageModel.get_peft_model(model, **lora_settings)
+
+# %%
+from datasets import load_from_disk
+from transformers import AutoTokenizer
+
+dataset_folder = run.artefact("dataset", base_model=profile.model_name)
+train_dataset = load_from_disk(dataset_folder)["train"]
+eval_dataset = load_from_disk(dataset_folder)["held_out"]
+tokenizer = AutoTokenizer.from_pretrained(dataset_folder / "tokenizer")
+print(f"{len(train_dataset)} conversations to train on, {len(eval_dataset)} held out")
+
+# %% [markdown] lang="en"
+# ## Ask before training
+#
+# The model answers some held-out conversations now, and the same ones after training. Greedy decoding (always the most
+# likely token) makes the two comparable.
+
+# %%
+from helpers.chat import batch_replies, compare_replies
+
+FastLanguageModel.for_inference(model)
+reply_rows = eval_dataset.select(range(min(profile.reply_rows, len(eval_dataset))))
+prompts = [turns[:-1] for turns in reply_rows["conversations"]]
+replies_before = batch_replies(model, tokenizer, prompts)
+print(f"{prompts[0][-1]['content']}\n→ {replies_before[0]}")
+
+# %% [markdown] lang="en"
+# ## Set up the trainer
+#
+# | setting | why |
+# |---|---|
+# | `per_device_train_batch_size` × `gradient_accumulation_steps` | The effective batch: how many conversations one step averages over. One large batch is faster than several small ones; accumulate when it does not fit. |
+# | `max_steps` | Optimiser steps. To go through all rows instead, leave it out and set `num_train_epochs`. |
+# | `warmup_steps` | The learning rate climbs from 0 over the first steps, while the optimiser's averages are still poor. |
+# | `learning_rate`, `lr_scheduler_type` | The peak, and `linear` decay to 0 at the end. 2e-4 is usual for LoRA; a 135M model takes more. |
+# | `optim="adamw_8bit"` | AdamW with its two running averages in 8 bits (without a GPU Unsloth takes the 32-bit one). |
+# | `weight_decay` | Pulls the LoRA matrices a little towards zero. |
+# | `fp16`, `bf16` | Half precision, by what the device supports: a T4 has float16 only. |
+# | `max_length`, `dataset_text_field` | Where a row is cut off, and the column that holds its text. |
+# | `logging_steps`, `eval_steps` | A training loss for each step; the held-out loss in the middle and at the end. |
+# | `save_strategy="no"`, `report_to="none"` | No checkpoints of this short run; no account anywhere. `"tensorboard"` or `"wandb"` work too. |
+# | `seed` | The order of the rows. |
+
+# %%
+from trl import SFTConfig, SFTTrainer
+from unsloth import is_bfloat16_supported
+
+batch = dict(
+    per_device_train_batch_size=profile.per_device_train_batch_size,
+    gradient_accumulation_steps=profile.gradient_accumulation_steps,
+    per_device_eval_batch_size=profile.per_device_train_batch_size,
+)
+steps = dict(max_steps=profile.max_steps, warmup_steps=min(5, profile.max_steps // 4))
+schedule = dict(learning_rate=profile.learning_rate, lr_scheduler_type="linear")
+optimiser = dict(optim="adamw_8bit", weight_decay=0.01)
+precision = dict(fp16=not is_bfloat16_supported(), bf16=is_bfloat16_supported())
+
+# %%
+data = dict(max_length=profile.max_seq_length, dataset_text_field="text", dataset_num_proc=1)
+evaluation = dict(eval_strategy="steps", eval_steps=max(1, profile.max_steps // 2))
+reporting = dict(logging_steps=1, save_strategy="no", report_to="none", output_dir=run.path / "checkpoints", seed=3407)
+trainer = SFTTrainer(
+    model=model,
+    processing_class=tokenizer,
+    train_dataset=train_dataset,
+    eval_dataset=eval_dataset,
+    args=SFTConfig(**batch, **steps, **schedule, **optimiser, **precision, **data, **evaluation, **reporting),
+)
+text_row = trainer.train_dataset[0]
+
+# %% [markdown] lang="en"
+# ## Train on the answers only
+#
+# Without this the model would also learn to write the customer's questions. `train_on_responses_only` finds the answers
+# between two markers, the strings that open a user's and an assistant's turn, and sets every other label to −100, which
+# the loss ignores.
+
+# %%
+from unsloth.chat_templates import train_on_responses_only
+
+facts = run.facts("dataset")
+instruction_part, response_part = facts["instruction_part"], facts["response_part"]
+trainer = train_on_responses_only(trainer, instruction_part=instruction_part, response_part=response_part)
+print(f"instruction_part = {instruction_part!r}\nresponse_part = {response_part!r}")
+
+# %% [markdown] lang="en"
+# One row, decoded: first all that the model reads, then only what it is trained to write.
+
+# %% tags=["nbval-check-output"]
+row = trainer.train_dataset[0]
+print(tokenizer.decode(row["input_ids"]))
+print("—" * 60)
+print(tokenizer.decode([label for label in row["labels"] if label != -100]))
+
+# %% [markdown] lang="en"
+# One row that looks right proves little. `check_masking` reads the turns of *every* row from the chat template itself,
+# not from the markers above, and compares: nothing of a user trained, no answer left out, every answer's end trained.
+
+# %% tags=["nbval-check-output"]
+from helpers.masking import check_masking, show_masking
+
+mask_report = check_masking(trainer.train_dataset, tokenizer=tokenizer)
+mask_report.raise_if_failed()
+mask_report
+
+# %% tags=["nbval-check-output"]
+show_masking(row, tokenizer=tokenizer)
+
+# %% [markdown] lang="en"
+# A check that cannot fail is none. This row's labels are its whole text, as they would be without the markers.
+
+# %% tags=["nbval-check-output"]
+unmasked = {"input_ids": row["input_ids"], "labels": row["input_ids"]}
+try:
+    check_masking([unmasked], tokenizer=tokenizer).raise_if_failed()
+except ValueError as error:
+    print(error)
+
+# %% [markdown] lang="en"
+# ## Measure before training
+#
+# The held-out loss, on answers that are never trained. And a checksum over all frozen weights: training must not touch
+# them.
+
+# %%
+from helpers.training import check_evidence, frozen_checksum, loss_plot
+
+FastLanguageModel.for_training(model)
+plot = loss_plot(max_steps=profile.max_steps)
+loss_before = trainer.evaluate()["eval_loss"]
+frozen_before = frozen_checksum(model)
+print(f"Held-out loss before training: {loss_before:.3f}")
+
+# %% [markdown] lang="en"
+# ## Train
+#
+# The picture grows with each step. The training loss jumps from batch to batch; the held-out loss is what counts.
+
+# %%
+trainer.add_callback(plot)
+plot.held_out[0] = loss_before
+with track_memory("training") as training:
+    trainer.train()
+
+# %%
+from helpers.memory import MemoryReport
+
+MemoryReport(training)
+
+# %%
+stage_table([load, training])
+
+# %% [markdown] lang="en"
+# ## Did it learn?
+#
+# Four claims, each checked by a program. The first line that says `False` stops the chapter.
+
+# %% tags=["nbval-check-output"]
+loss_after = trainer.evaluate()["eval_loss"]
+log = trainer.state.log_history
+losses = dict(loss_before=loss_before, loss_after=loss_after)
+evidence = check_evidence(model, log=log, frozen_before=frozen_before, **losses)
+evidence.raise_if_failed()
+evidence
+
+# %% [markdown] lang="en"
+# The same conversations as before training, side by side.
+
+# %%
+FastLanguageModel.for_inference(model)
+replies_after = batch_replies(model, tokenizer, prompts)
+compare_replies(prompts[:4], replies_before[:4], replies_after[:4])
+
+# %% [markdown] lang="en"
+# ## Count it
+#
+# Reading four replies is an impression; counting all of them is a result. The support conversations say for each question
+# what the right help contains, so that this function can judge a reply. (Other data sets have no such column: the cells
+# then say so.)
+
+# %%
+import inspect
+
+from helpers.house_style import judge_reply
+
+print(inspect.getsource(judge_reply))
+
+# %% tags=["nbval-check-output"]
+styled, helped = {}, {}
+judged = "right_help" in reply_rows.column_names
+for name, replies in (("before", replies_before), ("after", replies_after)):
+    if judged:
+        asked = zip(replies, reply_rows["product"], reply_rows["right_help"], strict=True)
+        verdicts = [judge_reply(reply, product=product, right_help=right[-1]) for reply, product, right in asked]
+        styled[name] = sum(verdict.house_style for verdict in verdicts) / len(verdicts)
+        helped[name] = sum(verdict.right_help for verdict in verdicts) / len(verdicts)
+        print(f"{name}: {styled[name]:.0%} in house style, {helped[name]:.0%} with the right help")
+if not judged:
+    print("These conversations do not say what a right reply is: nothing to count.")
+
+# %% [markdown] lang="en"
+# ## Save the adapter and the report
+#
+# `save_pretrained` writes the LoRA matrices alone, a few MB; the base model is loaded again beside them. The tokenizer
+# goes with them, because it holds the chat template.
+
+# %% tags=["handoff"]
+with run.write("adapter", base_model=profile.model_name, template=facts["template"]) as folder:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+print(sorted(path.name for path in run.artefact("adapter").iterdir()))
+
+# %% tags=["handoff"]
+report = {
+    "held_out_loss": {"before": loss_before, "after": loss_after},
+    "house_style": styled,
+    "right_help": helped,
+    "steps": trainer.state.global_step,
+    "seconds": training.seconds,
+    "peak_reserved_gib": training.peak_reserved_gib,
+    "device": training.after.device,
+    "log": trainer.state.log_history,
+}
+run.write_json("report.json", report, base_model=profile.model_name)
+
+# %%
+figure = f"held-out loss {loss_before:.2f} → {loss_after:.2f} in {training.seconds:.0f} s"
+if judged:
+    figure += f", house style {styled['before']:.0%} → {styled['after']:.0%}, right help {helped['after']:.0%}"
+print(f"Result: {figure}")
+
+# %% [markdown] lang="en"
+# ## Where you are
+#
+# You have `adapter/` and `report.json` in the run folder, and know that the adapter is better on text that it never saw.
+#
+# On your own: set `MAX_STEPS` to 5 and see which claims still hold; change one letter of `response_part` and see what
+# `check_masking` says; set `LEARNING_RATE` to 0.1.
+#
+# Next: [Talk to the tuned model →](05_infer.ipynb)

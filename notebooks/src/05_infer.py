@@ -1,0 +1,179 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] lang="en"
+# # Talk to the tuned model
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/05_infer.ipynb)
+#
+# At the end you have had a conversation with your model, and know what each setting of `generate` does to its answers.
+#
+# You can
+# - turn messages into the prompt that the model was trained on,
+# - generate at once or word by word,
+# - choose between greedy decoding and sampling,
+# - ask the base model and the tuned model the same question without loading two models.
+#
+# You need `adapter/` from chapter 04. If it is not in the run folder, this chapter makes it first.
+#
+# {{budget}}
+
+# %%
+# include: setup_cell.py
+
+# %% tags=["parameters"]
+# @title Choices
+PROFILE = "auto"  # @param ["auto", "t4", "cpu"]
+MODEL_NAME = ""  # @param {type:"string"}
+DATASET = ""  # @param {type:"string"}
+MAX_SEQ_LENGTH = None  # @param {type:"raw"}
+MAX_STEPS = None  # @param {type:"raw"}
+MAX_NEW_TOKENS = 96  # @param {type:"integer"}
+RUN_DIR = ""  # @param {type:"string"}
+DRIVE_DIR = ""  # @param {type:"string"}
+HUB_REPO = ""  # @param {type:"string"}
+
+# %%
+from helpers.handoff import open_run
+from helpers.profiles import choose_profile, model_source
+
+choices = dict(model_name=MODEL_NAME, dataset=DATASET, max_seq_length=MAX_SEQ_LENGTH, max_steps=MAX_STEPS)
+profile = choose_profile(PROFILE, **choices, run_dir=RUN_DIR)
+given = {name.upper(): value for name, value in choices.items()} | {"PROFILE": PROFILE}
+run = open_run(profile.run_dir, needs=("adapter",), drive=DRIVE_DIR, hub=HUB_REPO, parameters=given)
+
+# %% [markdown] lang="en"
+# ## Load the adapter
+#
+# Given a folder with an adapter, `from_pretrained` loads the base model that it was trained on and puts the adapter on
+# top. `for_inference` switches Unsloth to its faster generation.
+
+# %%
+from unsloth import FastLanguageModel
+
+model_source(profile.model_name)  # the base model has to be there, or the Hub has to answer
+model, tokenizer = FastLanguageModel.from_pretrained(
+    model_name=str(run.artefact("adapter", base_model=profile.model_name)),
+    max_seq_length=profile.max_seq_length,
+    dtype=None,
+    load_in_4bit=True,
+)
+FastLanguageModel.for_inference(model)
+print(f"Adapters on the model: {list(model.peft_config)}")
+
+# %% [markdown] lang="en"
+# ## From messages to a prompt
+#
+# `add_generation_prompt=True` ends the prompt with the opening of an assistant's turn, so that the model answers instead
+# of going on with the question. `return_dict=True` gives the *attention mask* as well, which says what is prompt and what
+# is padding; without it `generate` has to guess.
+
+# %% tags=["nbval-check-output"]
+messages = [{"role": "user", "content": "Continue the Fibonacci sequence: 1, 1, 2, 3, 5, 8,"}]
+prompt_options = dict(add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True)
+prompt = tokenizer.apply_chat_template(messages, **prompt_options)
+print(tokenizer.decode(prompt["input_ids"][0]))
+print({name: tuple(tensor.shape) for name, tensor in prompt.items()})
+
+# %% [markdown] lang="en"
+# ## Sample a reply
+#
+# The model gives every token a probability. *Sampling* draws from them. `temperature=1.5` flattens the distribution, so
+# that rarer words come up more often; `min_p=0.1` then drops every token that is less than a tenth as likely as the best
+# one, so that nonsense does not. Each run of the cell gives another answer.
+
+# %%
+from helpers.chat import stop_tokens
+
+limits = dict(max_new_tokens=MAX_NEW_TOKENS, eos_token_id=stop_tokens(tokenizer, model), use_cache=True)
+sampling = dict(do_sample=True, temperature=1.5, min_p=0.1)
+output = model.generate(**prompt.to(model.device), **limits, **sampling, pad_token_id=tokenizer.pad_token_id)
+print(tokenizer.batch_decode(output)[0])
+
+# %% [markdown] lang="en"
+# The decoded output begins with the prompt and shows the special tokens. Cut the one off, skip the others, and only the
+# answer is left.
+
+# %%
+reply = output[0, prompt["input_ids"].shape[1] :]
+print(tokenizer.decode(reply, skip_special_tokens=True))
+
+# %% [markdown] lang="en"
+# ## Watch it write
+#
+# A `TextStreamer` prints each word as soon as it is there, instead of the whole answer at the end.
+
+# %%
+from transformers import TextStreamer
+
+messages = [{"role": "user", "content": "Describe a tall tower in the capital of France."}]
+prompt = tokenizer.apply_chat_template(messages, **prompt_options).to(model.device)
+streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+output = model.generate(**prompt, **limits, **sampling, pad_token_id=tokenizer.pad_token_id, streamer=streamer)
+
+# %% [markdown] lang="en"
+# Those answers may look odd, and that is what fine-tuning on a narrow set does: a small model that learned to write
+# support replies writes support replies. Base model and tuned model differ most on the questions that it was trained for.
+
+# %% [markdown] lang="en"
+# ## Greedy or sampled
+#
+# *Greedy* decoding (`do_sample=False`) always takes the most likely token: the same prompt gives the same answer, which
+# is what you want for support replies and for tests. This is the first held-out question of chapter 03, asked both ways.
+
+# %%
+from datasets import load_from_disk
+
+held_out = load_from_disk(run.artefact("dataset", base_model=profile.model_name))["held_out"]
+question = held_out[0]["conversations"][:-1]
+prompt = tokenizer.apply_chat_template(question, **prompt_options).to(model.device)
+print(question[-1]["content"])
+for name, options in (("greedy", dict(do_sample=False)), ("sampled", sampling), ("sampled again", sampling)):
+    output = model.generate(**prompt, **limits, **options, pad_token_id=tokenizer.pad_token_id)
+    reply = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    print(f"\n[{name}]\n{reply}")
+
+# %% [markdown] lang="en"
+# ## Base against tuned
+#
+# The adapter is a detour beside the frozen weights, so it can be switched off: inside `disable_adapter()` the same object
+# *is* the base model.
+
+# %%
+from helpers.chat import batch_replies, compare_replies
+
+questions = [turns[:-1] for turns in held_out["conversations"][:4]]
+tuned = batch_replies(model, tokenizer, questions, max_new_tokens=MAX_NEW_TOKENS)
+with model.disable_adapter():
+    base = batch_replies(model, tokenizer, questions, max_new_tokens=MAX_NEW_TOKENS)
+compare_replies(questions, base, tuned, names=("base", "tuned"))
+
+# %% [markdown] lang="en"
+# ## A second turn
+#
+# The model remembers nothing between calls. A conversation is a list that grows: append its answer, then your next
+# question, and render all of it again.
+
+# %%
+conversation = [*questions[0], {"role": "assistant", "content": tuned[0]}]
+conversation.append({"role": "user", "content": "Thank you. One more thing: how do I send it back?"})
+print(batch_replies(model, tokenizer, [conversation], max_new_tokens=MAX_NEW_TOKENS)[0])
+
+# %%
+differing = sum(first != second for first, second in zip(base, tuned, strict=True))
+print(f"Result: {differing} of {len(tuned)} held-out replies differ from the base model's")
+
+# %% [markdown] lang="en"
+# ## Where you are
+#
+# Nothing new is on disk; you know how your model talks.
+#
+# On your own: set `temperature` to 0.3 and to 3 and sample again; leave out `min_p`; put a system message in front of a
+# question.
+#
+# Next: [Save, merge, export, reload and verify →](06_save.ipynb)
