@@ -5,6 +5,7 @@ part of the answer's first token, but the bytes are the same. A token with a mea
 a code of bytes that UTF-8 never uses, so that text which merely spells `<|eot_id|>` cannot be taken for it.
 """
 
+import datetime
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -166,8 +167,9 @@ def _next(positions: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def render(tokenizer, messages: list[dict], **options) -> str:
-    """The template's text for one conversation."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    """The template's text for one conversation. A template that prints today's date prints 26 July 2024, as Llama's."""
+    fixed_date = {"strftime_now": datetime.date(2024, 7, 26).strftime}
+    return tokenizer.apply_chat_template(messages, tokenize=False, **(fixed_date | options))
 
 
 def read_turns(tokenizer, table: TokenBytes) -> Turns:
@@ -183,8 +185,8 @@ def read_turns(tokenizer, table: TokenBytes) -> Turns:
     probes = {shape: _probe(tokenizer, table, shape) for shape in ("uauaua", "suaua", "ua", "aua", "saua", "uaaua")}
     if probes["uauaua"] is None:
         raise _unreadable(
-            "a template that does not render three questions and answers with their text unchanged",
-            "check that it accepts the roles user and assistant; these rows cannot be checked with it",
+            "one that does not render three questions and answers with their text unchanged",
+            "check that it accepts the roles user and assistant; rows made with it cannot be checked",
         )
     gaps: dict[tuple[str, str], list[bytes]] = {}
     for shape, probe in probes.items():

@@ -1,0 +1,304 @@
+"""Render conversations with the tokenizer's chat template, and check that the two fit together."""
+
+import html
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from helpers.errors import InputError
+from helpers.tables import html_table, text_table
+from helpers.turns import TokenBytes, Turns, TurnsError, read_turns, render
+
+_QUESTION = [{"role": "user", "content": "Zq0u"}]
+_ANSWER = [{"role": "assistant", "content": "Zq1a"}]
+
+
+class FormatError(InputError):
+    """A conversation cannot be rendered: names its row in the batch."""
+
+
+def format_conversations(examples: Mapping, tokenizer) -> dict[str, list[str]]:
+    """Render a batch of conversations for training: `dataset.map(format_conversations, batched=True, ...)`.
+
+    The BOS token is left out where the tokenizer puts one in front of every text by itself, so that rows begin with
+    one and not with two; a template that prints today's date prints a fixed one.
+
+    Args:
+        examples: `{"conversations": [[{"role": "user", "content": "Hi"}, ...], ...]}`.
+        tokenizer: with its chat template.
+
+    Returns:
+        `{"text": [...]}`, a text a conversation.
+
+    Raises:
+        FormatError: there is no such column, or the template refuses a conversation.
+
+    Example:
+        >>> format_conversations({"conversations": [[{"role": "user", "content": "Hi"}]]}, tokenizer)
+        {'text': ['<|im_start|>user\\nHi<|im_end|>\\n']}
+    """
+    if "conversations" not in examples:
+        raise FormatError(
+            "examples",
+            found=f"the columns {sorted(examples)}",
+            expected="a column 'conversations'",
+            fix="rename the column, and call standardize_sharegpt on ShareGPT data first",
+        )
+    extra = tokenizer.bos_token if _adds_bos(tokenizer) else ""
+    texts = []
+    for row, messages in enumerate(examples["conversations"]):
+        try:
+            texts.append(render(tokenizer, messages).removeprefix(extra))
+        except Exception as error:  # a template raises whatever it likes
+            raise FormatError(
+                f"row {row} of the batch",
+                found=f"{type(error).__name__}: {error}",
+                expected="messages of role and content that the chat template accepts",
+                fix="look at validate_conversations(dataset).problems, and keep its valid rows",
+            ) from error
+    return {"text": texts}
+
+
+@dataclass(frozen=True)
+class TemplateCheck:
+    """One thing that is wrong (or was, and `format_conversations` puts it right)."""
+
+    code: str
+    sentence: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class TemplateReport:
+    """What `check_template` found.
+
+    Attributes:
+        facts: (name, value) of what the template does.
+        details: the problems, with sentence and fix.
+        fixed: what would be a problem, but `format_conversations` takes care of it.
+    """
+
+    facts: tuple[tuple[str, str], ...]
+    details: tuple[TemplateCheck, ...]
+    fixed: tuple[TemplateCheck, ...]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """The problems' codes."""
+        return tuple(check.code for check in self.details)
+
+    @property
+    def ok(self) -> bool:
+        return not self.details
+
+    def raise_if_failed(self) -> None:
+        """Raise `TemplateError` about the first problem; do nothing where `ok`."""
+        if self.details:
+            first = self.details[0]
+            others = f" (also found: {', '.join(self.problems[1:])})" if len(self.details) > 1 else ""
+            raise TemplateError(
+                f"chat template ({first.code})",
+                found=first.sentence,
+                expected="a template and a tokenizer that fit together",
+                fix=first.fix + others,
+            )
+
+    def _tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        verdict = "fits its tokenizer" if self.ok else "does NOT fit its tokenizer"
+        tables = [(f"Chat template: {verdict}", ["what", "value"], [list(fact) for fact in self.facts])]
+        rows = [["problem", check.code, check.sentence, check.fix] for check in self.details]
+        rows += [["put right", check.code, check.sentence, check.fix] for check in self.fixed]
+        if rows:
+            tables.append(("", ["verdict", "code", "what was found", "fix"], rows))
+        return tables
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            part for title, headers, rows in self._tables() for part in (title, text_table(headers, rows)) if part
+        )
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            f"<p><b>{html.escape(title)}</b></p>" * bool(title) + html_table(headers, rows)
+            for title, headers, rows in self._tables()
+        )
+
+
+class TemplateError(InputError):
+    """The chat template and the tokenizer do not fit together."""
+
+
+def check_template(tokenizer, *, model=None, original=None) -> TemplateReport:
+    """Check the chat template against the tokenizer, along the paths that training and inference take.
+
+    Args:
+        tokenizer: the one to train with, its chat template set.
+        model: where given, its generation config says what `generate` stops on, and its embedding what ids exist;
+            else the tokenizer's EOS token and vocabulary do.
+        original: the tokenizer as it was loaded, before `get_chat_template`; without it a silent re-mapping of
+            special tokens shows only where it moved the token that `generate` stops on.
+
+    Example:
+        >>> check_template(tokenizer).problems
+        ('pad_is_eos',)
+    """
+    facts = [(f"{name} token", _named(tokenizer, name)) for name in ("bos", "eos", "pad")]
+    problems = list(_special_tokens(tokenizer, model, original))
+    try:
+        table = TokenBytes(tokenizer)
+        turns = read_turns(tokenizer, table)
+    except TurnsError as error:
+        problems.insert(0, TemplateCheck("unreadable", f"{error.where}: {error.found}", error.fix))
+        return TemplateReport(tuple(facts), tuple(problems), ())
+    facts += [
+        ("before a question", repr(table.text(turns.user_start))),
+        ("before an answer", repr(table.text(turns.answer_start))),
+        ("end of an answer", repr(table.text(turns.answer_end))),
+    ]
+    problems += [*_stop(tokenizer, turns, model), *_bos(tokenizer), *_generation_prompt(tokenizer, table, turns)]
+    if len({render(tokenizer, _QUESTION + _ANSWER) for _ in range(20)}) > 1:
+        problems.append(
+            TemplateCheck(
+                "not_deterministic",
+                "the same conversation is rendered differently each time",
+                "take whatever is random out of tokenizer.chat_template",
+            )
+        )
+    return TemplateReport(tuple(facts), tuple(problems), tuple(_put_right(tokenizer)))
+
+
+def _adds_bos(tokenizer) -> bool:
+    """Whether the tokenizer puts a BOS token in front of every text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def _named(tokenizer, name: str) -> str:
+    token = getattr(tokenizer, f"{name}_token")
+    return "none" if token is None else f"{token}, id {getattr(tokenizer, f'{name}_token_id')}"
+
+
+def _stops(tokenizer, model) -> list[int]:
+    """The ids that `generate` stops on."""
+    ids = model.generation_config.eos_token_id if model is not None else None
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return ids if isinstance(ids, list) else [ids]
+
+
+def _special_tokens(tokenizer, model, original) -> Iterator[TemplateCheck]:
+    if tokenizer.pad_token_id is None:
+        yield TemplateCheck(
+            "no_pad", "the tokenizer has no pad token", "set tokenizer.pad_token to a token that no text holds"
+        )
+    elif tokenizer.pad_token_id == tokenizer.eos_token_id:
+        yield TemplateCheck(
+            "pad_is_eos",
+            f"{tokenizer.pad_token} is both the pad and the EOS token: collators mask padding, and with it the end",
+            "set tokenizer.pad_token to another token, such as <|finetune_right_pad_id|>",
+        )
+    vocabulary = tokenizer.get_vocab()
+    size = len(vocabulary) if model is None else model.get_input_embeddings().weight.shape[0]
+    outside = [
+        token
+        for token in tokenizer.all_special_tokens
+        if vocabulary.get(token, size) >= size
+        or tokenizer(token, add_special_tokens=False).input_ids != [vocabulary[token]]
+    ]
+    if outside:
+        yield TemplateCheck(
+            "outside_vocabulary",
+            f"no id of the model's {size:,} stands for {', '.join(outside)}",
+            "use tokens that the model has: a new one has no trained embedding",
+        )
+    if original is not None:
+        before, now = original.get_vocab(), {token_id: token for token, token_id in vocabulary.items()}
+        moved = [f"id {i} was {token}, is {now.get(i)}" for token, i in before.items() if now.get(i) != token]
+        if moved:
+            yield TemplateCheck(
+                "remapped",
+                f"special tokens were renamed: {'; '.join(sorted(moved))}",
+                "keep the model's own chat template, or pass map_eos_token=False to get_chat_template",
+            )
+
+
+def _stop(tokenizer, turns: Turns, model) -> Iterator[TemplateCheck]:
+    stops = _stops(tokenizer, model)
+    if turns.end_token_id not in stops:
+        end = tokenizer.convert_ids_to_tokens(turns.end_token_id)
+        stop_names = ", ".join(
+            f"{tokenizer.convert_ids_to_tokens(i) if i is not None else None} (id {i})" for i in stops
+        )
+        yield TemplateCheck(
+            "wrong_stop",
+            f"answers end with {end} (id {turns.end_token_id}), but generate stops on {stop_names}",
+            "use the model's own template, or add the id to model.generation_config.eos_token_id",
+        )
+
+
+def _bos(tokenizer) -> Iterator[TemplateCheck]:
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return
+    rendered = render(tokenizer, _QUESTION + _ANSWER)
+    text = format_conversations({"conversations": [_QUESTION + _ANSWER]}, tokenizer)["text"][0]
+    prompt = tokenizer.apply_chat_template(_QUESTION, tokenize=True, add_generation_prompt=True, return_dict=False)
+    trained, inferred = (_leading(ids, bos) for ids in (tokenizer(text).input_ids, prompt))
+    for path, count in (("training", trained), ("inference", inferred)):
+        if count > 1:
+            yield TemplateCheck(
+                "double_bos",
+                f"{count} BOS tokens at the start of the text that {path} uses",
+                "leave one {{ bos_token }} in tokenizer.chat_template",
+            )
+    if trained == 0 and rendered.startswith(tokenizer.bos_token):
+        yield TemplateCheck(
+            "missing_bos",
+            "the template writes a BOS token, but it does not become one",
+            "make it a special token of the tokenizer",
+        )
+    elif min(trained, 1) != min(inferred, 1):
+        yield TemplateCheck(
+            "bos_differs",
+            f"training texts begin with {trained} BOS tokens, prompts at inference with {inferred}",
+            "write {{ bos_token }} at the start of tokenizer.chat_template",
+        )
+    if _adds_bos(tokenizer) and tokenizer.bos_token in tokenizer.chat_template:
+        yield TemplateCheck(
+            "bos_spelled_out",
+            f"the template spells {tokenizer.bos_token} out; Unsloth on a GPU then adds no BOS token to the texts",
+            "write {{ bos_token }} in its place",
+        )
+
+
+def _leading(ids: list[int], token_id: int) -> int:
+    return next((i for i, each in enumerate(ids) if each != token_id), len(ids))
+
+
+def _generation_prompt(tokenizer, table: TokenBytes, turns: Turns) -> Iterator[TemplateCheck]:
+    prompt = render(tokenizer, _QUESTION, add_generation_prompt=True)
+    rendered = render(tokenizer, _QUESTION + _ANSWER)
+    prompt_ids, ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, rendered))
+    if not prompt.endswith(table.text(turns.answer_start)):
+        yield TemplateCheck(
+            "no_generation_prompt",
+            f"with add_generation_prompt=True a prompt ends with {prompt[-30:]!r}, not with the start of an answer",
+            "add {% if add_generation_prompt %} and the start of an answer to tokenizer.chat_template",
+        )
+    elif not rendered.startswith(prompt) or ids[: len(prompt_ids)] != prompt_ids:
+        yield TemplateCheck(
+            "prompt_not_prefix",
+            "the prompt at inference is not how training texts begin, in text or in tokens",
+            "make the generation prompt in tokenizer.chat_template equal to the start of an answer",
+        )
+
+
+def _put_right(tokenizer) -> Iterator[TemplateCheck]:
+    text = render(tokenizer, _QUESTION)
+    if _adds_bos(tokenizer) and text.startswith(tokenizer.bos_token):
+        yield TemplateCheck(
+            "double_bos",
+            f"both the template and the tokenizer write {tokenizer.bos_token}",
+            "format_conversations leaves it to the tokenizer",
+        )
+    if text != render(tokenizer, _QUESTION, strftime_now="{}".format):
+        yield TemplateCheck(
+            "prints_date", "the template prints today's date", "format_conversations gives it a fixed one"
+        )
