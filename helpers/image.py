@@ -121,6 +121,11 @@ def normal_name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def public(version: str) -> str:
+    """A version without its build label. Example: `2.11.0+cu128` -> `2.11.0`."""
+    return version.partition("+")[0]
+
+
 def _read(path: Path) -> str:
     if not path.is_file():
         raise ImageError(str(path), found="no such file", expected="a text file", fix="check the path")
@@ -225,11 +230,12 @@ def fetch_metadata(pins: Sequence[Pin], *, python: str) -> dict[str, Metadata]:
     platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(35, 4, -1)]
     platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
     for start in range(0, len(pins), PIP_BATCH):
-        batch = {normal_name(pin.name): f"{pin.name}=={pin.version}" for pin in pins[start : start + PIP_BATCH]}
+        batch = {normal_name(pin.name): f"{pin.name}=={public(pin.version)}" for pin in pins[start : start + PIP_BATCH]}
         while batch:
             with tempfile.TemporaryDirectory() as folder:
                 command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps"]
-                command += ["--ignore-installed", "--only-binary=:all:", "--target", folder, "--report", f"{folder}/r"]
+                command += ["--ignore-installed", "--ignore-requires-python", "--only-binary=:all:"]
+                command += ["--target", folder, "--report", f"{folder}/r"]
                 command += ["--python-version", ".".join(python.split(".")[:2])]
                 command += [f"--platform={platform}" for platform in platforms]
                 done = subprocess.run([*command, *batch.values()], capture_output=True, text=True)
@@ -242,11 +248,48 @@ def fetch_metadata(pins: Sequence[Pin], *, python: str) -> dict[str, Metadata]:
                     break
                 lost = re.search(r"No matching distribution found for ([A-Za-z0-9._-]+)==", done.stderr)
                 if lost is None or "Retrying" in done.stderr:
+                    errors = "; ".join(line for line in done.stderr.splitlines() if line.startswith("ERROR"))
                     raise ImageError(
-                        "package index", found=done.stderr.strip()[-600:], expected="an answer", fix="check the network"
+                        "package index",
+                        found=errors or done.stderr[-600:],
+                        expected="an answer",
+                        fix="check the network",
                     )
                 del batch[normal_name(lost[1])]
     return found
+
+
+def check_image(
+    freeze: str | Path, os_info: str | Path | None = None, *, requirements: str | Path, fetch: bool = False
+) -> ImageReport:
+    """Whether a lock installs cleanly on the image that a freeze describes; nothing is installed.
+
+    Args:
+        freeze: the image's `pip freeze`.
+        os_info: the image's system line; without it the Python of the lock's own image is assumed.
+        requirements: the lock.
+        fetch: read the requirements of packages that are not on record from the package index (minutes).
+
+    Raises:
+        ImageError: a file cannot be read, or the index does not answer.
+    """
+    image, pins, metadata = read_freeze(freeze), read_lock(requirements), read_metadata()
+    python = read_os_info(os_info) if os_info else _python_of(requirements)
+    if fetch:
+        locked = {pin.name for pin in pins}
+        rows = [Pin(name, public(version)) for name, version in image.items() if version and name not in locked]
+        unread = [pin for pin in rows if f"{pin.name}=={pin.version}" not in metadata]
+        metadata |= fetch_metadata(unread, python=python)
+    return compare_image(image, python=python, pins=pins, metadata=metadata, accepted=read_reasons(OVERRIDES))
+
+
+def _python_of(requirements: str | Path) -> str:
+    row = re.search(r"^# .*Python (\d+\.\d+\.\d+)", _read(Path(requirements)), flags=re.MULTILINE)
+    if row is None:
+        raise ImageError(
+            str(requirements), found="no Python version", expected="it in the head", fix="give --os OS.txt"
+        )
+    return row[1]
 
 
 def compare_image(
@@ -290,7 +333,7 @@ def compare_image(
     for name, version in image.items():
         if name in locked:
             continue
-        row = metadata.get(f"{name}=={version}")
+        row = metadata.get(f"{name}=={public(version)}") if version else None
         if row is None:
             unread += 1
             continue

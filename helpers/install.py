@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.errors import InputError
-from helpers.image import Change, Pin, read_lock
+from helpers.image import Change, Pin, public, read_lock
 from helpers.tables import html_table, text_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,7 +106,7 @@ def installed_version(name: str) -> str | None:
 
 def same_version(a: str, b: str) -> bool:
     """Equal but for a build label. Example: `2.11.0+cu128` and `2.11.0` -> True."""
-    return a.split("+")[0] == b.split("+")[0]
+    return public(a) == public(b)
 
 
 def import_names(name: str) -> set[str]:

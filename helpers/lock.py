@@ -14,6 +14,7 @@ from helpers.image import (
     Pin,
     fetch_metadata,
     normal_name,
+    public,
     read_freeze,
     read_lock,
     read_os_info,
@@ -32,6 +33,20 @@ WHEELS_FOR = ("3.11", "3.12", "3.13", "3.14")  # the Pythons for which it is put
 BUILT_FOR_THE_IMAGE = ("torch", "torchvision", "torchaudio", "triton")
 
 
+def find_uv() -> str:
+    """uv beside this interpreter, else the one on the path.
+
+    Raises:
+        InputError: there is none.
+    """
+    uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
+    if uv is None:
+        raise InputError(
+            "uv", found="no program of this name", expected="uv", fix="run `make setup`, or `pip install uv`"
+        )
+    return uv
+
+
 def resolve(wanted: Path, *, overrides: Path, image: dict[str, str | None], python: str, previous: Path) -> str:
     """uv's resolve of `wanted` for Colab with every other package held at the image's version.
 
@@ -41,13 +56,9 @@ def resolve(wanted: Path, *, overrides: Path, image: dict[str, str | None], pyth
     Raises:
         InputError: uv is missing, or nothing fits; the message is uv's own.
     """
-    uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
-    if uv is None:
-        raise InputError(
-            "uv", found="no program of this name", expected="uv", fix="run `make setup`, or `pip install uv`"
-        )
+    uv = find_uv()
     free = set(read_reasons(wanted))
-    held = {name: version.split("+")[0] for name, version in image.items() if version and name not in free}
+    held = {name: public(version) for name, version in image.items() if version and name not in free}
     with tempfile.TemporaryDirectory() as folder:
         constraints, config, out = (Path(folder, name) for name in ("image.txt", "uv.toml", "lock.txt"))
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in held.items()), encoding="utf-8")
@@ -79,7 +90,7 @@ def lock_text(resolved: str, *, image: dict[str, str | None], reasons: dict[str,
     for block in re.split(r"\n(?=[a-z0-9])", resolved.strip()):
         name, version = re.match(r"([^=\s]+)==([^\s\\;]+)", block).groups()
         name = normal_name(name)
-        if image.get(name, "").split("+")[0] == version:
+        if public(image.get(name) or "") == version:
             continue
         via = re.findall(r"^    #(?: via)?\s+([A-Za-z0-9_.-]+)$", block, flags=re.MULTILINE)
         reason = reasons.get(name) or "needed by " + ", ".join(v for v in via if v != "via")
@@ -116,8 +127,11 @@ def main() -> None:
     resolved = resolve(wanted, overrides=overrides, image=image, python=python.rpartition(".")[0], previous=LOCK)
     LOCK.write_text(lock_text(resolved, image=image, reasons=read_reasons(wanted), title=title), encoding="utf-8")
     pins = read_lock(LOCK)
+    print(
+        f"{LOCK.name}: {len(pins)} packages. Reading what the image's packages ask for (about 4 minutes) ...",
+        flush=True,
+    )
     (IMAGES / "metadata.json").write_text(metadata_text(pins, image=image, python=python), encoding="utf-8")
-    print(f"{LOCK.name}: {len(pins)} packages")
 
 
 if __name__ == "__main__":

