@@ -5,7 +5,8 @@ The ground truth is read from the tokenizer's own chat template (`helpers.turns`
 - *must be trained*: the answer's text and its end-of-turn token;
 - *must be masked*: everything else, headers and the BOS token included;
 - *either*: what the template writes behind the end-of-turn token (ChatML's newline), an EOS token appended there by
-  the trainer, and a token that holds the last of the header and the first white space of the answer.
+  the trainer, the space that SentencePiece puts in front of an answer, and a token that holds the last of the header
+  and the first white space of the answer.
 """
 
 import html
@@ -290,6 +291,9 @@ def _locate(chunk: _Chunk, pad: np.ndarray, tokenizer, table: TokenBytes, turns:
     # the trainer may append an EOS token behind a finished answer
     after += found.closed & (spaced[np.minimum(after, len(spaced) - 1)] == tokenizer.eos_token_id)
     expected = _TRAINED * _covered(first, last, len(spaced)) + _EITHER * _covered(last, after, len(spaced))
+    # SentencePiece may put a space in front of an answer's text, as a token of its own or in the first word's
+    spaces = len(turns.answer_start) - len(turns.answer_start.rstrip(b" "))
+    expected[_covered(np.searchsorted(offsets, found.start - spaces), first, len(spaced))] = _EITHER
     for i in np.flatnonzero(offsets[first] > found.start):
         # one token holds the end of the header and the start of the answer: newline and `Hi` has to be trained,
         # newline and newline may be
@@ -382,9 +386,10 @@ def _findings(faults, dataset, tokenizer, table: TokenBytes, turns: Turns, *, lo
     """The faults in the order of `_CHECKS`, each with its first row quoted and the fix that fits."""
     found = []
     cut_rows = faults["truncated"][:, 0]
+    instruction, response = (table.text(mark).strip(" ") for mark in (turns.user_start, turns.answer_start))
     markers = (
-        f"give train_on_responses_only this template's own markers, instruction_part={table.text(turns.user_start)!r} "
-        f"and response_part={table.text(turns.answer_start)!r}"
+        "give train_on_responses_only this template's own markers, "
+        f"instruction_part={instruction!r} and response_part={response!r}"
     )
     length = (
         f"the markers are not to blame: set max_seq_length to {enough:,}, which keeps 99 % of the answers whole"

@@ -276,13 +276,15 @@ def _generation_prompt(tokenizer, table: TokenBytes, turns: Turns) -> Iterator[T
     prompt = render(tokenizer, _QUESTION, add_generation_prompt=True)
     rendered = render(tokenizer, _QUESTION + _ANSWER)
     prompt_ids, ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, rendered))
-    if not prompt.endswith(table.text(turns.answer_start)):
+    left = rendered.removeprefix(prompt)
+    # where a template writes an empty <think> block, the answer does not follow the prompt at once
+    if not left.startswith(_ANSWER[0]["content"]) and not prompt.endswith(table.text(turns.answer_start)):
         yield TemplateCheck(
             "no_generation_prompt",
             f"with add_generation_prompt=True a prompt ends with {prompt[-30:]!r}, not with the start of an answer",
             "add {% if add_generation_prompt %} and the start of an answer to tokenizer.chat_template",
         )
-    elif not rendered.startswith(prompt) or ids[: len(prompt_ids)] != prompt_ids:
+    elif left == rendered or ids[: len(prompt_ids)] != prompt_ids:
         yield TemplateCheck(
             "prompt_not_prefix",
             "the prompt at inference is not how training texts begin, in text or in tokens",

@@ -207,14 +207,16 @@ def read_turns(tokenizer, table: TokenBytes) -> Turns:
     user_start = _shared_prefix(gaps["a", "u"])[len(after) :]
     marks = [answer_start, answer_end, user_start]
     if ("^", "s") in gaps:  # its first line: the lines behind it may hold a date
-        marks.append(gaps["^", "s"][0].removeprefix(table.pieces[tokenizer.bos_token_id or 0]).partition(b"\n")[0])
+        bos = table.pieces[tokenizer.bos_token_id] if tokenizer.bos_token else b""
+        opening = gaps["^", "s"][0].partition(b"\n")[0]
+        marks.append(opening if bos in answer_start else opening.removeprefix(bos))
     turns = Turns(
         answer_start=answer_start,
         answer_end=answer_end,
         user_start=user_start,
         user_end=user_gap[: -len(answer_start)],
         after_answer=tuple(sorted(tails - {b""}, key=len, reverse=True)),
-        marks=tuple(mark for mark in marks if mark.strip()),
+        marks=tuple(mark.strip() for mark in marks if mark.strip()),
         end_token_id=table.codes[answer_end[-_CODE_LENGTH:]][0],
         renders_bos=bool(tokenizer.bos_token) and render(tokenizer, _messages("ua")).startswith(tokenizer.bos_token),
     )

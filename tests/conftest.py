@@ -1,0 +1,17 @@
+"""Fixtures for all tests: tokenizers by the name of their chat template."""
+
+import functools
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+
+
+@pytest.fixture(scope="session")
+def shared_tokenizer():
+    """`shared_tokenizer(name)` of `tests/templates.py`'s `ALL_KINDS`, built once: tests that change one copy it."""
+    import templates
+
+    return functools.cache(templates.build)
