@@ -172,7 +172,8 @@ def read_os_info(path: str | Path) -> str:
 
 
 def read_lock(path: str | Path) -> list[Pin]:
-    """The rows of a requirements file in which every package is pinned; a comment line above a row is its reason.
+    """The rows of a requirements file in which every package is pinned; a comment line above a row is its reason
+    (less the image's version in parentheses, which `make lock` writes behind it).
 
     Raises:
         ImageError: a row without `==`, or no row at all.
@@ -180,7 +181,7 @@ def read_lock(path: str | Path) -> list[Pin]:
     pins, reason = [], ""
     for line in _read(Path(path)).splitlines():
         if line.startswith("#"):
-            reason = line[1:].strip()
+            reason = re.sub(r" \((not in the image|image: \S+)\)$", "", line[1:].strip())
         elif line.strip() and not line.startswith(" "):
             row = re.match(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)", line)
             if row is None:

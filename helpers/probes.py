@@ -118,7 +118,10 @@ def probe_xformers() -> str:
     import torch
     from xformers._cpp_lib import _register_extensions
 
-    _register_extensions()  # raises where the library was built for another torch; importing xformers only warns
+    try:  # importing xformers only warns where its library was built for another torch
+        _register_extensions()
+    except Exception as error:
+        raise RuntimeError(" ".join(str(error).split())) from error
     if not torch.cuda.is_available():
         return f"unused without a GPU: Unsloth uses {SDPA}"
     import xformers.ops.fmha as fmha
@@ -160,7 +163,7 @@ def run_probe(name: str, *arguments: str, seconds: float) -> ProbeResult:
     return ProbeResult(True, json.loads(lines[-1])) if done.returncode == 0 else ProbeResult(False, _short(lines))
 
 
-def _short(lines: list[str], *, width: int = 160) -> str:
+def _short(lines: list[str], *, width: int = 110) -> str:
     """The exception of a traceback in one line: the last line that is not indented and names one."""
     named = [line for line in lines if line[:1].isalpha() and ("Error" in line.split(":")[0] or ": " in line)]
     line = (named or lines)[-1]

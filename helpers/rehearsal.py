@@ -7,6 +7,7 @@ and Colab's front end. The clone is a clone of this repository's last commit, se
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -76,7 +77,7 @@ def make_image(folder: Path, *, python: Path, uv: str) -> Path:
     (folder / "without.txt").write_text('jedi ; python_version < "3"\n', encoding="utf-8")
     run([uv, "venv", "--quiet", "--python", python, folder / "venv"], what="uv venv")
     interpreter = folder / "venv" / "bin" / "python"
-    command = [uv, "pip", "install", "--quiet", "--python", interpreter, *packages]
+    command = [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", interpreter, *packages]
     command += ["--constraints", folder / "image.txt", "--overrides", folder / "without.txt"]
     run(command, what="the image's packages")
     return interpreter
@@ -97,8 +98,6 @@ def make_mirror(folder: Path) -> dict[str, str]:
 
 def kernel_settings(folder: Path, *, interpreter: Path, uv: str, git: dict[str, str]) -> dict[str, str]:
     """A kernel named `colab` that starts as Colab's does; the environment in which papermill finds it."""
-    import json
-
     spec = folder / "jupyter" / "kernels" / "colab"
     spec.mkdir(parents=True)
     kernel = {
@@ -113,20 +112,19 @@ def kernel_settings(folder: Path, *, interpreter: Path, uv: str, git: dict[str, 
         },
     }
     (spec / "kernel.json").write_text(json.dumps(kernel), encoding="utf-8")
-    dropped = ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")
+    dropped = ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, "JUPYTER_PATH": str(folder / "jupyter"), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 
 def write_setup_notebook(path: Path) -> None:
     """The setup cell twice, and the preflight: what chapter 01 opens with."""
-    import nbformat.v4 as v4
+    import nbformat
 
+    v4 = nbformat.v4
     cell = SETUP_CELL.read_text(encoding="utf-8")
     check = "from helpers.environment import check_environment\n\nreport = check_environment()\nprint(report)"
     cells = [v4.new_code_cell(source) for source in (cell, cell, check + "\nreport.raise_if_failed()")]
-    import nbformat
-
     nbformat.write(v4.new_notebook(cells=cells), path)
 
 
