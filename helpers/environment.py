@@ -270,7 +270,10 @@ def check_requirements(pins: Sequence[Pin]) -> list[Row]:
     Each requirement that does not hold is a row that fails; where all hold, one row says so.
     """
     installed = {pin.name for pin in pins if installed_version(pin.name)}
-    versions = {normal_name(d.name): d.version for d in importlib.metadata.distributions() if d.name}
+    versions: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        if distribution.name:  # the first on the path wins, as in an import: a system's copy may lie behind it
+            versions.setdefault(normal_name(distribution.name), distribution.version)
     accepted = read_reasons(OVERRIDES) if OVERRIDES.is_file() else {}
     ignored = {*accepted, *GPU_ONLY, "torchvision", "triton"}
     rows = []
@@ -302,7 +305,7 @@ def check_probes(probes: Mapping[str, ProbeResult], *, gpu: bool) -> list[Row]:
         fix = "" if result.ok else f"read the whole error with `python -m helpers.probes {name}`; {set_up_again()}"
         rows.append(Row(f"{name} works", str(result.found), text, verdict, fix))
     xformers = probes["xformers"]
-    found = str(xformers.found) if xformers.ok else f"unused, it does not load ({xformers.found}): Unsloth uses {SDPA}"
+    found = str(xformers.found) if xformers.ok else f"xformers does not load ({xformers.found}): Unsloth uses {SDPA}"
     rows.append(Row("attention", found, "xformers where it loads"))
     return rows
 

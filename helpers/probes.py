@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SDPA = "PyTorch's scaled_dot_product_attention"
+SDPA = "PyTorch's own attention"
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,9 @@ def probe_triton() -> str:
 
 
 def probe_xformers() -> str:
-    """One attention of the kind Unsloth uses, or why it cannot run."""
+    """Which attention Unsloth will use: one of xformers' is run. An error says why xformers cannot be used."""
+    if importlib.util.find_spec("flash_attn"):
+        return "flash-attn is installed: Unsloth tries it first"
     if importlib.util.find_spec("xformers") is None:
         return f"not installed: Unsloth uses {SDPA}"
     import torch
@@ -121,7 +124,8 @@ def probe_xformers() -> str:
     try:  # importing xformers only warns where its library was built for another torch
         _register_extensions()
     except Exception as error:
-        raise RuntimeError(" ".join(str(error).split())) from error
+        built = re.search(r"PyTorch (\S+)", str(error))
+        raise RuntimeError(f"built for torch {built[1]}" if built else " ".join(str(error).split())) from error
     if not torch.cuda.is_available():
         return f"unused without a GPU: Unsloth uses {SDPA}"
     import xformers.ops.fmha as fmha

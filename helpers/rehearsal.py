@@ -3,7 +3,7 @@
 python -m helpers.rehearsal [--keep FOLDER] [CHAPTER ...]
 
 What this cannot show: a GPU, Colab's own build of torch (the package index has another CUDA build of the same version),
-and Colab's front end. The clone is a clone of this repository's last commit, served from disk under its real address.
+and Colab's front end. What is cloned are these files as they are, served from disk under their published address.
 """
 
 import argparse
@@ -84,11 +84,19 @@ def make_image(folder: Path, *, python: Path, uv: str) -> Path:
 
 
 def make_mirror(folder: Path) -> dict[str, str]:
-    """This repository's last commit under its published address and tag; the git settings that make `clone` find it."""
+    """These files under their published address and tag; the git settings that make `git clone` find them there."""
     repository, tag = re.search(r'REPOSITORY, TAG = "(\S+)", "(\S+)"', SETUP_CELL.read_text(encoding="utf-8")).groups()
-    mirror = folder / "mirror.git"
-    run(["git", "clone", "--quiet", "--bare", ROOT, mirror], what="git clone")
-    run(["git", "-C", mirror, "tag", "--force", tag, "HEAD"], what="git tag")
+    mirror = folder / "mirror"
+    files = run(
+        ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"], what="git ls-files"
+    )
+    for name in filter(None, files.split("\0")):
+        if (ROOT / name).is_file():
+            (mirror / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, mirror / name)
+    git = ["git", "-C", mirror, "-c", "user.name=rehearsal", "-c", "user.email=rehearsal@localhost"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=rehearsal"], ["tag", tag]):
+        run([*git, *command], what="git")
     return {
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.file://{mirror}.insteadOf",
