@@ -46,10 +46,10 @@ class SetupReport:
 
     def _lines(self) -> list[str]:
         name = f"{PLACES[self.place]}, Python {sys.version.split()[0]}"
-        lock = f"{self.present} packages already have the lock's versions"
+        lock = f"{_count(self.present)} already {'has' if self.present == 1 else 'have'} the lock's versions"
         if self.changes:
             lines = [
-                f"{name}: {len(self.changes)} packages changed with {self.installer} in {self.seconds:.0f} s, {lock}."
+                f"{name}: {_count(len(self.changes))} changed with {self.installer} in {self.seconds:.0f} s, {lock}."
             ]
         else:
             lines = [f"{name}: nothing to install, {lock}."]
@@ -73,6 +73,10 @@ class SetupReport:
     def _repr_html_(self) -> str:
         table = html_table(["package", "before", "now", "why"], self._rows()) if self.changes else ""
         return table + "".join(f"<p>{line}</p>" for line in self._lines())
+
+
+def _count(packages: int) -> str:
+    return f"{packages} package" if packages == 1 else f"{packages} packages"
 
 
 def find_place() -> str:
@@ -166,7 +170,7 @@ def set_up(*, requirements: str | Path = "requirements-colab.txt") -> SetupRepor
     loaded = {pin.name for pin in differs if before[pin.name] and import_names(pin.name) & set(sys.modules)}
     command = installer_command(path)
     installer = "uv" if "--python" in command else "pip"
-    print(f"{PLACES[place]}: installing {len(differs)} packages with {installer} ...", flush=True)
+    print(f"{PLACES[place]}: installing {_count(len(differs))} with {installer} ...", flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     importlib.invalidate_caches()
     now = {pin.name: installed_version(pin.name) for pin in pins}

@@ -1,0 +1,227 @@
+"""The setup cell and its helper, in real virtual environments with real installs of small wheels made here."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+
+import pytest
+
+import helpers
+from helpers.image import ROOT, read_lock
+
+CELL = (ROOT / "notebooks" / "src" / "setup_cell.py").read_text(encoding="utf-8")
+UV = shutil.which("uv", path=os.path.dirname(sys.executable)) or shutil.which("uv")
+INSTALLERS = ["pip", pytest.param("uv", marks=pytest.mark.skipif(UV is None, reason="uv is not installed"))]
+
+
+def make_wheel(folder, version):
+    """The package `toy-for-setup` in this version; its path."""
+    path = folder / f"toy_for_setup-{version}-py3-none-any.whl"
+    info = f"toy_for_setup-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("toy_for_setup/__init__.py", f"__version__ = '{version}'\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: toy-for-setup\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        rows = ("toy_for_setup/__init__.py,,", f"{info}/METADATA,,", f"{info}/WHEEL,,", f"{info}/RECORD,,")
+        wheel.writestr(f"{info}/RECORD", "\n".join(rows) + "\n")
+    return path
+
+
+def make_lock(path, wheel, *, version, digest=None):
+    digest = digest or hashlib.sha256(wheel.read_bytes()).hexdigest()
+    path.write_text(f"# a toy (image: 1.0.0)\ntoy-for-setup=={version} \\\n    --hash=sha256:{digest}\n")
+    return path
+
+
+class Machine:
+    """A virtual environment that sees the packages of the running one behind its own."""
+
+    def __init__(self, folder, *, installer):
+        self.python = folder / "venv" / "bin" / "python"
+        venv.create(folder / "venv", symlinks=True, with_pip=installer == "pip")
+        site = folder / "venv" / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
+        (site / "behind.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        self.wheels = folder / "wheels"
+        self.wheels.mkdir()
+        self.content = folder / "content"
+        self.content.mkdir()
+        path = ["/usr/bin", "/bin"] if installer == "pip" else [os.path.dirname(UV), "/usr/bin", "/bin"]
+        self.env = {"PATH": os.pathsep.join(path), "HOME": str(folder), "PYTHONPATH": str(ROOT)}
+        self.env |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_CONFIG_FILE": os.devnull}
+        self.env |= {"UV_OFFLINE": "1", "UV_FIND_LINKS": str(self.wheels), "UV_NO_CONFIG": "1"}
+        if installer == "pip":
+            self.env |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+
+    def run(self, code, *, place="colab", **env):
+        where = {"colab": {"COLAB_RELEASE_TAG": "test"}, "kaggle": {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, "local": {}}[
+            place
+        ]
+        return subprocess.run(
+            [self.python, "-c", code],
+            cwd=self.content,
+            env={**self.env, **where, **env},
+            capture_output=True,
+            text=True,
+        )
+
+    def installed(self):
+        return self.run("from helpers.install import installed_version as v; print(v('toy-for-setup'))").stdout.strip()
+
+    def install(self, version):
+        wheel = make_wheel(self.wheels, version)
+        target = subprocess.check_output(
+            [self.python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], text=True
+        ).strip()
+        with zipfile.ZipFile(wheel) as files:
+            files.extractall(target)
+
+
+@pytest.fixture(params=INSTALLERS)
+def machine(request, tmp_path):
+    machine = Machine(tmp_path, installer=request.param)
+    machine.installer = request.param
+    return machine
+
+
+def set_up_code(lock, *, before="", after=""):
+    call = f"report = set_up(requirements={str(lock)!r})\nprint(report)\n"
+    return f"{before}\nfrom helpers.install import set_up\n{call}{after}"
+
+
+def test_what_changed_is_listed_once_and_the_second_time_nothing_happens(machine, tmp_path):
+    machine.install("1.0.0")
+    lock = make_lock(tmp_path / "lock.txt", make_wheel(machine.wheels, "2.0.0"), version="2.0.0")
+    again = f"print('AGAIN')\nprint(set_up(requirements={str(lock)!r}))"
+    done = machine.run(set_up_code(lock, after=again))
+    first, second = done.stdout.split("AGAIN")
+    assert re.search(r"toy-for-setup +1\.0\.0 +2\.0\.0 +a toy", first), first + done.stderr
+    assert f"1 package changed with {machine.installer} in" in first and "RESTART" not in first
+    assert "nothing to install, 1 package already has" in second and machine.installer not in second
+    assert machine.installed() == "2.0.0"
+
+
+def test_a_package_replaced_under_a_live_kernel_asks_for_a_restart_which_ends_it(machine, tmp_path):
+    machine.install("1.0.0")
+    lock = make_lock(tmp_path / "lock.txt", make_wheel(machine.wheels, "2.0.0"), version="2.0.0")
+    done = machine.run(set_up_code(lock, before="import toy_for_setup"))
+    assert done.stdout.count("RESTART NEEDED: toy-for-setup was replaced") == 1
+    assert "Do this once: Runtime > Restart session, then run this cell again" in done.stdout
+    after_restart = machine.run(set_up_code(lock, before="import toy_for_setup"))
+    assert "RESTART" not in after_restart.stdout and "nothing to install" in after_restart.stdout
+
+
+def test_a_package_that_is_new_or_not_loaded_asks_for_no_restart(machine, tmp_path):
+    lock = make_lock(tmp_path / "lock.txt", make_wheel(machine.wheels, "2.0.0"), version="2.0.0")
+    done = machine.run(set_up_code(lock, after="import toy_for_setup; print(toy_for_setup.__version__)"))
+    assert "RESTART" not in done.stdout and done.stdout.strip().endswith("2.0.0")
+
+
+def test_a_failing_install_shows_the_installers_own_message_and_says_what_to_do(machine, tmp_path):
+    wheel = make_wheel(machine.wheels, "2.0.0")
+    lock = make_lock(tmp_path / "lock.txt", wheel, version="2.0.0", digest="0" * 64)
+    done = machine.run(set_up_code(lock))
+    assert done.returncode == 1
+    assert "hash" in done.stdout.lower() and "0" * 64 in done.stdout, "the installer's message is in the output"
+    assert f"InstallError: {machine.installer} install: found exit status 1" in done.stderr
+    assert machine.installed() == "None"
+
+
+def test_a_version_that_no_index_has_shows_the_installers_own_message(machine, tmp_path):
+    lock = make_lock(tmp_path / "lock.txt", make_wheel(machine.wheels, "2.0.0"), version="3.0.0")
+    done = machine.run(set_up_code(lock), place="kaggle")
+    assert done.returncode == 1 and "toy-for-setup==3.0.0" in done.stdout
+    assert "Internet is on in the notebook's settings" in done.stderr
+
+
+def test_on_a_local_computer_nothing_is_installed(machine, tmp_path):
+    lock = make_lock(tmp_path / "lock.txt", make_wheel(machine.wheels, "2.0.0"), version="2.0.0")
+    missing = machine.run(set_up_code(lock), place="local")
+    assert "found no toy-for-setup in" in missing.stderr and "run `make setup`" in missing.stderr
+    assert machine.installed() == "None"
+    machine.install("1.0.0")
+    older = machine.run(set_up_code(lock), place="local")
+    assert "Other versions than the lock's: toy-for-setup 1.0.0 (lock: 2.0.0)" in older.stdout
+    assert machine.installed() == "1.0.0"
+
+
+def make_series(folder, machine):
+    """A git repository with this package, a toy lock, the cell's tag, and a later commit that must not be used."""
+    repository, tag = re.search(r'REPOSITORY, TAG = "(\S+)", "(\S+)"', CELL).groups()
+    series = folder / "series"
+    (series / "helpers").mkdir(parents=True)
+    for path in (ROOT / "helpers").glob("*.py"):
+        shutil.copy(path, series / "helpers")
+    make_lock(series / "requirements-colab.txt", make_wheel(machine.wheels, "2.0.0"), version="2.0.0")
+    git = ["git", "-C", str(series), "-c", "user.name=t", "-c", "user.email=t@localhost"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "1"], ["tag", tag]):
+        subprocess.run([*git, *command], check=True)
+    (series / "helpers" / "install.py").write_text("raise SystemExit('a later commit')\n")
+    subprocess.run([*git, "commit", "-qam", "2"], check=True)
+    del machine.env["PYTHONPATH"]
+    return {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.file://{series}.insteadOf",
+        "GIT_CONFIG_VALUE_0": repository,
+    }
+
+
+def test_the_cell_gets_its_own_version_of_the_series_in_an_empty_folder_and_finds_it_again(tmp_path):
+    machine = Machine(tmp_path, installer="uv" if UV else "pip")
+    git = make_series(tmp_path, machine)
+    cell = CELL.replace("\nset_up()", "\nprint(set_up())")
+    done = machine.run(cell, **git)
+    assert "1 package changed" in done.stdout, done.stderr
+    assert done.stderr == "", "git's advice on detached heads is noise"
+    root = machine.content / "llama-3.2-unsloth-t4"
+    assert (root / "helpers" / "install.py").is_file()
+    for folder in (machine.content, root):  # after a restart, and from within the clone
+        machine.content = folder
+        assert "nothing to install" in machine.run(cell).stdout
+
+
+def test_a_clone_that_fails_shows_gits_own_message(tmp_path):
+    machine = Machine(tmp_path, installer="pip")
+    git = make_series(tmp_path, machine)
+    shutil.rmtree(tmp_path / "series")
+    done = machine.run(CELL, **git)
+    assert done.returncode == 1 and "fatal: " in done.stderr and "CalledProcessError" in done.stderr
+    assert not (machine.content / "llama-3.2-unsloth-t4").exists(), "a second try starts clean"
+
+
+def test_the_cell_is_short_and_names_this_version_and_this_repository():
+    assert CELL.startswith("# @title Set up: the same cell opens every chapter\n")
+    assert len(CELL.splitlines()) <= 15
+    repository, tag = re.search(r'REPOSITORY, TAG = "(\S+)", "(\S+)"', CELL).groups()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert repository == project["urls"]["Repository"]
+    assert tag == f"v{project['version']}" == f"v{helpers.__version__}"
+    assert f'Path("{repository.rpartition("/")[2]}")' in CELL
+
+
+# The two sets of versions must not drift apart, so that what passes here says something about Colab.
+
+
+def test_the_local_environment_has_the_locks_versions():
+    local = {pin.name: pin.version for pin in read_lock(ROOT / "requirements-local.txt")}
+    lock = {pin.name: pin.version for pin in read_lock(ROOT / "requirements-colab.txt")}
+    del lock["xformers"]  # of no use without a GPU
+    assert {name: local.get(name) for name in lock} == lock
+
+
+def test_the_local_environment_has_the_images_versions_of_all_else():
+    from helpers.image import public, read_freeze
+    from helpers.lock import IMAGE
+
+    image = read_freeze(IMAGE / "pip-freeze.gpu.txt")
+    locked = {pin.name for pin in read_lock(ROOT / "requirements-colab.txt")}
+    local = {pin.name: pin.version for pin in read_lock(ROOT / "requirements-local.txt")}
+    shared = [name for name in local if image.get(name) and name not in locked and name != "torch"]
+    assert len(shared) > 100
+    assert {n: local[n] for n in shared} == {n: public(image[n]) for n in shared}
