@@ -1,11 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown] lang="en"
 # # Turn ShareGPT conversations into training text
 #
@@ -169,7 +161,7 @@ draw_lengths(token_counts, max_seq_length=profile.max_seq_length)
 # %%
 fits = [count <= profile.max_seq_length for count in token_counts]
 dataset = dataset.select([row for row, fit in enumerate(fits) if fit])
-print(f"Longest: {max(token_counts)} tokens. {fits.count(False)} rows are longer than {profile.max_seq_length}, left out.")
+print(f"Longest: {max(token_counts)} tokens. Longer than {profile.max_seq_length}, left out: {fits.count(False)}.")
 
 # %% [markdown] lang="en"
 # ## Hold some back

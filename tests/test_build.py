@@ -1,0 +1,156 @@
+"""The build: stable ids, shared code, and no output that is older than its code."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "notebooks"))
+import build  # noqa: E402
+
+SOURCE = """\
+# %% [markdown] lang="en"
+# # Title
+
+# %% [markdown] lang="zh"
+# # 标题
+
+# %% tags=["parameters"]
+x = 1
+
+# %%
+print(x)
+
+# %%
+print(x + 1)
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "03_data.py"
+    path.write_text(SOURCE, encoding="utf-8")
+    return path
+
+
+def executed(notebook):
+    """The notebook as a run would leave it."""
+    donor = copy.deepcopy(notebook)
+    for count, cell in enumerate((cell for cell in donor.cells if cell.cell_type == "code"), 1):
+        cell.execution_count = count
+        cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=f"{count}\n")]
+    return donor
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_editions_share_their_code(source):
+    english, chinese = build.build(source, "en"), build.build(source, "zh")
+    assert [(c.id, c.source) for c in code(english)] == [(c.id, c.source) for c in code(chinese)]
+    assert english.cells[0].source == "# Title"
+    assert chinese.cells[0].source == "# 标题"
+    assert "parameters" in code(english)[0].metadata.tags
+
+
+def test_ids_survive_a_new_cell_and_change_with_their_own(source):
+    before = [cell.id for cell in build.build(source, "en").cells]
+    source.write_text(SOURCE.replace("# %%\nprint(x)\n", "# %%\ny = 2\n\n# %%\nprint(x)\n"), encoding="utf-8")
+    after = [cell.id for cell in build.build(source, "en").cells]
+    assert len(after) == len(before) + 1
+    assert [id for id in after if id in before] == before
+    source.write_text(SOURCE.replace("print(x)\n", "print( x )\n"), encoding="utf-8")
+    assert sum(id not in before for id in [cell.id for cell in build.build(source, "en").cells]) == 1
+
+
+def test_outputs_are_kept_up_to_the_first_changed_cell(source):
+    donor = executed(build.build(source, "en"))
+    same = build.build(source, "en")
+    assert build.keep_outputs(same, donor) == 3
+    assert [cell.execution_count for cell in code(same)] == [1, 2, 3]
+    source.write_text(SOURCE.replace("print(x)\n", "print(-x)\n"), encoding="utf-8")
+    changed = build.build(source, "en")
+    assert build.keep_outputs(changed, donor) == 1
+    assert [cell.execution_count for cell in code(changed)] == [1, None, None]
+    assert code(changed)[2].outputs == []
+
+
+def test_an_output_carried_over_to_new_code_by_hand_is_not_kept(source):
+    donor = executed(build.build(source, "en"))
+    code(donor)[1].source = "print(-x)"  # as `jupytext --update` would do: new source, old id, old output
+    source.write_text(SOURCE.replace("print(x)\n", "print(-x)\n"), encoding="utf-8")
+    changed = build.build(source, "en")
+    assert build.keep_outputs(changed, donor) == 1
+
+
+def test_a_run_with_injected_parameters_is_no_record(source):
+    donor = executed(build.build(source, "en"))
+    donor.cells.insert(2, nbformat.v4.new_code_cell("x = 5", metadata={"tags": ["injected-parameters"]}))
+    assert build.keep_outputs(build.build(source, "en"), donor) == 1
+
+
+def test_warnings_and_widgets_are_not_recorded():
+    outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="warning"),
+        nbformat.v4.new_output(
+            "display_data", data={"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%"}
+        ),
+        nbformat.v4.new_output("stream", name="stdout", text="kept"),
+    ]
+    assert [output.text for output in build.clean(outputs)] == ["kept"]
+
+
+@pytest.fixture
+def copy_of_project(tmp_path):
+    copied = tmp_path / "project"
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, copied, ignore=ignored)
+    return copied
+
+
+def run_build(project, *arguments):
+    command = [sys.executable, "notebooks/build.py", *arguments]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True)
+
+
+def test_check_fails_on_a_changed_source_and_names_it(copy_of_project):
+    assert run_build(copy_of_project, "--check").returncode == 0
+    source = copy_of_project / "notebooks/src/03_data.py"
+    source.write_text(source.read_text() + "\n# %%\nprint('more')\n")
+    done = run_build(copy_of_project, "--check")
+    assert done.returncode == 1
+    assert "notebooks/03_data.ipynb" in done.stderr
+
+
+def test_moving_the_series_rewrites_every_mention_and_keeps_every_output(copy_of_project):
+    before = build.read_notebook(copy_of_project / "notebooks/03_data.ipynb")
+    assert run_build(copy_of_project, "--location", "somebody/else").returncode == 0
+    left = subprocess.run(
+        ["grep", "-rlF", build.repository(), "."], cwd=copy_of_project, capture_output=True, text=True
+    )
+    assert left.stdout == ""
+    after = build.read_notebook(copy_of_project / "notebooks/03_data.ipynb")
+    assert "somebody/else" in after.cells[0].source
+    assert [cell.id for cell in after.cells] == [cell.id for cell in before.cells]
+    assert [cell.get("outputs") for cell in after.cells] == [cell.get("outputs") for cell in before.cells]
+    assert run_build(copy_of_project, "--check").returncode == 0
+
+
+def test_a_location_that_is_none_is_refused(copy_of_project):
+    done = run_build(copy_of_project, "--location", "elsewhere")
+    assert done.returncode != 0
+    assert "expected owner/name" in done.stderr
+
+
+def test_notebooks_are_stored_as_the_build_writes_them():
+    for _, _, path in build.targets():
+        text = path.read_text(encoding="utf-8")
+        assert text == nbformat.writes(nbformat.reads(text, as_version=4)) + "\n"
+        assert json.loads(text)["nbformat_minor"] == 5

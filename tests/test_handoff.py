@@ -1,0 +1,184 @@
+"""The hand-off: whole or not at all, verified when read, and an error that names the file and the chapter."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers.handoff import MANIFEST, HandoffError, fingerprint, missing_chapters, open_run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("CATCH_UP", "0")
+    return open_run(tmp_path / "run")
+
+
+def write_adapter(run, text="weights", base_model="base"):
+    with run.write("adapter", base_model=base_model, template="t") as folder:
+        (folder / "deep").mkdir(parents=True)
+        (folder / "a.bin").write_text(text)
+        (folder / "deep" / "b.bin").write_text("more")
+
+
+def test_what_was_written_is_read(run):
+    write_adapter(run)
+    assert (run.artefact("adapter", base_model="base") / "deep" / "b.bin").read_text() == "more"
+    facts = run.facts("adapter")
+    assert facts["chapter"] == "04_train"
+    assert facts["base_model"] == "base"
+    assert set(facts["files"]) == {"a.bin", "deep/b.bin"}
+    assert "transformers" in facts["versions"]
+
+
+def test_json_round_trip(run):
+    run.write_json("lora.json", {"lora": {"r": 16}}, base_model="base")
+    assert run.read_json("lora.json", base_model="base") == {"lora": {"r": 16}}
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda folder: (folder / "a.bin").write_text("other"), "a.bin"),
+        (lambda folder: (folder / "deep" / "b.bin").unlink(), "b.bin"),
+    ],
+    ids=["altered", "deleted"],
+)
+def test_damage_is_refused_by_name(run, damage, named):
+    write_adapter(run)
+    damage(run.path / "adapter")
+    with pytest.raises(HandoffError) as caught:
+        run.artefact("adapter")
+    assert named in str(caught.value)
+    assert "04_train" in str(caught.value)
+
+
+def test_altered_json_is_refused(run):
+    run.write_json("lora.json", {"lora": {}}, base_model="base")
+    (run.path / "lora.json").write_text("{}")
+    with pytest.raises(HandoffError, match="lora.json.*02_load_and_lora"):
+        run.read_json("lora.json")
+
+
+def test_another_base_model_is_refused(run):
+    write_adapter(run)
+    with pytest.raises(HandoffError, match="made for the base model base, expected other"):
+        run.artefact("adapter", base_model="other")
+
+
+def test_missing_artefact_names_the_chapter(run):
+    with pytest.raises(HandoffError, match="run chapter 04_train"):
+        open_run(run.path, needs=("adapter",))
+
+
+def test_folder_without_entry_is_refused(run):
+    (run.path / "adapter").mkdir()
+    (run.path / "adapter" / "a.bin").write_text("looks finished")
+    with pytest.raises(HandoffError, match="no chapter finished"):
+        run.artefact("adapter")
+
+
+def test_failed_write_keeps_the_old_artefact(run):
+    write_adapter(run, "old")
+    with pytest.raises(RuntimeError), run.write("adapter", base_model="base") as folder:
+        folder.mkdir()
+        (folder / "a.bin").write_text("half")
+        raise RuntimeError
+    assert (run.artefact("adapter") / "a.bin").read_text() == "old"
+    assert not list(run.path.glob(".unfinished*"))
+
+
+def test_empty_write_is_refused(run):
+    with pytest.raises(HandoffError, match="no file written"), run.write("adapter", base_model="base") as folder:
+        folder.mkdir()
+
+
+KILLED = """
+import sys
+from helpers.handoff import open_run
+run = open_run(sys.argv[1])
+round = 0
+while True:
+    round += 1
+    with run.write("adapter", base_model="base", round=round) as folder:
+        folder.mkdir()
+        for name in range(20):
+            (folder / str(name)).write_text(str(round) * 5000)
+    print("wrote", flush=True)
+"""
+
+
+def test_a_killed_writer_never_leaves_an_artefact_that_loads_half(run):
+    """SIGKILL at ten moments: what verifies afterwards is whole (one round's files), else it is refused."""
+    for attempt in range(10):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(run.path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        while writer.stdout.readline().strip() != "wrote":
+            pass
+        time.sleep(0.003 * attempt)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        if run.has("adapter"):
+            contents = {path.read_text() for path in (run.path / "adapter").iterdir()}
+            assert len(contents) == 1
+            assert len(list((run.path / "adapter").iterdir())) == 20
+        write_adapter(run)  # and the folder can be used again
+        assert run.has("adapter")
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HandoffError, match="RUN_DIR .*a folder that can be written"):
+        open_run(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 99, "artefacts": {}}'])
+def test_unreadable_manifest(run, content):
+    (run.path / MANIFEST).write_text(content)
+    with pytest.raises(HandoffError, match="handoff.json"):
+        run.facts("adapter")
+
+
+def test_drive_keeps_a_copy_and_gives_it_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CATCH_UP", "0")
+    drive = tmp_path / "drive"
+    write_adapter(open_run(tmp_path / "first", drive=drive))
+    again = open_run(tmp_path / "second", needs=("adapter",), drive=drive)
+    assert "copied from" in capsys.readouterr().out
+    assert (again.artefact("adapter") / "a.bin").read_text() == "weights"
+
+
+def test_a_torn_copy_on_drive_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("CATCH_UP", "0")
+    drive = tmp_path / "drive"
+    write_adapter(open_run(tmp_path / "first", drive=drive))
+    (drive / "adapter" / "a.bin").write_text("torn")
+    with pytest.raises(HandoffError, match="04_train"):
+        open_run(tmp_path / "second", needs=("adapter",), drive=drive)
+
+
+def test_missing_chapters_in_order(run):
+    assert missing_chapters(run, "adapter") == ["02_load_and_lora", "03_data", "04_train"]
+    run.write_json("lora.json", {}, base_model="base")
+    assert missing_chapters(run, "adapter") == ["03_data", "04_train"]
+
+
+def test_fingerprint_tells_templates_apart():
+    assert fingerprint("a") == fingerprint("a") != fingerprint("b")
+
+
+def test_manifest_is_replaced_in_one_step(run):
+    write_adapter(run)
+    before = json.loads((run.path / MANIFEST).read_text())
+    inode = os.stat(run.path / MANIFEST).st_ino
+    write_adapter(run, "new")
+    assert os.stat(run.path / MANIFEST).st_ino != inode
+    assert before["schema"] == 1
