@@ -85,13 +85,13 @@ class ImageReport:
         return not self.conflicts
 
     def _rows(self) -> list[list[str]]:
-        rows = [
+        rows = [["CONFLICT", c.package, f"asks for {c.requires}, finds {c.found}", ""] for c in self.conflicts]
+        rows += [
             [kind, c.package, f"{c.before} -> {c.after}", c.reason]
             for kind in ("added", "changed", "removed")
             for c in getattr(self, kind)
         ]
         rows += [["accepted", c.package, f"asks for {c.requires}, finds {c.found}", c.accepted] for c in self.accepted]
-        rows += [["CONFLICT", c.package, f"asks for {c.requires}, finds {c.found}", ""] for c in self.conflicts]
         return rows
 
     def _verdict(self) -> str:
