@@ -13,6 +13,7 @@ import html
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,7 +23,8 @@ from helpers.turns import Answers, TokenBytes, Turns, find_answers, read_turns
 
 _CHUNK_TOKENS = 1_000_000
 _UNKNOWN = np.iinfo(np.int64).max  # the length that an answer would need, where the row was cut
-_MASKED, _TRAINED, _EITHER = 0, 1, 2
+_MASKED, _TRAINED, _EITHER = 0, 1, 2  # what a token has to be
+_WHOLE, _QUESTION, _CUT, _FOREIGN = 0, 1, 2, 3  # how a row ends
 
 # In the order in which they are blamed: each may cause those behind it.
 _CHECKS = {
@@ -166,23 +168,23 @@ def check_masking(dataset, *, tokenizer, ignore_index: int = -100, texts: Iterab
     parts = [_examine(chunk, tokenizer, table, turns, ignore_index) for chunk in _chunks(dataset, table)]
     if not parts:
         raise MaskingError("dataset", found="no rows", expected="rows with input_ids and labels", fix="pass other rows")
-    lengths = np.concatenate([part.lengths for part in parts])
-    needed = np.concatenate([part.needed for part in parts])
-    faults = {code: np.concatenate([part.faults[code] for part in parts]) for code in _CHECKS}
+    rows = _Rows(*(np.concatenate([getattr(part.rows, name) for part in parts]) for name in _Rows._fields))
+    cut = _cut_rows(rows)
+    needed = np.concatenate([part.needed for part in parts] + [np.full((cut & ~rows.answer_cut).sum(), _UNKNOWN)])
     enough = _length_for_99_percent(needed)
     if enough is None and texts is not None:
         enough = _length_for_99_percent(_needed_by(texts, tokenizer, table, turns))
-    shortest, longest = int(lengths.min()), int(lengths.max())
+    shortest, longest = int(rows.tokens.min()), int(rows.tokens.max())
     return MaskReport(
-        rows=len(lengths),
-        tokens=int(lengths.sum()),
-        trained_tokens=sum(part.trained_tokens for part in parts),
-        answers=len(needed),
-        tokens_per_row=(*np.percentile(lengths, [50, 95], method="inverted_cdf").astype(int).tolist(), longest),
+        rows=len(rows.tokens),
+        tokens=int(rows.tokens.sum()),
+        trained_tokens=int(rows.trained.sum()),
+        answers=sum(len(part.needed) for part in parts),
+        tokens_per_row=(*np.percentile(rows.tokens, [50, 95], method="inverted_cdf").astype(int).tolist(), longest),
         shortest=shortest,
-        histogram=tuple(np.histogram(lengths, bins=8, range=(shortest, longest + 1))[0].tolist()),
+        histogram=tuple(np.histogram(rows.tokens, bins=8, range=(shortest, longest + 1))[0].tolist()),
         length_for_99_percent=enough,
-        findings=_findings(faults, dataset, tokenizer, table, turns, longest=longest, enough=enough),
+        findings=tuple(_findings(_spans(parts, rows, cut), rows, cut, dataset, tokenizer, table, turns, enough)),
     )
 
 
@@ -199,14 +201,25 @@ class _Chunk:
     row_of: np.ndarray
 
 
+class _Rows(NamedTuple):
+    """What is known of each row: arrays of shape `(rows,)`."""
+
+    width: np.ndarray  # tokens, padding among them
+    tokens: np.ndarray  # without padding
+    trained: np.ndarray
+    answers: np.ndarray  # of which at least one token is there
+    ending: np.ndarray  # _WHOLE, _QUESTION, _CUT or _FOREIGN
+    answer_cut: np.ndarray  # an answer has begun and is cut
+    only_last: np.ndarray
+
+
 @dataclass(frozen=True)
 class _Part:
-    """One chunk's results. `faults[code]` has a line a span: row, first token, the token behind the last."""
+    """One chunk's results. `spans[code]` has a line a span: row, first token, the token behind the last."""
 
-    faults: dict[str, np.ndarray]
-    lengths: np.ndarray
+    rows: _Rows
+    spans: dict[str, np.ndarray]
     needed: np.ndarray
-    trained_tokens: int
 
 
 @dataclass(frozen=True)
@@ -243,40 +256,35 @@ def _examine(chunk: _Chunk, tokenizer, table: TokenBytes, turns: Turns, ignore_i
         new = np.append(True, (np.diff(at) != 1) | (np.diff(row_of[at]) != 0))[: len(at)]
         return numbered(row_of[at[new]], at[new], at[np.roll(new, -1)] + 1)
 
-    def whole(flagged: np.ndarray) -> np.ndarray:
-        row = np.flatnonzero(flagged)
-        return numbered(row, starts[row], starts[row] + chunk.lengths[row])
+    def per_row(row: np.ndarray) -> np.ndarray:
+        return np.bincount(row, minlength=rows)
 
-    # answers of which a token is in the row at all, and those of which one is trained
-    real = _between(must, truth) > 0
-    spoken = _between(must & trained, truth)[real] > 0
-    answers_in_row = np.bincount(truth.row[real], minlength=rows)
-    spoken_in_row = np.bincount(truth.row[real][spoken], minlength=rows)
-    last_spoken = np.zeros(rows, bool)
-    last_spoken[answers_in_row > 0] = spoken[(np.cumsum(answers_in_row) - 1)[answers_in_row > 0]]
-    cut, foreign = _row_ends(truth, turns, table, tokenizer)
-    missed = must & ~trained
-    open_ended = ~closed & ~truth.found.cut
-    faults = {
-        "no_template": whole(foreign),
+    missed, open_ended = must & ~trained, ~closed & ~truth.found.cut
+    spans = {
         "label_mismatch": runs(trained & (chunk.labels != chunk.ids)),
         "double_bos": runs(_wrong_bos(chunk, pad, truth.expected, is_end, tokenizer, turns, table)),
         "leaked": runs(trained & (truth.expected == _MASKED) & ~pad),
-        "only_last": whole((answers_in_row > 1) & (spoken_in_row == 1) & last_spoken),
-        "fully_masked": whole(np.bincount(row_of[trained & ~pad], minlength=rows) == 0),
         "missed": runs(missed & ~is_end),
         "missing_end": np.concatenate(
             [runs(missed & is_end), numbered(truth.row[open_ended], truth.first[open_ended], truth.last[open_ended])]
         ),
         "pad_trained": runs(trained & pad),
-        "truncated": whole(cut & ~foreign),
     }
-    return _Part(
-        faults,
-        lengths=np.bincount(row_of[~pad], minlength=rows),
-        needed=np.where(closed, truth.last - starts[truth.row], _UNKNOWN),
-        trained_tokens=int((trained & ~pad).sum()),
+    there = _between(must, truth) > 0
+    answers = per_row(truth.row[there])
+    spoken = _between(must & trained, truth)[there] > 0
+    last_spoken = np.zeros(rows, bool)
+    last_spoken[answers > 0] = spoken[(np.cumsum(answers) - 1)[answers > 0]]
+    found = _Rows(
+        width=chunk.lengths,
+        tokens=per_row(row_of[~pad]),
+        trained=per_row(row_of[trained & ~pad]),
+        answers=answers,
+        ending=_endings(truth, turns, table, tokenizer),
+        answer_cut=per_row(truth.row[truth.found.cut]) > 0,
+        only_last=(answers > 1) & (per_row(truth.row[there][spoken]) == 1) & last_spoken,
     )
+    return _Part(found, spans, np.where(closed, truth.last - starts[truth.row], _UNKNOWN))
 
 
 def _locate(chunk: _Chunk, pad: np.ndarray, tokenizer, table: TokenBytes, turns: Turns) -> _Truth:
@@ -303,6 +311,7 @@ def _locate(chunk: _Chunk, pad: np.ndarray, tokenizer, table: TokenBytes, turns:
         expected[first[i]] = _TRAINED if answer.strip() and not header.strip() else _EITHER
     row = np.searchsorted(chunk.starts + rows, first, side="right") - 1
     kept_stop = np.maximum.reduceat(np.append(np.where(pad, -1, place), -1), chunk.starts) + 1
+    kept_stop = np.where(chunk.lengths, np.maximum(kept_stop, chunk.starts + rows), chunk.starts + rows)
     row_bytes = np.column_stack([offsets[chunk.starts + rows], offsets[kept_stop]])
     return _Truth(found, first - row, last - row, row, expected[place], data, row_bytes)
 
@@ -335,21 +344,30 @@ def _padding(chunk: _Chunk, tokenizer, turns: Turns) -> np.ndarray:
     return ~chunk.attended | (at < first[chunk.row_of]) | (at > last[chunk.row_of])
 
 
-def _row_ends(truth: _Truth, turns: Turns, table: TokenBytes, tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Per row: whether it stops in the middle of a turn, and whether it holds no mark of this template at all."""
+def _endings(truth: _Truth, turns: Turns, table: TokenBytes, tokenizer) -> np.ndarray:
+    """How each row ends: behind an answer, behind a question, in the middle of a turn, or in another template."""
     done, stop = truth.row_bytes[:, 0].copy(), truth.row_bytes[:, 1]
     np.maximum.at(done, truth.row, truth.found.after)
-    has_answer = np.bincount(truth.row, minlength=len(stop)) > 0
-    cut = np.zeros(len(stop), bool)
-    cut[truth.row[truth.found.cut]] = True
-    foreign = np.zeros(len(stop), bool)
+    answers = np.bincount(truth.row, minlength=len(stop))
+    endings = np.full(len(stop), _WHOLE)
+    endings[truth.row[truth.found.cut]] = _CUT
     eos = table.pieces[tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else b""
-    for row in np.flatnonzero(~cut & (done < stop)):
+    for row in np.flatnonzero((endings != _CUT) & (done < stop)):
         rest = truth.data[done[row] : stop[row]]
-        foreign[row] = not has_answer[row] and not any(mark in rest for mark in turns.marks)
-        # a finished question without an answer is not cut; nor is an appended EOS token
-        cut[row] = rest != eos and not (turns.user_end and rest.endswith(turns.user_end))
-    return cut, foreign
+        if not answers[row] and not any(mark in rest for mark in turns.marks):
+            endings[row] = _FOREIGN
+        elif turns.user_end and rest.endswith(turns.user_end):
+            endings[row] = _QUESTION
+        elif rest != eos:  # which a trainer may have appended
+            endings[row] = _CUT
+    return endings
+
+
+def _cut_rows(rows: _Rows) -> np.ndarray:
+    """The rows that the length limit has cut: in a turn, or behind a question where other rows show the limit."""
+    cut = rows.ending == _CUT
+    limit = rows.tokens[cut].max() if cut.any() else _UNKNOWN
+    return cut | ((rows.ending == _QUESTION) & (rows.tokens >= limit))
 
 
 def _wrong_bos(chunk, pad, expected, is_end, tokenizer, turns: Turns, table: TokenBytes) -> np.ndarray:
@@ -382,70 +400,81 @@ def _needed_by(texts: Iterable[str], tokenizer, table: TokenBytes, turns: Turns)
     return np.concatenate([part.needed for part in parts])
 
 
-def _findings(faults, dataset, tokenizer, table: TokenBytes, turns: Turns, *, longest, enough) -> tuple[Finding, ...]:
-    """The faults in the order of `_CHECKS`, each with its first row quoted and the fix that fits."""
-    found = []
-    cut_rows = faults["truncated"][:, 0]
+def _spans(parts: list[_Part], rows: _Rows, cut: np.ndarray) -> dict[str, np.ndarray]:
+    """All faults by code: lines of row, first token, the token behind the last."""
+    spans = {code: np.concatenate([part.spans[code] for part in parts]) for code in parts[0].spans}
+    for code, flagged in {
+        "no_template": rows.ending == _FOREIGN,
+        "only_last": rows.only_last,
+        "fully_masked": rows.trained == 0,
+        "truncated": cut,
+    }.items():
+        row = np.flatnonzero(flagged)
+        spans[code] = np.column_stack([row, np.zeros_like(row), rows.width[row]])
+    return spans
+
+
+def _findings(
+    spans, rows: _Rows, cut, dataset, tokenizer, table: TokenBytes, turns: Turns, enough
+) -> Iterator[Finding]:
+    """The faults in the order of `_CHECKS`, each with one row quoted and the fix that fits."""
+    fixes = _fixes(table, turns, int(rows.tokens.max()), enough)
+    for code, (unit, meaning) in _CHECKS.items():
+        lines = spans[code]
+        if not len(lines):
+            continue
+        lines = lines[np.lexsort((lines[:, 1], lines[:, 0]))]
+        numbers = np.unique(lines[:, 0])
+        shown, cause = lines[0], code
+        if code == "fully_masked":  # the worst cause first: wrong markers, then no answer to train, then the length
+            answered, short = rows.answers[lines[:, 0]] > 0, cut[lines[:, 0]]
+            order = np.lexsort((short, ~answered))
+            shown = lines[order[0]]
+            cause = "fully_masked" if answered.any() else "no_answer" if not short.all() else "truncated"
+        row, first, last = map(int, shown)
+        text = tokenizer.decode(_ids(dataset, row)[first:last])
+        expected, fix = fixes[cause]
+        yield Finding(
+            code=code,
+            count={"tokens": int((lines[:, 2] - lines[:, 1]).sum()), "rows": len(numbers), "answers": len(lines)}[unit],
+            unit=unit,
+            rows=len(numbers),
+            first_rows=tuple(numbers[:3].tolist()),
+            where=f"row {row}, tokens {first} to {last - 1}" if last > first else f"row {row}",
+            found=f"{meaning}: {_quote(text, from_end=code == 'truncated')}",
+            expected=expected,
+            fix=fix,
+        )
+
+
+def _fixes(table: TokenBytes, turns: Turns, longest: int, enough: int | None) -> dict[str, tuple[str, str]]:
+    """What was expected and what to do, by cause."""
     instruction, response = (table.text(mark).strip(" ") for mark in (turns.user_start, turns.answer_start))
+    end = table.text(turns.answer_end)
     markers = (
         "give train_on_responses_only this template's own markers, "
         f"instruction_part={instruction!r} and response_part={response!r}"
     )
-    length = (
-        f"the markers are not to blame: set max_seq_length to {enough:,}, which keeps 99 % of the answers whole"
-        if enough
-        else f"the markers are not to blame: raise max_seq_length above {longest:,} (pass texts= to learn by how much)"
-    )
-    end = table.text(turns.answer_end)
-    for code, (unit, _) in _CHECKS.items():
-        spans = faults[code][np.lexsort(faults[code][:, 1::-1].T)] if len(faults[code]) else faults[code]
-        if not len(spans):
-            continue
-        rows = np.unique(spans[:, 0])
-        count = (
-            int((spans[:, 2] - spans[:, 1]).sum()) if unit == "tokens" else len(rows) if unit == "rows" else len(spans)
-        )
-        uncut = spans[~np.isin(spans[:, 0], cut_rows)]
-        by_cut = code == "fully_masked" and not len(uncut)
-        row, first, last = map(int, (uncut if code == "fully_masked" and len(uncut) else spans)[0])
-        ids = _row(dataset, row)["input_ids"]
-        text = _quote(tokenizer.decode(ids[first:last]), from_end=code == "truncated")
-        expected, fix = {
-            "no_template": ("rows made with this tokenizer's chat template", "use one tokenizer for format and check"),
-            "label_mismatch": (
-                "labels equal to their input ids: the model shifts them",
-                "do not shift or change labels",
-            ),
-            "double_bos": (
-                "one BOS token at the start of the conversation",
-                "make the text with format_conversations, which leaves the BOS token to the tokenizer",
-            ),
-            "leaked": ("tokens outside an answer to be masked", markers),
-            "only_last": ("every answer trained", "leave out last_response_only, or split the conversations"),
-            "fully_masked": ("at least one answer trained", length if by_cut else markers),
-            "missed": ("the whole answer trained", markers),
-            "missing_end": (
-                f"each answer's {end!r} trained",
-                f"{markers}; the text has to hold {end!r} after each answer",
-            ),
-            "pad_trained": ("padding masked", "pad labels with -100, and use a pad token that is not the EOS token"),
-            "truncated": (f"answers that end with {end!r}", length),
-        }[code]
-        what = _CHECKS[code][1]
-        found.append(
-            Finding(
-                code,
-                count,
-                unit,
-                len(rows),
-                tuple(rows[:3].tolist()),
-                f"row {row}, tokens {first} to {last - 1}",
-                f"{what}: {text}",
-                expected,
-                fix,
-            )
-        )
-    return tuple(found)
+    merged = f"{markers}; if it has them, strip the answers: a leading newline merges with the marker's"
+    length = f"raise max_seq_length above {longest:,} (texts= tells by how much)"
+    if enough:
+        length = f"set max_seq_length to {enough:,}, which keeps 99 % of the answers whole"
+    return {
+        "no_template": ("rows made with this tokenizer's chat template", "use one tokenizer to format and to check"),
+        "label_mismatch": (
+            "labels equal to their input ids: the model itself shifts them",
+            "leave the labels in place",
+        ),
+        "double_bos": ("one BOS token where a conversation starts", "render the rows with format_conversations"),
+        "leaked": ("everything outside an answer masked", markers),
+        "only_last": ("every answer trained", f"leave out last_response_only; if it is not set: {merged}"),
+        "fully_masked": ("at least one answer trained", merged),
+        "no_answer": ("an answer in each row", "keep the valid rows of validate_conversations only"),
+        "missed": ("the whole answer trained", merged),
+        "missing_end": (f"each answer's {end!r} in the text and trained", merged),
+        "pad_trained": ("padding masked", "label padding with -100, and pad with a token that is not the EOS token"),
+        "truncated": (f"answers that end with {end!r}", f"the markers are not to blame: {length}"),
+    }
 
 
 def _quote(text: str, *, from_end: bool, width: int = 60) -> str:
@@ -453,9 +482,9 @@ def _quote(text: str, *, from_end: bool, width: int = 60) -> str:
     return repr(short)
 
 
-def _row(dataset, row: int) -> dict[str, list[int]]:
-    found = {key: dataset[key][row] for key in dataset} if isinstance(dataset, Mapping) else dataset[row]
-    return {key: np.asarray(_cpu(found[key])).tolist() for key in ("input_ids", "labels")}
+def _ids(dataset, row: int) -> list[int]:
+    ids = dataset["input_ids"][row] if isinstance(dataset, Mapping) else dataset[row]["input_ids"]
+    return np.asarray(_cpu(ids)).tolist()
 
 
 def _cpu(values):

@@ -20,7 +20,8 @@ def format_conversations(examples: Mapping, tokenizer) -> dict[str, list[str]]:
     """Render a batch of conversations for training: `dataset.map(format_conversations, batched=True, ...)`.
 
     The BOS token is left out where the tokenizer puts one in front of every text by itself, so that rows begin with
-    one and not with two; a template that prints today's date prints a fixed one.
+    one and not with two. White space around a message is left out, as Llama's own template does: a newline in front of
+    an answer would become one token with the marker before it. A template that prints today's date prints a fixed one.
 
     Args:
         examples: `{"conversations": [[{"role": "user", "content": "Hi"}, ...], ...]}`.
@@ -47,7 +48,8 @@ def format_conversations(examples: Mapping, tokenizer) -> dict[str, list[str]]:
     texts = []
     for row, messages in enumerate(examples["conversations"]):
         try:
-            texts.append(render(tokenizer, messages).removeprefix(extra))
+            stripped = [message | {"content": message["content"].strip()} for message in messages]
+            texts.append(render(tokenizer, stripped).removeprefix(extra))
         except Exception as error:  # a template raises whatever it likes
             raise FormatError(
                 f"row {row} of the batch",
