@@ -1,24 +1,31 @@
 """Rows as a table: the same facts as plain text (terminals, nbval) and as HTML (notebooks)."""
 
+import re
 from collections.abc import Sequence
+
+NUMBER = re.compile(r"-?[\d,]+(\.\d+)?( ?%)?|")
 
 
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Plain text, columns aligned, numbers to the right.
+    """Plain text, columns aligned, numbers to the right and shown with the digits that they come with.
 
     Example:
-        >>> print(text_table(["stage", "GiB"], [["load", 2.5]]))
+        >>> print(text_table(["stage", "GiB"], [["load", "2.50"]]))
         stage      GiB
         -------  -----
-        load       2.5
+        load      2.50
     """
-    from tabulate import tabulate
-
-    return tabulate(rows, headers=headers, disable_numparse=False)
+    return _table(headers, rows, "simple")
 
 
 def html_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """The same rows as an HTML table; every cell is escaped."""
+    return str(_table(headers, rows, "html"))
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[object]], form: str) -> str:
     from tabulate import tabulate
 
-    return str(tabulate(rows, headers=headers, tablefmt="html"))
+    columns = zip(*rows, strict=True)
+    sides = ["right" if all(NUMBER.fullmatch(str(cell)) for cell in column) else "left" for column in columns]
+    return tabulate(rows, headers=headers, tablefmt=form, disable_numparse=True, colalign=sides or None)

@@ -1,0 +1,35 @@
+"""Opening a late chapter alone: catch-up runs what is missing, or says which chapter to run."""
+
+import pytest
+
+from helpers.handoff import HandoffError, open_run
+
+
+def test_catch_up_off_names_the_chapter(tmp_path, monkeypatch):
+    monkeypatch.setenv("CATCH_UP", "0")
+    with pytest.raises(HandoffError, match="04_train"):
+        open_run(tmp_path / "run", needs=("adapter",))
+
+
+@pytest.mark.slow
+def test_an_adapter_from_an_empty_run_folder(tmp_path, monkeypatch, capsys):
+    """The real chapters 02, 03 and 04, two steps, as opening chapter 05 alone would run them."""
+    monkeypatch.delenv("CATCH_UP", raising=False)
+    parameters = {"PROFILE": "cpu", "MAX_STEPS": 2}
+    run = open_run(tmp_path / "run", needs=("adapter",), parameters=parameters)
+    printed = capsys.readouterr().out
+    assert "running 02_load_and_lora, 03_data, 04_train first" in printed
+    assert "made now by 04_train" in printed
+    assert (run.artefact("adapter") / "adapter_model.safetensors").exists()
+    again = open_run(tmp_path / "run", needs=("adapter", "dataset"), parameters=parameters)
+    assert capsys.readouterr().out.count("from the run folder") == 2
+    assert again.read_json("report.json")["steps"] == 2
+
+
+@pytest.mark.slow
+def test_catch_up_that_fails_names_the_cell(tmp_path, monkeypatch):
+    monkeypatch.delenv("CATCH_UP", raising=False)
+    parameters = {"PROFILE": "cpu", "DATASET": str(tmp_path / "missing.jsonl")}
+    with pytest.raises(HandoffError, match="catch-up, chapter 03_data.*missing.jsonl: found no such file"):
+        open_run(tmp_path / "run", needs=("dataset",), parameters=parameters)
+    assert not (tmp_path / "run" / "dataset").exists()
