@@ -166,7 +166,7 @@ def _special_pattern(tokenizer) -> re.Pattern:
 
 
 def _conversations(dataset) -> Iterator[object]:
-    """Each row's conversation, whatever it is; the row itself where it has none."""
+    """Each row's conversation, whatever it is; a row that is no dict comes as a text, which is no conversation."""
     if hasattr(dataset, "column_names"):  # a datasets.Dataset: a thousand rows at a time is ten times faster
         column = next((name for name in ("conversations", "messages") if name in dataset.column_names), None)
         if column is None:
@@ -183,7 +183,7 @@ def _conversations(dataset) -> Iterator[object]:
             if isinstance(row, Mapping):
                 yield row["conversations"] if "conversations" in row else row.get("messages")
             else:
-                yield row
+                yield _quote(row)
 
 
 def _format_of(message: Mapping) -> str | None:

@@ -125,10 +125,9 @@ class MaskReport:
         tables = [(f"Mask check: {verdict}", ["measure", "value"], facts)]
         if self.findings:
             rows = [
-                [f.code, f"{f.count:,} {f.unit}", ", ".join(map(str, f.first_rows)), _CHECKS[f.code][1]]
-                for f in self.findings
+                [f.code, f"{f.count:,} {f.unit}", ", ".join(map(str, f.first_rows)), f.found] for f in self.findings
             ]
-            tables.append(("", ["fault", "count", "first rows", "what it means"], rows))
+            tables.append(("", ["fault", "count", "first rows", "what, and in the first"], rows))
         return tables
 
     def __repr__(self) -> str:

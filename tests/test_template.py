@@ -1,0 +1,229 @@
+"""`check_template` on ten templates, with a failing input for each problem, and `format_conversations` down to ids."""
+
+import copy
+import datetime
+import re
+
+import pytest
+from templates import ALL_KINDS, chat_template
+
+from helpers.template import FormatError, TemplateError, check_template, format_conversations
+
+NAMES = list(ALL_KINDS)
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+TALK_BATCH = {"conversations": [TALK]}
+
+
+@pytest.fixture
+def changed(shared_tokenizer):
+    """`changed("chatml", chat_template=...)`: a copy of a tokenizer, with attributes of its own."""
+
+    def make(name: str, **attributes):
+        tokenizer = copy.deepcopy(shared_tokenizer(name))
+        for attribute, value in attributes.items():
+            setattr(tokenizer, attribute, value)
+        return tokenizer
+
+    return make
+
+
+def tiny_model(vocabulary: int, eos: int | list[int]):
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **size))
+    model.generation_config = GenerationConfig(eos_token_id=eos)
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_templates_that_fit(shared_tokenizer, name):
+    report = check_template(shared_tokenizer(name))
+    # Zephyr's template writes no BOS token, its tokenizer does: training and inference differ
+    assert report.problems == (("bos_differs",) if name == "zephyr" else ()), report
+    assert report.ok == (name != "zephyr")
+    doubled = name in ("llama-3.1", "gemma", "mistral")
+    assert [check.code for check in report.fixed] == (["double_bos"] if doubled else [])
+    assert repr(report) == repr(check_template(shared_tokenizer(name)))
+
+
+def test_report_names_the_marks(shared_tokenizer):
+    report = check_template(shared_tokenizer("llama-3.1"))
+    assert ("before an answer", r"'<|start_header_id|>assistant<|end_header_id|>\n\n'") in report.facts
+    assert ("end of an answer", "'<|eot_id|>'") in report.facts
+    assert "&lt;|eot_id|&gt;" in report._repr_html_()
+    report.raise_if_failed()
+
+
+def without_generation_prompt(template: str) -> str:
+    return re.sub(r"{%-? if add_generation_prompt %}.*", "", template, flags=re.DOTALL)
+
+
+PROBLEMS = {
+    "no_pad": ("chatml", {"pad_token": None}),
+    "pad_is_eos": ("chatml", {"pad_token": "<|im_end|>"}),
+    "wrong_stop": ("llama-3.1", {"eos_token": "<|end_of_text|>"}),
+    "no_generation_prompt": ("chatml", {"chat_template": lambda template: without_generation_prompt(template)}),
+    "prompt_not_prefix": (
+        "chatml",
+        {"chat_template": lambda t: t.replace("{{ '<|im_start|>assistant\n' }}", "{{ '\n<|im_start|>assistant\n' }}")},
+    ),
+    "not_deterministic": ("chatml", {"chat_template": lambda t: "{{ ['', ' ', '\n'] | random }}" + t}),
+    "double_bos": ("gemma", {"chat_template": lambda t: "{{ bos_token }}" + t}),
+    "bos_differs": ("gemma", {"chat_template": lambda t: t.replace("{{ bos_token }}", "")}),
+    "bos_spelled_out": ("gemma", {"chat_template": lambda t: t.replace("{{ bos_token }}", "<bos>")}),
+    "unreadable": ("chatml", {"chat_template": lambda t: "{% for m in messages %}{{ m.content }}{% endfor %}"}),
+}
+
+
+@pytest.mark.parametrize("code", PROBLEMS)
+def test_each_problem_is_found(changed, code):
+    name, attributes = PROBLEMS[code]
+    tokenizer = changed(name)
+    for attribute, value in attributes.items():
+        setattr(tokenizer, attribute, value(tokenizer.chat_template) if callable(value) else value)
+    report = check_template(tokenizer)
+    assert code in report.problems, report
+    assert not report.ok
+    assert all(check.sentence and check.fix for check in report.details)
+    with pytest.raises(TemplateError, match="Fix: "):
+        report.raise_if_failed()
+
+
+def test_generation_prompt_without_its_newline(changed):
+    """The model would have to write the newline, which training masks."""
+    tokenizer = changed("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ '<|im_start|>assistant\n' }}", "<|im_start|>assistant"
+    )
+    assert check_template(tokenizer).problems == ("no_generation_prompt",)
+
+
+def test_no_template(changed):
+    assert check_template(changed("chatml", chat_template=None)).problems == ("unreadable",)
+
+
+def test_template_whose_markers_the_tokenizer_does_not_have(changed, shared_tokenizer):
+    report = check_template(changed("smollm2", chat_template=shared_tokenizer("llama-3.1").chat_template))
+    assert report.problems == ("unreadable",)
+    assert "<|eot_id|>" in report.details[0].sentence
+
+
+def test_model_says_what_generation_stops_on(shared_tokenizer):
+    tokenizer = shared_tokenizer("smollm2")
+    assert check_template(tokenizer, model=tiny_model(len(tokenizer), eos=[0, 2])).ok
+    assert check_template(tokenizer, model=tiny_model(len(tokenizer), eos=0)).problems == ("wrong_stop",)
+
+
+def test_token_that_the_model_does_not_have(changed):
+    tokenizer = changed("smollm2")
+    model = tiny_model(len(tokenizer), eos=2)
+    tokenizer.pad_token = "<|a new pad token|>"
+    assert check_template(tokenizer).problems == ("outside_vocabulary",)
+    tokenizer.add_tokens(["<|a new pad token|>"], special_tokens=True)  # now it has an id, but still no embedding
+    assert check_template(tokenizer).ok
+    assert check_template(tokenizer, model=model).problems == ("outside_vocabulary",)
+    assert check_template(tokenizer, original=changed("smollm2")).problems == ("outside_vocabulary",)
+
+
+def test_renamed_token_is_found(changed):
+    """Unsloth's Gemma template renames SmolLM2's end token, whose ids and files then say something else."""
+    from unsloth.chat_templates import get_chat_template
+
+    original = changed("smollm2")
+    tokenizer = get_chat_template(copy.deepcopy(original), "gemma")
+    report = check_template(tokenizer, original=original)
+    assert "remapped" in report.problems
+    assert "id 2 was <|im_end|>, is <end_of_turn>" in repr(report)
+
+
+def test_swapped_tokens_are_found(changed):
+    """A tokenizer that was loaded with the wrong EOS token: `get_chat_template` swaps the two tokens' ids."""
+    from unsloth.chat_templates import get_chat_template
+
+    original = changed("smollm2", eos_token="<|im_start|>")
+    tokenizer = get_chat_template(copy.deepcopy(original), "chatml")
+    assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [2, 1]
+    report = check_template(tokenizer, original=original)
+    assert "remapped" in report.problems
+    assert "id 1 was <|im_start|>, is <|im_end|>; id 2 was <|im_end|>, is <|im_start|>" in repr(report)
+    # with the model alone it shows as well: generation stops on id 2, but answers now end with id 1
+    assert check_template(tokenizer, model=tiny_model(len(tokenizer), eos=2)).problems == ("wrong_stop",)
+    assert check_template(original, original=original).problems == ("wrong_stop",)
+
+
+# format_conversations
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_bos_token_all_the_way_to_ids(shared_tokenizer, name):
+    tokenizer, kind = shared_tokenizer(name), ALL_KINDS[name]
+    [text] = format_conversations(TALK_BATCH, tokenizer)["text"]
+    ids = tokenizer(text).input_ids
+    assert ids.count(tokenizer.bos_token_id) == {"smollm2": 3, "llama-3.1": 1}.get(name, int(kind.adds_bos))
+    if name != "zephyr":
+        assert ids == tokenizer.apply_chat_template(TALK, return_dict=False)
+
+
+def test_rendering_itself_doubles_the_bos_token(shared_tokenizer):
+    """What `format_conversations` guards against: nothing warns of it on the CPU."""
+    tokenizer = shared_tokenizer("llama-3.1")
+    text = tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert tokenizer(text).input_ids[:2] == [128000, 128000]
+
+
+def test_in_a_dataset(shared_tokenizer):
+    import datasets
+
+    tokenizer = shared_tokenizer("smollm2")
+    dataset = datasets.Dataset.from_dict({"conversations": [TALK, TALK[:1]]})
+    texts = dataset.map(format_conversations, batched=True, fn_kwargs={"tokenizer": tokenizer})["text"]
+    assert texts[0].endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n")
+    assert len(texts) == 2
+
+
+def test_white_space_around_messages_is_left_out(shared_tokenizer):
+    tokenizer = shared_tokenizer("llama-3.1")
+    talk = [TALK[0], {"role": "assistant", "content": "\n  Hello!\n\n  Bye. \n"}]
+    [text] = format_conversations({"conversations": [talk]}, tokenizer)["text"]
+    assert text.endswith("<|end_header_id|>\n\nHello!\n\n  Bye.<|eot_id|>")
+    assert talk[1]["content"].startswith("\n")  # the rows themselves stay as they are
+
+
+def test_date_is_fixed(changed):
+    tokenizer = changed("chatml")
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
+    today = datetime.date.today().strftime("%d %b %Y")
+    assert tokenizer.apply_chat_template(TALK, tokenize=False).startswith(today)
+    assert format_conversations(TALK_BATCH, tokenizer)["text"][0].startswith("26 Jul 2024\n")
+    report = check_template(tokenizer)
+    assert report.ok and [check.code for check in report.fixed] == ["prints_date"]
+
+
+def test_missing_column(shared_tokenizer):
+    with pytest.raises(FormatError, match="standardize_sharegpt"):
+        format_conversations({"messages": [TALK]}, shared_tokenizer("chatml"))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [{"from": "human", "value": "Hi"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": 3}],
+        [{"role": "robot", "content": "Hi"}],
+        None,
+    ],
+)
+def test_bad_conversation_names_its_row(shared_tokenizer, bad):
+    with pytest.raises(FormatError) as caught:
+        format_conversations({"conversations": [TALK, bad]}, shared_tokenizer("gemma"))
+    assert caught.value.where == "row 1 of the batch"
+
+
+def test_the_templates_are_the_ones_that_unsloth_ships(shared_tokenizer):
+    from unsloth.chat_templates import get_chat_template
+
+    tokenizer = get_chat_template(copy.deepcopy(shared_tokenizer("llama-3.1")), "llama-3.1")
+    assert tokenizer.chat_template == chat_template("llama-3.1")
+    assert check_template(tokenizer, original=shared_tokenizer("llama-3.1")).ok
