@@ -98,8 +98,8 @@ class ImageReport:
         counts = ", ".join(f"{len(getattr(self, kind))} {kind}" for kind in ("added", "changed", "removed"))
         verdict = "installs cleanly" if self.ok else f"does not install cleanly: {len(self.conflicts)} conflicts"
         note = (
-            f" {self.unread} of the image's packages are not on record: whether they need another version of a package "
-            "that the lock changes was not checked (--fetch reads them from the package index)."
+            f" Of {self.unread} of the image's packages it is not known whether they need another version of a package "
+            "that the lock changes (`--fetch` asks the package index, which knows those that come as wheels)."
             if self.unread
             else ""
         )

@@ -49,7 +49,7 @@ class SetupReport:
         lock = f"{_count(self.present)} already {'has' if self.present == 1 else 'have'} the lock's versions"
         if self.changes:
             lines = [
-                f"{name}: {_count(len(self.changes))} changed with {self.installer} in {self.seconds:.0f} s, {lock}."
+                f"{name}: {_count(len(self.changes))} changed with {self.installer} in {self.seconds:.1f} s, {lock}."
             ]
         else:
             lines = [f"{name}: nothing to install, {lock}."]
