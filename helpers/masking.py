@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 from helpers.errors import InputError
+from helpers.rows import Rows, RowsError, flat, ids_of, need_columns, read_rows
 from helpers.tables import html_table, text_table
 from helpers.turns import Answers, TokenBytes, Turns, find_answers, read_turns
 
-_CHUNK_TOKENS = 1_000_000
 _UNKNOWN = np.iinfo(np.int64).max  # the length that an answer would need, where the row was cut
 _MASKED, _TRAINED, _EITHER = 0, 1, 2  # what a token has to be
 _WHOLE, _QUESTION, _CUT, _FOREIGN = 0, 1, 2, 3  # how a row ends
@@ -110,36 +110,32 @@ class MaskReport:
         also = f" (also found: {', '.join(f'{other.code} {other.count}' for other in others)})" if others else ""
         raise MaskingError(first.where, found=first.found, expected=first.expected, fix=first.fix + also)
 
-    def _tables(self) -> list[tuple[str, list[str], list[list[object]]]]:
+    def _table(self) -> tuple[str, list[str], list[list[str]]]:
         median, p95, longest = self.tokens_per_row
-        share = 100 * self.trained_tokens / max(self.tokens, 1)
-        peak = max(self.histogram, default=0)
+        peak = max(self.histogram)
         bars = "".join("▁▂▃▄▅▆▇█"[7 * n // peak] if n else "·" for n in self.histogram)
-        facts = [
+        share = 100 * self.trained_tokens / max(self.tokens, 1)
+        enough = self.length_for_99_percent
+        rows = [
             ["rows, answers", f"{self.rows:,}, {self.answers:,}"],
             ["tokens trained", f"{self.trained_tokens:,} of {self.tokens:,} ({share:.1f} %)"],
             ["tokens per row", f"median {median:,}, 95 % {p95:,}, max {longest:,}"],
             ["rows by length", f"{self.shortest:,} {bars} {longest:,}"],
+            ["99 % of the answers fit in", "unknown" if enough is None else f"{enough:,} tokens"],
         ]
-        verdict = "every answer is trained, and nothing else" if self.ok else "NOT fit to train on"
-        tables = [(f"Mask check: {verdict}", ["measure", "value"], facts)]
-        if self.findings:
-            rows = [
-                [f.code, f"{f.count:,} {f.unit}", ", ".join(map(str, f.first_rows)), f.found] for f in self.findings
-            ]
-            tables.append(("", ["fault", "count", "first rows", "what, and in the first"], rows))
-        return tables
+        for each in self.findings:
+            first = ", ".join(map(str, each.first_rows)) + (", …" if each.rows > len(each.first_rows) else "")
+            rows.append([each.code, f"{each.count:,} {each.unit}, in row {first}: {each.found}"])
+        verdict = "NOT fit to train on" if self.findings else "every answer is trained, and nothing else"
+        return f"Mask check: {verdict}", ["measure", "value"], rows
 
     def __repr__(self) -> str:
-        return "\n".join(
-            part for title, headers, rows in self._tables() for part in (title, text_table(headers, rows)) if part
-        )
+        title, headers, rows = self._table()
+        return f"{title}\n{text_table(headers, rows)}"
 
     def _repr_html_(self) -> str:
-        return "".join(
-            f"<p><b>{html.escape(title)}</b></p>" * bool(title) + html_table(headers, rows)
-            for title, headers, rows in self._tables()
-        )
+        title, headers, rows = self._table()
+        return f"<p><b>{title}</b></p>{html_table(headers, rows)}"
 
 
 def check_masking(dataset, *, tokenizer, ignore_index: int = -100, texts: Iterable[str] | None = None) -> MaskReport:
@@ -156,7 +152,7 @@ def check_masking(dataset, *, tokenizer, ignore_index: int = -100, texts: Iterab
             rows.)
 
     Raises:
-        MaskingError: a row cannot be read: no labels, or not as many as ids, or ids outside the vocabulary.
+        RowsError: there are no rows, or one cannot be read: no labels, or not as many as ids, or unknown ids.
         TurnsError: the chat template cannot be checked.
 
     Example:
@@ -164,10 +160,13 @@ def check_masking(dataset, *, tokenizer, ignore_index: int = -100, texts: Iterab
     """
     table = TokenBytes(tokenizer)
     turns = read_turns(tokenizer, table)
-    parts = [_examine(chunk, tokenizer, table, turns, ignore_index) for chunk in _chunks(dataset, table)]
+    parts = [
+        _examine(chunk, tokenizer, table, turns, ignore_index)
+        for chunk in read_rows(dataset, ids_below=table.row_end_id)
+    ]
     if not parts:
-        raise MaskingError("dataset", found="no rows", expected="rows with input_ids and labels", fix="pass other rows")
-    rows = _Rows(*(np.concatenate([getattr(part.rows, name) for part in parts]) for name in _Rows._fields))
+        raise RowsError("dataset", found="no rows", expected="rows with input_ids and labels", fix="pass other rows")
+    rows = _PerRow(*(np.concatenate([getattr(part.rows, name) for part in parts]) for name in _PerRow._fields))
     cut = _cut_rows(rows)
     needed = np.concatenate([part.needed for part in parts] + [np.full((cut & ~rows.answer_cut).sum(), _UNKNOWN)])
     enough = _length_for_99_percent(needed)
@@ -187,20 +186,7 @@ def check_masking(dataset, *, tokenizer, ignore_index: int = -100, texts: Iterab
     )
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Rows laid end to end: `starts` and `lengths` have an entry a row, all else one a token."""
-
-    first_row: int
-    ids: np.ndarray
-    labels: np.ndarray
-    attended: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    row_of: np.ndarray
-
-
-class _Rows(NamedTuple):
+class _PerRow(NamedTuple):
     """What is known of each row: arrays of shape `(rows,)`."""
 
     width: np.ndarray  # tokens, padding among them
@@ -216,7 +202,7 @@ class _Rows(NamedTuple):
 class _Part:
     """One chunk's results. `spans[code]` has a line a span: row, first token, the token behind the last."""
 
-    rows: _Rows
+    rows: _PerRow
     spans: dict[str, np.ndarray]
     needed: np.ndarray
 
@@ -238,7 +224,7 @@ class _Truth:
     row_bytes: np.ndarray
 
 
-def _examine(chunk: _Chunk, tokenizer, table: TokenBytes, turns: Turns, ignore_index: int) -> _Part:
+def _examine(chunk: Rows, tokenizer, table: TokenBytes, turns: Turns, ignore_index: int) -> _Part:
     rows, row_of, starts = len(chunk.lengths), chunk.row_of, chunk.starts
     pad = _padding(chunk, tokenizer, turns)
     trained = chunk.labels != ignore_index
@@ -274,7 +260,7 @@ def _examine(chunk: _Chunk, tokenizer, table: TokenBytes, turns: Turns, ignore_i
     spoken = _between(must & trained, truth)[there] > 0
     last_spoken = np.zeros(rows, bool)
     last_spoken[answers > 0] = spoken[(np.cumsum(answers) - 1)[answers > 0]]
-    found = _Rows(
+    found = _PerRow(
         width=chunk.lengths,
         tokens=per_row(row_of[~pad]),
         trained=per_row(row_of[trained & ~pad]),
@@ -286,7 +272,7 @@ def _examine(chunk: _Chunk, tokenizer, table: TokenBytes, turns: Turns, ignore_i
     return _Part(found, spans, np.where(closed, truth.last - starts[truth.row], _UNKNOWN))
 
 
-def _locate(chunk: _Chunk, pad: np.ndarray, tokenizer, table: TokenBytes, turns: Turns) -> _Truth:
+def _locate(chunk: Rows, pad: np.ndarray, tokenizer, table: TokenBytes, turns: Turns) -> _Truth:
     """Find the answers and say for each token whether it has to be trained."""
     rows = np.arange(len(chunk.lengths))
     place = np.arange(len(chunk.ids)) + chunk.row_of  # a ROW_END stands behind each row
@@ -327,7 +313,7 @@ def _between(flagged: np.ndarray, truth: _Truth) -> np.ndarray:
     return total[truth.last] - total[truth.first]
 
 
-def _padding(chunk: _Chunk, tokenizer, turns: Turns) -> np.ndarray:
+def _padding(chunk: Rows, tokenizer, turns: Turns) -> np.ndarray:
     """True for padding: where the attention mask is 0, and runs of the pad token at either end of a row.
 
     Where the pad token is also one that a row may end (or begin) with, the one next to the text is text.
@@ -362,7 +348,7 @@ def _endings(truth: _Truth, turns: Turns, table: TokenBytes, tokenizer) -> np.nd
     return endings
 
 
-def _cut_rows(rows: _Rows) -> np.ndarray:
+def _cut_rows(rows: _PerRow) -> np.ndarray:
     """The rows that the length limit has cut: in a turn, or behind a question where other rows show the limit."""
     cut = rows.ending == _CUT
     limit = rows.tokens[cut].max() if cut.any() else _UNKNOWN
@@ -395,11 +381,13 @@ def _length_for_99_percent(needed: np.ndarray) -> int | None:
 def _needed_by(texts: Iterable[str], tokenizer, table: TokenBytes, turns: Turns) -> np.ndarray:
     """The tokens that each answer of `texts` needs, counted from its row's start."""
     rows = ({"input_ids": ids, "labels": ids} for ids in tokenizer(list(texts)).input_ids)
-    parts = [_examine(chunk, tokenizer, table, turns, -100) for chunk in _chunks(list(rows), table)]
+    parts = [
+        _examine(chunk, tokenizer, table, turns, -100) for chunk in read_rows(list(rows), ids_below=table.row_end_id)
+    ]
     return np.concatenate([part.needed for part in parts])
 
 
-def _spans(parts: list[_Part], rows: _Rows, cut: np.ndarray) -> dict[str, np.ndarray]:
+def _spans(parts: list[_Part], rows: _PerRow, cut: np.ndarray) -> dict[str, np.ndarray]:
     """All faults by code: lines of row, first token, the token behind the last."""
     spans = {code: np.concatenate([part.spans[code] for part in parts]) for code in parts[0].spans}
     for code, flagged in {
@@ -414,7 +402,7 @@ def _spans(parts: list[_Part], rows: _Rows, cut: np.ndarray) -> dict[str, np.nda
 
 
 def _findings(
-    spans, rows: _Rows, cut, dataset, tokenizer, table: TokenBytes, turns: Turns, enough
+    spans, rows: _PerRow, cut, dataset, tokenizer, table: TokenBytes, turns: Turns, enough
 ) -> Iterator[Finding]:
     """The faults in the order of `_CHECKS`, each with one row quoted and the fix that fits."""
     fixes = _fixes(table, turns, int(rows.tokens.max()), enough)
@@ -431,7 +419,7 @@ def _findings(
             shown = lines[order[0]]
             cause = "fully_masked" if answered.any() else "no_answer" if not short.all() else "truncated"
         row, first, last = map(int, shown)
-        text = tokenizer.decode(_ids(dataset, row)[first:last])
+        text = tokenizer.decode(ids_of(dataset, row)[first:last])
         expected, fix = fixes[cause]
         yield Finding(
             code=code,
@@ -481,94 +469,6 @@ def _quote(text: str, *, from_end: bool, width: int = 60) -> str:
     return repr(short)
 
 
-def _ids(dataset, row: int) -> list[int]:
-    ids = dataset["input_ids"][row] if isinstance(dataset, Mapping) else dataset[row]["input_ids"]
-    return np.asarray(_cpu(ids)).tolist()
-
-
-def _cpu(values):
-    return values.cpu() if hasattr(values, "cpu") else values
-
-
-def _chunks(dataset, table: TokenBytes) -> Iterator[_Chunk]:
-    """Rows laid end to end, about a million tokens at a time."""
-    first_row, waiting, size = 0, [], 0
-    for block in _blocks(dataset):
-        waiting.append(block)
-        size += len(block[0])
-        if size >= _CHUNK_TOKENS:
-            chunk = _chunk(first_row, waiting, table)
-            yield chunk
-            first_row, waiting, size = first_row + len(chunk.lengths), [], 0
-    if waiting:
-        yield _chunk(first_row, waiting, table)
-
-
-def _chunk(first_row: int, blocks: list, table: TokenBytes) -> _Chunk:
-    ids, labels, attended, lengths, label_lengths = (np.concatenate(column) for column in zip(*blocks, strict=True))
-    wrong = np.flatnonzero(lengths != label_lengths)
-    if len(wrong):
-        raise MaskingError(
-            f"row {first_row + wrong[0]}",
-            found=f"{label_lengths[wrong[0]]} labels for {lengths[wrong[0]]} input ids",
-            expected="one label a token",
-            fix="make the labels anew from the row's input ids",
-        )
-    starts = np.cumsum(lengths) - lengths
-    row_of = np.repeat(np.arange(len(lengths)), lengths)
-    wrong = np.flatnonzero((ids < 0) | (ids >= table.row_end_id))
-    if len(wrong):
-        row = row_of[wrong[0]]
-        raise MaskingError(
-            f"row {first_row + row}, token {wrong[0] - starts[row]}",
-            found=f"input id {ids[wrong[0]]}",
-            expected=f"an id of this tokenizer, 0 to {table.row_end_id - 1}",
-            fix="pass the tokenizer that made the rows",
-        )
-    return _Chunk(first_row, ids, labels, attended.astype(bool), starts, lengths, row_of)
-
-
-def _blocks(dataset) -> Iterator[tuple[np.ndarray, ...]]:
-    """Rows as flat arrays: ids, labels, attended, and the numbers of ids and of labels in each row."""
-    if isinstance(dataset, Mapping):
-        dataset = [dict(zip(dataset, values, strict=True)) for values in zip(*dataset.values(), strict=True)]
-    if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
-        yield from _arrow_blocks(dataset)
-        return
-    for row, values in enumerate(dataset):
-        _need_columns(values, f"row {row}")
-        ids, labels = (np.asarray(_cpu(values[key]), np.int64) for key in ("input_ids", "labels"))
-        mask = values.get("attention_mask")
-        attended = np.ones(len(ids), np.int64) if mask is None else np.asarray(_cpu(mask), np.int64)
-        yield ids, labels, attended, np.array([len(ids)]), np.array([len(labels)])
-
-
-def _arrow_blocks(dataset, rows_at_once: int = 128) -> Iterator[tuple[np.ndarray, ...]]:
-    import pyarrow.compute as pc
-
-    _need_columns(dataset.column_names, "dataset")
-    names = [name for name in ("input_ids", "labels", "attention_mask") if name in dataset.column_names]
-    arrow = dataset.select_columns(names).with_format("arrow")
-    for first in range(0, len(dataset), rows_at_once):
-        columns = arrow[first : first + rows_at_once]
-        flat = [pc.list_flatten(columns[name]).to_numpy().astype(np.int64) for name in names]
-        if len(flat) == 2:
-            flat.append(np.ones(len(flat[0]), np.int64))
-        lengths = [pc.list_value_length(columns[name]).to_numpy().astype(np.int64) for name in names[:2]]
-        yield *flat, *lengths
-
-
-def _need_columns(names, where: str) -> None:
-    for name in ("input_ids", "labels"):
-        if name not in names:
-            raise MaskingError(
-                where,
-                found=f"no {name!r} among {sorted(names)}",
-                expected="tokenized and masked rows",
-                fix="call train_on_responses_only first, and check trainer.train_dataset",
-            )
-
-
 def show_masking(row: Mapping, *, tokenizer, ignore_index: int = -100) -> "MaskView":
     """One row as text, trained tokens apart from masked ones; in a notebook in colour, with ids as tool-tips.
 
@@ -583,11 +483,11 @@ def show_masking(row: Mapping, *, tokenizer, ignore_index: int = -100) -> "MaskV
         TRAINED | Hello!<|im_end|>
         masked  | ↵
     """
-    _need_columns(row, "row")
+    need_columns(row, "row")
     table = TokenBytes(tokenizer)
-    ids, labels = (np.asarray(_cpu(row[key])).tolist() for key in ("input_ids", "labels"))
+    ids, labels = (flat(row[key]).tolist() for key in ("input_ids", "labels"))
     if len(ids) != len(labels):
-        raise MaskingError(
+        raise RowsError(
             "row",
             found=f"{len(labels)} labels for {len(ids)} ids",
             expected="one label a token",

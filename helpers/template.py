@@ -1,12 +1,11 @@
 """Render conversations with the tokenizer's chat template, and check that the two fit together."""
 
-import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from helpers.errors import InputError
 from helpers.tables import html_table, text_table
-from helpers.turns import TokenBytes, Turns, TurnsError, read_turns, render
+from helpers.turns import TokenBytes, Turns, TurnsError, joined, read_turns, render
 
 _QUESTION = [{"role": "user", "content": "Zq0u"}]
 _ANSWER = [{"role": "assistant", "content": "Zq1a"}]
@@ -104,25 +103,20 @@ class TemplateReport:
                 fix=first.fix + others,
             )
 
-    def _tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        verdict = "fits its tokenizer" if self.ok else "does NOT fit its tokenizer"
-        tables = [(f"Chat template: {verdict}", ["what", "value"], [list(fact) for fact in self.facts])]
-        rows = [["problem", check.code, check.sentence, check.fix] for check in self.details]
-        rows += [["put right", check.code, check.sentence, check.fix] for check in self.fixed]
-        if rows:
-            tables.append(("", ["verdict", "code", "what was found", "fix"], rows))
-        return tables
+    def _table(self) -> tuple[str, list[str], list[list[str]]]:
+        rows = [list(fact) for fact in self.facts]
+        rows += [[f"problem: {check.code}", f"{check.sentence}. Fix: {check.fix}"] for check in self.details]
+        rows += [[f"taken care of: {check.code}", f"{check.sentence}; {check.fix}"] for check in self.fixed]
+        verdict = "fits the tokenizer" if self.ok else "does NOT fit the tokenizer"
+        return f"Chat template: {verdict}", ["what", "value"], rows
 
     def __repr__(self) -> str:
-        return "\n".join(
-            part for title, headers, rows in self._tables() for part in (title, text_table(headers, rows)) if part
-        )
+        title, headers, rows = self._table()
+        return f"{title}\n{text_table(headers, rows)}"
 
     def _repr_html_(self) -> str:
-        return "".join(
-            f"<p><b>{html.escape(title)}</b></p>" * bool(title) + html_table(headers, rows)
-            for title, headers, rows in self._tables()
-        )
+        title, headers, rows = self._table()
+        return f"<p><b>{title}</b></p>{html_table(headers, rows)}"
 
 
 class TemplateError(InputError):
@@ -267,19 +261,20 @@ def _generation_prompt(tokenizer, table: TokenBytes, turns: Turns) -> Iterator[T
     prompt = render(tokenizer, _QUESTION, add_generation_prompt=True)
     rendered = render(tokenizer, _QUESTION + _ANSWER)
     prompt_ids, ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, rendered))
-    left = rendered.removeprefix(prompt)
+    left = rendered.removeprefix(prompt).lstrip(" ")  # a space in front of an answer is part of its first token
     # where a template writes an empty <think> block, the answer does not follow the prompt at once
-    if not left.startswith(_ANSWER[0]["content"]) and not prompt.endswith(table.text(turns.answer_start)):
-        yield TemplateCheck(
-            "no_generation_prompt",
-            f"with add_generation_prompt=True a prompt ends with {prompt[-30:]!r}, not with the start of an answer",
-            "add {% if add_generation_prompt %} and the start of an answer to tokenizer.chat_template",
-        )
-    elif left == rendered or ids[: len(prompt_ids)] != prompt_ids:
+    ends_with_start = joined(tokenizer, table, prompt).endswith(turns.answer_start)
+    if not rendered.startswith(prompt) or ids[: len(prompt_ids)] != prompt_ids:
         yield TemplateCheck(
             "prompt_not_prefix",
             "the prompt at inference is not how training texts begin, in text or in tokens",
             "make the generation prompt in tokenizer.chat_template equal to the start of an answer",
+        )
+    elif not (left.startswith(_ANSWER[0]["content"]) or ends_with_start):
+        yield TemplateCheck(
+            "no_generation_prompt",
+            f"with add_generation_prompt=True a prompt ends with {prompt[-30:]!r}, not with the start of an answer",
+            "add {% if add_generation_prompt %} and the start of an answer to tokenizer.chat_template",
         )
 
 

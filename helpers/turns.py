@@ -172,6 +172,12 @@ def render(tokenizer, messages: list[dict], **options) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, **(fixed_date | options))
 
 
+def joined(tokenizer, table: TokenBytes, text: str) -> bytes:
+    """The bytes of a text's tokens, without a BOS token that the tokenizer may put in front."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return table.join(np.asarray(ids, np.int64))[0]
+
+
 def read_turns(tokenizer, table: TokenBytes) -> Turns:
     """Read the marks around answers from probe conversations, and prove on the probes that they find every answer.
 
@@ -194,6 +200,11 @@ def read_turns(tokenizer, table: TokenBytes) -> Turns:
             gaps.setdefault(pair, []).append(gap)
     answer_start = _answer_start(tokenizer, table, gaps)
     after = _shared_prefix(gaps["a", "u"] + gaps["a", "$"])
+    if not after:
+        raise _unreadable(
+            "one that ends an answer in the middle of a conversation and the last one differently",
+            "rows made with it cannot be checked; use one that ends every answer with the same token",
+        )
     end = re.match(b"[^\xff]*\xff[\xf8-\xfe]{6}", after)
     if end is None:
         raise _unreadable(
@@ -232,16 +243,11 @@ def _messages(shape: str) -> list[dict]:
     return [{"role": roles[letter], "content": f"Zq{i}{letter}"} for i, letter in enumerate(shape)]
 
 
-def _joined(tokenizer, table: TokenBytes, text: str) -> bytes:
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    return table.join(np.asarray(ids, np.int64))[0]
-
-
 def _probe(tokenizer, table: TokenBytes, shape: str) -> list[bytes] | None:
     """The bytes before, between and after the probe messages; None where the template refuses or changes them."""
     messages = _messages(shape)
     try:
-        data = _joined(tokenizer, table, render(tokenizer, messages))
+        data = joined(tokenizer, table, render(tokenizer, messages))
     except Exception:  # templates raise whatever they like for an order of roles that they do not know
         return None
     found = re.fullmatch(b"(.*?)" + b"(.*?)".join(m["content"].encode() for m in messages) + b"(.*)", data, re.DOTALL)
@@ -251,8 +257,8 @@ def _probe(tokenizer, table: TokenBytes, shape: str) -> list[bytes] | None:
 def _answer_start(tokenizer, table: TokenBytes, gaps: dict) -> bytes:
     """What is written before every answer, whoever spoke before, and before nothing else."""
     mark = _shared_prefix(gaps["u", "a"])  # a template may add an empty <think> block to the last answer alone
-    generation = _joined(tokenizer, table, render(tokenizer, _messages("u"), add_generation_prompt=True))
-    prompt = _joined(tokenizer, table, render(tokenizer, _messages("u")))
+    generation = joined(tokenizer, table, render(tokenizer, _messages("u"), add_generation_prompt=True))
+    prompt = joined(tokenizer, table, render(tokenizer, _messages("u")))
     others = [gap for (_, role), found in gaps.items() if role in "us" for gap in found]
     candidates = [_shared_prefix(gaps[role, "a"]) for role in "s^a" if (role, "a") in gaps]
     candidates.append(generation[len(_shared_prefix([generation, prompt])) :])
@@ -270,7 +276,7 @@ def _answer_start(tokenizer, table: TokenBytes, gaps: dict) -> bytes:
 
 def _prove(tokenizer, table: TokenBytes, turns: Turns, shape: str) -> None:
     messages = _messages(shape)
-    data = _joined(tokenizer, table, render(tokenizer, messages)) + ROW_END
+    data = joined(tokenizer, table, render(tokenizer, messages)) + ROW_END
     answers = find_answers(data, turns)
     spans = zip(answers.start, answers.stop - len(turns.answer_end), strict=True)
     found = [table.text(data[start:stop]) for start, stop in spans]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from templates import ALL_KINDS
 
 from helpers.masking import MaskingError, check_masking, show_masking
+from helpers.rows import RowsError
 from helpers.template import format_conversations
 from helpers.turns import TurnsError, render
 
@@ -59,10 +60,10 @@ def truth(tokenizer, name: str, messages: list[dict]) -> tuple[list[int], np.nda
                 expected[token] = TRAINED if answer.strip() and not header.strip() else EITHER
             elif a >= end and not raw[end:b].strip():
                 expected[token] = EITHER
-        first = np.flatnonzero(expected == TRAINED)
-        # a space of SentencePiece's own in front of the answer
-        for token in first[np.append(True, np.diff(first) > 1)] if len(first) else ():
-            if tokenizer.convert_ids_to_tokens(encoded.input_ids[token]) == "▁":
+        # a space of SentencePiece's own in front of the answer stands for no space in the text
+        for token in np.flatnonzero(expected == TRAINED):
+            a, b = encoded.offset_mapping[token]
+            if tokenizer.convert_ids_to_tokens(encoded.input_ids[token]) == "▁" and not text[a:b].isspace():
                 expected[token] = EITHER
     return encoded.input_ids, expected
 
@@ -144,12 +145,15 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40
     lambda text: text.strip() and not re.search(r"[\[\]<>|▁]", text)
 )
 
+SPACE = st.sampled_from(["", "", "\n", "\n\n", " ", "\t", " \n"])
+
 
 @st.composite
 def conversations(draw) -> tuple[str, list[dict]]:
     turns = draw(st.integers(1, 4))
     system = draw(st.none() | TEXT)
-    return draw(st.sampled_from(NAMES)), talk(*(draw(TEXT) for _ in range(2 * turns)), system=system)
+    text = st.tuples(SPACE, TEXT, SPACE).map("".join)  # white space may merge with what stands around it
+    return draw(st.sampled_from(NAMES)), talk(*(draw(text) for _ in range(2 * turns)), system=system)
 
 
 def test_random_right_masks_pass(shared_tokenizer, capsys):
@@ -402,7 +406,7 @@ def test_padded_batches(shared_tokenizer, name, side, attention):
 
 @pytest.mark.parametrize("attention", [True, False])
 def test_padding_with_the_end_token(shared_tokenizer, attention):
-    tokenizer = copy.copy(shared_tokenizer("chatml"))
+    tokenizer = copy.deepcopy(shared_tokenizer("chatml"))
     tokenizer.pad_token = tokenizer.eos_token
     rows = right_rows(tokenizer, "chatml")
     batch = padded_batch(tokenizer, rows, side="right", attention=attention)
@@ -544,10 +548,12 @@ def test_template_that_cannot_be_read(shared_tokenizer, template, found):
             "1 labels for 2 input ids",
         ),
         ([{"input_ids": [1, 99_999], "labels": [1, 1]}], "row 0, token 1", "input id 99999"),
+        ([{"input_ids": [1, 2], "labels": None}], "row 0", "0 labels for 2 input ids"),
+        ({"input_ids": [[1]], "attention_mask": [[1]]}, "batch", "no 'labels'"),
     ],
 )
 def test_rows_that_cannot_be_read(shared_tokenizer, rows, where, found):
-    with pytest.raises(MaskingError) as caught:
+    with pytest.raises(RowsError) as caught:
         check_masking(rows, tokenizer=shared_tokenizer("chatml"))
     assert caught.value.where == where
     assert found in caught.value.found
