@@ -202,7 +202,6 @@ def test_the_cell_is_short_and_names_this_version_and_this_repository():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert repository == project["urls"]["Repository"]
     assert tag == f"v{project['version']}" == f"v{helpers.__version__}"
-    assert f'Path("{repository.rpartition("/")[2]}")' in CELL
 
 
 # The two sets of versions must not drift apart, so that what passes here says something about Colab.
