@@ -160,9 +160,13 @@ def keep_outputs(notebook: NotebookNode, donor: NotebookNode) -> int:
 
 
 def clean(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Outputs without what only the live kernel can show, progress widgets, and without warnings on stderr."""
+    """Outputs without progress widgets, which only a live kernel can show, warnings on stderr, and this machine's paths."""
     widget = "application/vnd.jupyter.widget-view+json"
-    return [output for output in outputs if output.get("name") != "stderr" and widget not in output.get("data", {})]
+    kept = [output for output in outputs if output.get("name") != "stderr" and widget not in output.get("data", {})]
+    for output in kept:
+        if "text" in output:
+            output.text = output.text.replace(f"{ROOT}/", "").replace(str(Path.home()), "~")
+    return kept
 
 
 def read_notebook(path: Path) -> NotebookNode:

@@ -49,10 +49,13 @@ profile
 # knows by the name `llama-3.1`; a model of another family keeps its own.
 
 # %%
+import copy
+
 from unsloth.chat_templates import get_chat_template, standardize_sharegpt  # before transformers: it patches it
 from transformers import AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(model_source(profile.model_name))
+untouched = AutoTokenizer.from_pretrained(model_source(profile.model_name))
+tokenizer = copy.deepcopy(untouched)
 template = choose_template(tokenizer)
 if template.name:
     tokenizer = get_chat_template(tokenizer, chat_template=template.name)
@@ -70,14 +73,24 @@ print(tokenizer.apply_chat_template(example, tokenize=False))
 
 # %% [markdown] lang="en"
 # Much can go wrong between a template and a tokenizer without a word: BOS twice, an end token that generation does not
-# stop on, padding that looks like the end. `check_template` tries each of them.
+# stop on, padding that looks like the end, special tokens that got another meaning. `check_template` tries each of them,
+# and compares with the tokenizer as it was loaded.
 
 # %% tags=["nbval-check-output"]
 from helpers.template import check_template, format_conversations
 
-template_report = check_template(tokenizer)
+template_report = check_template(tokenizer, original=untouched)
 template_report.raise_if_failed()
 template_report
+
+# %% [markdown] lang="en"
+# Try it on a mistake: the template of another family. `get_chat_template` accepts it and says nothing. Put other names
+# in, such as `"chatml"`, `"zephyr"` or `"llama-3.1"`, and see which of them fit.
+
+# %% tags=["nbval-check-output"]
+wrong_template = "gemma"
+foreign = get_chat_template(copy.deepcopy(untouched), chat_template=wrong_template)
+check_template(foreign, original=untouched)
 
 # %% [markdown] lang="en"
 # ## Load the conversations
@@ -109,7 +122,7 @@ raw_dataset[0]["conversations"]
 # %% tags=["nbval-check-output"]
 from helpers.conversations import validate_conversations
 
-conversation_report = validate_conversations(raw_dataset)
+conversation_report = validate_conversations(raw_dataset, tokenizer=tokenizer)
 raw_dataset = raw_dataset.select(conversation_report.valid_rows)
 conversation_report
 
@@ -137,8 +150,9 @@ dataset[0]["conversations"]
 # %% [markdown] lang="en"
 # ## From roles to text
 #
-# `format_conversations` calls `tokenizer.apply_chat_template` on each conversation and drops a leading BOS, because the
-# tokenizer adds one when it tokenizes the text. Without that the model would see it twice.
+# `format_conversations` calls `tokenizer.apply_chat_template` on each conversation. It drops a leading BOS where the
+# tokenizer adds one by itself, or the model would see it twice, and it strips the white space around each message: a
+# newline before an answer would melt into one token with the marker before it, and the answer would not be found.
 
 # %%
 dataset = dataset.map(format_conversations, fn_kwargs={"tokenizer": tokenizer}, batched=True, desc="Format")

@@ -129,7 +129,6 @@ trainer = SFTTrainer(
     eval_dataset=eval_dataset,
     args=SFTConfig(**batch, **steps, **schedule, **optimiser, **precision, **data, **evaluation, **reporting),
 )
-text_row = trainer.train_dataset[0]
 
 # %% [markdown] lang="en"
 # ## Train on the answers only
@@ -145,6 +144,7 @@ facts = run.facts("dataset")
 instruction_part, response_part = facts["instruction_part"], facts["response_part"]
 trainer = train_on_responses_only(trainer, instruction_part=instruction_part, response_part=response_part)
 print(f"instruction_part = {instruction_part!r}\nresponse_part = {response_part!r}")
+print(f"Rows dropped because nothing in them would be trained: {len(train_dataset) - len(trainer.train_dataset)}")
 
 # %% [markdown] lang="en"
 # One row, decoded: first all that the model reads, then only what it is trained to write.
@@ -170,14 +170,19 @@ mask_report
 show_masking(row, tokenizer=tokenizer)
 
 # %% [markdown] lang="en"
-# A check that cannot fail is none. This row's labels are its whole text, as they would be without the markers.
+# A check that cannot fail is none. Here the two markers are swapped, so that the model would learn to be the customer.
+# Try other mistakes: a marker without its newline, or labels that are all of `row["input_ids"]`.
 
 # %% tags=["nbval-check-output"]
-unmasked = {"input_ids": row["input_ids"], "labels": row["input_ids"]}
+swapped = dict(instruction_part=response_part, response_part=instruction_part)
+mask_wrongly = train_on_responses_only(None, tokenizer=tokenizer, return_function=True, **swapped)
+wrong_labels = mask_wrongly({"input_ids": [row["input_ids"]]})["labels"][0]
+wrong_row = {"input_ids": row["input_ids"], "labels": wrong_labels}
 try:
-    check_masking([unmasked], tokenizer=tokenizer).raise_if_failed()
+    check_masking([wrong_row], tokenizer=tokenizer).raise_if_failed()
 except ValueError as error:
     print(error)
+show_masking(wrong_row, tokenizer=tokenizer)
 
 # %% [markdown] lang="en"
 # ## Measure before training
