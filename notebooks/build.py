@@ -160,7 +160,7 @@ def keep_outputs(notebook: NotebookNode, donor: NotebookNode) -> int:
 
 
 def clean(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Outputs without progress widgets, which only a live kernel can show, warnings on stderr, and this machine's paths."""
+    """Outputs without what only a live kernel can show (widgets), warnings on stderr, and this machine's paths."""
     widget = "application/vnd.jupyter.widget-view+json"
     kept = [output for output in outputs if output.get("name") != "stderr" and widget not in output.get("data", {})]
     for output in kept:
