@@ -194,8 +194,12 @@ def open_run(
         HandoffError: the folder cannot be written, or an artefact is nowhere to be had; it names the chapter to run.
     """
     folder = Path(path).expanduser().resolve()
-    _check_writable(folder)
-    run = Run(folder, Path(drive).expanduser() if drive else None)
+    _check_writable(folder, setting="RUN_DIR")
+    mirror = Path(drive).expanduser() if drive else None
+    if mirror is not None:
+        _mount_drive(mirror)
+        _check_writable(mirror, setting="DRIVE_DIR")
+    run = Run(folder, mirror)
     from helpers.profiles import shown
 
     print(f"Run folder: {shown(folder)}")
@@ -227,7 +231,7 @@ def _fetch(run: Run, name: str, hub: str | None, parameters: Mapping[str, Any]) 
 
     chapters = missing_chapters(run, name)
     print(f"  {name}: not here yet, running {', '.join(chapters)} first")
-    given = {**(parameters or {}), "RUN_DIR": str(run.path)}
+    given = {**parameters, "RUN_DIR": str(run.path), "DRIVE_DIR": str(run.mirror or "")}
     last = run_chapters(chapters, executed_dir=run.path / "executed", parameters=given)[-1]
     if last.failure:
         raise HandoffError(
@@ -257,7 +261,16 @@ def _refused(name: str, where: str, found: str, expected: str) -> HandoffError:
     return HandoffError(where, found=found, expected=expected, fix=f"run chapter {chapter} (again) with this RUN_DIR")
 
 
-def _check_writable(folder: Path) -> None:
+def _mount_drive(folder: Path) -> None:
+    """On Colab, mount Google Drive if the folder lies on it; Colab asks the reader for permission."""
+    if folder.is_relative_to("/content/drive") and not Path("/content/drive/MyDrive").exists():
+        with contextlib.suppress(ImportError):  # elsewhere there is nothing to mount
+            from google.colab import drive
+
+            drive.mount("/content/drive")
+
+
+def _check_writable(folder: Path, *, setting: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
@@ -265,10 +278,10 @@ def _check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise HandoffError(
-            f"RUN_DIR {folder}",
+            f"{setting} {folder}",
             found=error.strerror or str(error),
             expected="a folder that can be written",
-            fix="set RUN_DIR to a folder of your own",
+            fix=f"set {setting} to a folder of your own",
         ) from None
 
 

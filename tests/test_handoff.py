@@ -140,6 +140,12 @@ def test_folder_that_cannot_be_written(tmp_path):
         open_run(tmp_path / "file" / "run")
 
 
+def test_drive_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HandoffError, match="DRIVE_DIR .*a folder that can be written"):
+        open_run(tmp_path / "run", drive=tmp_path / "file" / "drive")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 99, "artefacts": {}}'])
 def test_unreadable_manifest(run, content):
     (run.path / MANIFEST).write_text(content)
