@@ -1,11 +1,182 @@
-"""Ask the model: single and batched replies, and two models' answers side by side."""
+"""Ask the model: one streamed reply, batches, a conversation that is trimmed, and two answers side by side."""
 
 import html
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from helpers.errors import InputError
+
 Message = dict[str, str]
+
+
+class ChatError(InputError):
+    """A conversation that the model cannot answer: too long, or rendered in another way than in training."""
+
+
+def render_prompt(tokenizer: Any, conversation: Sequence[Message]) -> str:
+    """The text that the model continues: the conversation as in training, and the opening of an answer.
+
+    Raises:
+        ChatError: the text would begin with two BOS tokens.
+
+    Example:
+        >>> render_prompt(tokenizer, [{"role": "user", "content": "Hi "}])
+        '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'
+    """
+    from helpers.turns import render
+
+    stripped = [message | {"content": message["content"].strip()} for message in conversation]
+    prompt = render(tokenizer, stripped, add_generation_prompt=True)
+    if tokenizer.bos_token and prompt.startswith(tokenizer.bos_token * 2):
+        fix = "leave one {{ bos_token }} in tokenizer.chat_template"
+        raise ChatError("prompt", found=f"two {tokenizer.bos_token} at its start", expected="one", fix=fix)
+    return prompt
+
+
+def encode_prompts(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> Any:
+    """Prompts as a batch of tensors: `input_ids` and `attention_mask`, both (conversations, longest prompt).
+
+    Shorter prompts are padded on the *left*, so that every reply starts right after its own prompt, and the attention
+    mask hides the padding. The template has written the special tokens: adding them again would double the BOS.
+    """
+    prompts = [render_prompt(tokenizer, conversation) for conversation in conversations]
+    return tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+
+
+def count_tokens(tokenizer: Any, conversation: Sequence[Message]) -> int:
+    """How many tokens the prompt for a conversation has."""
+    return len(tokenizer(render_prompt(tokenizer, conversation), add_special_tokens=False).input_ids)
+
+
+def trim_conversation(
+    tokenizer: Any, conversation: Sequence[Message], *, max_seq_length: int, max_new_tokens: int
+) -> tuple[list[Message], int]:
+    """Leave out the oldest turns until the prompt and its reply fit; a turn is left out whole, with its answer.
+
+    The system message and the last question always stay.
+
+    Args:
+        conversation: ends with a user's turn.
+        max_seq_length: tokens that prompt and reply may have together.
+        max_new_tokens: tokens kept free for the reply.
+
+    Returns:
+        The conversation that fits, and how many messages were left out.
+
+    Raises:
+        ChatError: the last question alone does not fit.
+
+    Example:
+        >>> kept, left_out = trim_conversation(tokenizer, long_conversation, max_seq_length=512, max_new_tokens=96)
+    """
+    system = [message for message in conversation[:1] if message["role"] == "system"]
+    turns = list(conversation[len(system) :])
+    total = len(turns)
+    while count_tokens(tokenizer, system + turns) + max_new_tokens > max_seq_length:
+        later = next((i for i, message in enumerate(turns) if i and message["role"] == "user"), None)
+        if later is None:
+            found = f"{count_tokens(tokenizer, system + turns)} tokens and {max_new_tokens} for the reply"
+            fix = "shorten it, or raise max_seq_length"
+            raise ChatError("the last question", found=found, expected=f"at most {max_seq_length} in all", fix=fix)
+        turns = turns[later:]
+    return system + turns, total - len(turns)
+
+
+def print_text(text: str) -> None:
+    """Show a piece of a reply at once, on the same line."""
+    print(text, end="", flush=True)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply and how fast it came.
+
+    Attributes:
+        text: without special tokens.
+        tokens: how many were generated, the end of the turn included.
+        seconds_to_first_token: from the call to the first token.
+        seconds: from the call to the last one.
+        ended_by: "end of turn", "max_new_tokens" or "stop".
+    """
+
+    text: str
+    tokens: int
+    seconds_to_first_token: float
+    seconds: float
+    ended_by: str
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens after the first one, by the time that they took."""
+        return (self.tokens - 1) / max(self.seconds - self.seconds_to_first_token, 1e-9)
+
+    def __repr__(self) -> str:
+        speed = f"{self.tokens_per_second:.1f} tokens/s" if self.tokens > 1 else "one token"
+        return f"{self.tokens} tokens, the first after {self.seconds_to_first_token:.2f} s, {speed}, {self.ended_by}"
+
+
+def stream_reply(
+    model: Any,
+    tokenizer: Any,
+    conversation: Sequence[Message],
+    *,
+    on_text: Callable[[str], None] | None = None,
+    max_new_tokens: int = 96,
+    temperature: float = 0.0,
+    min_p: float = 0.0,
+    stop: threading.Event | None = None,
+) -> Reply:
+    """One reply, handed out word by word.
+
+    Args:
+        conversation: {"role", "content"} messages, ending with a user's turn.
+        on_text: called with each piece of text as soon as it is whole (a character may take several tokens).
+        max_new_tokens: the longest reply, in tokens.
+        temperature: 0 takes the most likely token each time; more draws, from a flatter distribution the higher it is.
+        min_p: when drawing, leaves out tokens that are less than this share as likely as the likeliest.
+        stop: set it in another thread to end the reply after the next token.
+
+    Example:
+        >>> stream_reply(model, tokenizer, [{"role": "user", "content": "Hi"}], on_text=print_text)
+        Hello! How can I help you?
+        9 tokens, the first after 0.08 s, 20.4 tokens/s, end of turn
+    """
+    import torch
+    from transformers import TextStreamer
+
+    start, times, stop = time.perf_counter(), [], stop or threading.Event()
+
+    class Timed(TextStreamer):
+        def put(self, value):
+            if not self.next_tokens_are_prompt:
+                times.append(time.perf_counter())
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False):
+            if on_text and text:
+                on_text(text)
+
+    prompt = encode_prompts(tokenizer, [conversation]).to(model.device)
+    sampling = dict(do_sample=True, temperature=temperature, min_p=min_p) if temperature else dict(do_sample=False)
+    ends = stop_tokens(tokenizer, model)
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=prompt["input_ids"],
+            attention_mask=prompt["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=Timed(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            stopping_criteria=[lambda ids, scores, **_: torch.full((len(ids),), stop.is_set(), device=ids.device)],
+            **sampling,
+        )
+    new = output[0, prompt["input_ids"].shape[1] :]
+    ended_by = "end of turn" if new[-1].item() in ends else "stop" if stop.is_set() else "max_new_tokens"
+    text = tokenizer.decode(new, skip_special_tokens=True).strip()
+    return Reply(text, len(new), times[0] - start, times[-1] - start, ended_by)
 
 
 def stop_tokens(tokenizer: Any, model: Any) -> list[int]:
@@ -25,9 +196,6 @@ def batch_replies(
 ) -> list[str]:
     """One greedy reply for each conversation.
 
-    Prompts of a batch are padded on the *left*, so that every reply starts right after its own prompt, and the
-    attention mask hides the padding.
-
     Args:
         conversations: lists of {"role", "content"}, each ending with a user's turn.
         max_new_tokens: the longest reply, in tokens.
@@ -38,34 +206,24 @@ def batch_replies(
     """
     import torch
 
-    prompts = [
-        tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) for turns in conversations
-    ]
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    replies = [""] * len(prompts)
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    try:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            # The template has written the special tokens already: adding them again would double the BOS.
-            batch = tokenizer(
-                [prompts[row] for row in rows], padding=True, add_special_tokens=False, return_tensors="pt"
+    lengths = [count_tokens(tokenizer, conversation) for conversation in conversations]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    replies = [""] * len(order)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = encode_prompts(tokenizer, [conversations[row] for row in rows]).to(model.device)
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=stop_tokens(tokenizer, model),
+                pad_token_id=tokenizer.pad_token_id,
             )
-            batch = batch.to(model.device)
-            with torch.inference_mode():
-                output = model.generate(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    eos_token_id=stop_tokens(tokenizer, model),
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            for row, text in zip(rows, texts, strict=True):
-                replies[row] = text.strip()
-    finally:
-        tokenizer.padding_side = side
+        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            replies[row] = text.strip()
     return replies
 
 

@@ -1,0 +1,116 @@
+"""The Modelfile's template gives the tokenizer's own prompt: rendered by Go's template engine where there is one."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import templates
+
+from helpers.chat import render_prompt
+from helpers.modelfile import ModelfileError, make_modelfile, ollama_template, read_template_parts, write_modelfile
+
+GOLDEN = Path(__file__).parent / "golden"
+SYSTEM = {"role": "system", "content": "You help <customers> of {{ Mossbell }}."}
+QUESTION = {"role": "user", "content": 'My lamp says "off".\nÄhm — 你好?'}
+ANSWER = {"role": "assistant", "content": "Re: lamp, off\nNext step: switch it on."}
+CONVERSATIONS = {
+    "one question": [QUESTION],
+    "system": [SYSTEM, QUESTION],
+    "second turn": [SYSTEM, QUESTION, ANSWER, QUESTION],
+    "no system, third turn": [QUESTION, ANSWER, QUESTION, ANSWER, QUESTION],
+}
+# What Ollama does with a template: fill in .System and .Messages.
+GO_PROGRAM = """package main
+
+import ("encoding/json"; "os"; "text/template")
+
+type Message struct { Role, Content string }
+type Job struct { Template, System string; Messages []Message }
+
+func main() {
+	var job Job
+	if err := json.NewDecoder(os.Stdin).Decode(&job); err != nil { panic(err) }
+	parsed := template.Must(template.New("").Parse(job.Template))
+	if err := parsed.Execute(os.Stdout, job); err != nil { panic(err) }
+}
+"""
+
+
+def expected(tokenizer, conversation):
+    """The tokenizer's prompt, without the BOS token where the runtime writes one."""
+    text = render_prompt(tokenizer, conversation)
+    if tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+        text = text.removeprefix(tokenizer.bos_token)
+    return text
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("kind", [kind for kind in templates.ALL_KINDS if kind not in ("gemma", "mistral")])
+def test_the_parts_render_as_the_tokenizer(kind, conversation, shared_tokenizer):
+    tokenizer = shared_tokenizer(kind)
+    assert read_template_parts(tokenizer).render(conversation) == expected(tokenizer, conversation)
+
+
+@pytest.fixture(scope="session")
+def go_render(tmp_path_factory):
+    go = shutil.which("go")
+    if go is None:
+        pytest.skip("no Go on this machine: the golden files stand in for its engine")
+    folder = tmp_path_factory.mktemp("go")
+    (folder / "render.go").write_text(GO_PROGRAM)
+    program = folder / "render"
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "GO111MODULE": "off", "GOTOOLCHAIN": "local"}
+    subprocess.run([go, "build", "-o", str(program), "render.go"], cwd=folder, check=True, env=environment)
+
+    def render(template, conversation):
+        job = {"Template": template, "Messages": conversation}
+        job["System"] = "\n\n".join(turn["content"] for turn in conversation if turn["role"] == "system")
+        done = subprocess.run([program], input=json.dumps(job), capture_output=True, text=True, check=True)
+        return done.stdout
+
+    return render
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("kind", ["llama-3.1", "smollm2", "chatml", "qwen", "phi-3", "zephyr"])
+def test_go_renders_the_template_as_the_tokenizer(kind, conversation, shared_tokenizer, go_render):
+    tokenizer = shared_tokenizer(kind)
+    template = ollama_template(read_template_parts(tokenizer))
+    assert go_render(template, conversation) == expected(tokenizer, conversation)
+
+
+@pytest.mark.parametrize("kind", ["llama-3.1", "smollm2"])
+def test_the_template_is_the_one_that_go_rendered_right(kind, shared_tokenizer):
+    golden = json.loads((GOLDEN / f"ollama-{kind}.json").read_text(encoding="utf-8"))
+    tokenizer = shared_tokenizer(kind)
+    assert ollama_template(read_template_parts(tokenizer)) == golden["template"]
+    assert {name: expected(tokenizer, turns) for name, turns in CONVERSATIONS.items()} == golden["rendered_by_go"]
+
+
+def test_a_text_that_looks_like_a_template_is_printed_as_it_is(shared_tokenizer, go_render):
+    parts = read_template_parts(shared_tokenizer("smollm2"))
+    odd = type(parts)("{{ .System }}<", parts.before_system, parts.after_system, "}}{{>", parts.to_question)
+    assert go_render(ollama_template(odd), [{"role": "user", "content": "x"}]) == "{{ .System }}<x}}{{>"
+
+
+def test_a_template_that_changes_messages_is_refused(shared_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(shared_tokenizer("smollm2"))
+    tokenizer.chat_template = "{% for m in messages %}{{ loop.index }} {{ m['content'] | upper }}\n{% endfor %}"
+    with pytest.raises(ModelfileError, match="TEMPLATE by hand"):
+        read_template_parts(tokenizer)
+
+
+class Stops:
+    class generation_config:  # noqa: N801, the model's own attribute
+        eos_token_id = None
+
+
+def test_the_modelfile_stops_where_the_tokenizer_ends_a_turn(shared_tokenizer, tmp_path):
+    text = make_modelfile(Stops, shared_tokenizer("smollm2"), gguf_file="model-q8_0.gguf", context_tokens=512)
+    assert text.startswith('FROM ./model-q8_0.gguf\nTEMPLATE """{{ if .System }}<|im_start|>system\n')
+    assert 'PARAMETER stop "<|im_end|>"\nPARAMETER num_ctx 512\n' in text
+    assert write_modelfile(tmp_path, text).read_text(encoding="utf-8") == text
