@@ -9,7 +9,7 @@ export UNSLOTH_DISABLE_STATISTICS ?= 1
 TEST_RUN := runs/test
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model notebooks run record lint unit test location clean
+.PHONY: help setup model notebooks run record lint unit test lock colab-rehearsal location clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -46,6 +46,12 @@ unit: model  ## run the tests
 
 test: lint unit  ## lint, tests, and the whole series on the cpu profile
 	@python -m helpers.series --fresh -p PROFILE cpu -p RUN_DIR $(CURDIR)/$(TEST_RUN)
+
+lock: $(READY)  ## resolve requirements-colab.txt against the image's freeze again
+	@python -m helpers.lock
+
+colab-rehearsal: $(READY)  ## chapters 01-04 in an environment like Colab's (Python 3.13)
+	@python -m helpers.rehearsal
 
 location: $(READY)  ## make location REPOSITORY=owner/name: rewrite badges and the setup cell
 	@python notebooks/build.py --location $(REPOSITORY)

@@ -3,6 +3,7 @@
 python -m helpers.probes NAME runs one of them and prints what it found as one line of JSON.
 """
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -36,13 +37,14 @@ def probe_gpu() -> dict | None:
     facts = {"torch": torch.__version__, "torch_cuda": _pair(torch.version.cuda), "gpu": None}
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info(0)
-        driver_cuda = torch._C._cuda_getDriverVersion()  # 12080 is CUDA 12.8
+        driver_cuda = ctypes.c_int()  # 12080 is CUDA 12.8; not every build of torch passes this on
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver_cuda))
         facts |= {
             "gpu": torch.cuda.get_device_name(0),
             "capability": torch.cuda.get_device_capability(0),
             "free_gib": free / 2**30,
             "total_gib": total / 2**30,
-            "driver_cuda": (driver_cuda // 1000, driver_cuda % 1000 // 10),
+            "driver_cuda": (driver_cuda.value // 1000, driver_cuda.value % 1000 // 10),
             "arch_list": torch.cuda.get_arch_list(),
         }
     return facts

@@ -45,11 +45,13 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# Choices are made in one cell. `"auto"` takes the `t4` profile where a CUDA GPU is present and `cpu` otherwise.
+# Choices are made in one cell. `"auto"` takes the `t4` profile where a CUDA GPU is present and `cpu` otherwise. An empty
+# `MODEL_NAME` means the profile's own model; give another to see whether it needs a token.
 
 # %% tags=["parameters"]
 # @title Choices
 PROFILE = "auto"  # @param ["auto", "t4", "cpu"]
+MODEL_NAME = ""  # @param {type:"string"}
 
 # %% [markdown] lang="en"
 # ## Check the machine
@@ -60,7 +62,7 @@ PROFILE = "auto"  # @param ["auto", "t4", "cpu"]
 # %%
 from helpers.environment import check_environment
 
-environment = check_environment()
+environment = check_environment(model_name=MODEL_NAME or None)
 environment
 
 # %% [markdown] lang="en"
@@ -78,7 +80,7 @@ environment.raise_if_failed()
 # %%
 from helpers.profiles import choose_profile
 
-profile = choose_profile(PROFILE)
+profile = choose_profile(PROFILE, model_name=MODEL_NAME)
 profile
 
 # %% [markdown] lang="en"
