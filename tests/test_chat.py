@@ -1,8 +1,21 @@
 """Replies of the real small model."""
 
+import copy
+import threading
+
 import pytest
 
-from helpers.chat import batch_replies, compare_replies, stop_tokens
+from helpers.chat import (
+    ChatError,
+    batch_replies,
+    compare_replies,
+    count_tokens,
+    encode_prompts,
+    render_prompt,
+    stop_tokens,
+    stream_reply,
+    trim_conversation,
+)
 from helpers.smollm2 import prepare_smollm2
 
 QUESTIONS = [
@@ -43,11 +56,95 @@ def test_replies_stop_at_the_end_of_the_turn_and_show_no_special_tokens(chat_mod
     assert len(tokenizer(reply)["input_ids"]) < 190
 
 
-def test_the_tokenizers_padding_side_is_restored(chat_model):
+def test_prompts_are_padded_on_the_left_and_the_mask_hides_it(chat_model):
+    _, tokenizer = chat_model
+    batch = encode_prompts(tokenizer, conversations())
+    short = len(tokenizer(render_prompt(tokenizer, conversations()[1]), add_special_tokens=False).input_ids)
+    assert batch["attention_mask"][1].tolist() == [0] * (batch["input_ids"].shape[1] - short) + [1] * short
+
+
+@pytest.mark.parametrize("kind", ["llama-3.1", "smollm2", "gemma"])
+def test_the_prompt_is_how_training_texts_begin(kind, shared_tokenizer):
+    from helpers.template import check_template, format_conversations
+
+    tokenizer = shared_tokenizer(kind)
+    assert not {"double_bos", "bos_differs", "prompt_not_prefix"} & {p.code for p in check_template(tokenizer).problems}
+    question = [{"role": "user", "content": " Hi\n"}]
+    trained = format_conversations(
+        {"conversations": [[*question, {"role": "assistant", "content": "Yes."}]]}, tokenizer
+    )
+    prompt = encode_prompts(tokenizer, [question])["input_ids"][0].tolist()
+    assert tokenizer(trained["text"][0]).input_ids[: len(prompt)] == prompt
+    assert prompt[:2].count(tokenizer.bos_token_id) == (1 if tokenizer.bos_token else 0)
+
+
+def test_two_bos_tokens_are_refused(shared_tokenizer):
+    tokenizer = copy.deepcopy(shared_tokenizer("llama-3.1"))
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    with pytest.raises(ChatError, match="two <.begin_of_text.>"):
+        render_prompt(tokenizer, conversations()[0])
+
+
+def test_the_streamed_pieces_are_the_reply(chat_model):
     model, tokenizer = chat_model
-    tokenizer.padding_side = "right"
-    batch_replies(model, tokenizer, conversations()[:1], max_new_tokens=1)
-    assert tokenizer.padding_side == "right"
+    pieces = []
+    reply = stream_reply(model, tokenizer, conversations()[0], on_text=pieces.append, max_new_tokens=24)
+    assert "".join(pieces).strip() == reply.text == batch_replies(model, tokenizer, conversations()[:1])[0]
+    assert len(pieces) > 3
+    assert 0 < reply.seconds_to_first_token < reply.seconds
+    assert reply.ended_by == "end of turn"
+    assert reply.tokens_per_second == (reply.tokens - 1) / (reply.seconds - reply.seconds_to_first_token)
+
+
+def test_a_reply_is_cut_at_its_limit_and_says_so(chat_model):
+    reply = stream_reply(*chat_model, conversations()[2], max_new_tokens=3)
+    assert (reply.tokens, reply.ended_by) == (3, "max_new_tokens")
+
+
+def test_a_reply_can_be_stopped(chat_model):
+    stop, pieces = threading.Event(), []
+
+    def stop_after_three(text):
+        pieces.append(text)
+        if len(pieces) == 3:
+            stop.set()
+
+    reply = stream_reply(*chat_model, conversations()[2], on_text=stop_after_three, max_new_tokens=200, stop=stop)
+    assert reply.ended_by == "stop"
+    assert 3 <= reply.tokens < 20
+
+
+def test_sampling_draws(chat_model):
+    import torch
+
+    torch.manual_seed(1)
+    drawn = {stream_reply(*chat_model, conversations()[2], max_new_tokens=12, temperature=1.5).text for _ in range(4)}
+    assert len(drawn) > 1
+
+
+LONG = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "First question " * 20},
+    {"role": "assistant", "content": "First answer " * 20},
+    {"role": "user", "content": "Second question " * 20},
+    {"role": "assistant", "content": "Second answer " * 20},
+    {"role": "user", "content": "Third question"},
+]
+
+
+def test_a_conversation_is_trimmed_by_whole_turns(shared_tokenizer):
+    tokenizer = shared_tokenizer("smollm2")
+    whole = count_tokens(tokenizer, LONG) + 10
+    fits = dict(max_new_tokens=10)
+    assert trim_conversation(tokenizer, LONG, max_seq_length=whole, **fits) == (LONG, 0)
+    assert trim_conversation(tokenizer, LONG, max_seq_length=whole - 1, **fits) == ([LONG[0], *LONG[3:]], 2)
+    least = [LONG[0], LONG[5]]
+    assert trim_conversation(tokenizer, LONG, max_seq_length=count_tokens(tokenizer, least) + 10, **fits) == (least, 4)
+
+
+def test_a_question_that_does_not_fit_is_refused(shared_tokenizer):
+    with pytest.raises(ChatError, match="the last question: found .* expected at most 20 in all"):
+        trim_conversation(shared_tokenizer("smollm2"), LONG, max_seq_length=20, max_new_tokens=10)
 
 
 def test_stop_tokens_hold_the_end_of_turn(chat_model):

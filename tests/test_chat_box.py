@@ -1,0 +1,131 @@
+"""The chat box with the real small model: what it remembers, shows, escapes and saves. The browser: test_browser.py."""
+
+import json
+import time
+
+import pytest
+
+from helpers.chat import stream_reply
+from helpers.chat_box import ChatBox, Exchange, has_reader
+from helpers.smollm2 import prepare_smollm2
+
+QUESTION = "What is the capital of France?"
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    """The small model with an adapter that changes its replies."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = prepare_smollm2()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=64, target_modules=["v_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(model, lora).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def box(tuned):
+    return ChatBox(*tuned, max_seq_length=512, max_new_tokens=12)
+
+
+def test_base_and_tuned_answer_from_one_model(box, tuned):
+    box.sides = ("tuned", "base")
+    box.ask(QUESTION)
+    replies = box.exchanges[0].replies
+    model, tokenizer = tuned
+    with model.disable_adapter():
+        base = stream_reply(model, tokenizer, [{"role": "user", "content": QUESTION}], max_new_tokens=12)
+    assert replies["base"] == base.text
+    assert replies["tuned"] != replies["base"]
+
+
+def test_each_side_remembers_its_own_replies(box):
+    box.system = "Be kind."
+    box.exchanges += [Exchange("one", {"tuned": "t1", "base": "b1"}), Exchange("two", {"tuned": "t2"})]
+    assert [turn["content"] for turn in box.conversation("tuned")] == ["Be kind.", "one", "t1", "two", "t2"]
+    assert [turn["content"] for turn in box.conversation("base")] == ["Be kind.", "one", "b1"]
+
+
+def test_what_no_longer_fits_is_said(box):
+    box.max_seq_length = 120
+    box.exchanges.append(Exchange("word " * 60, {"tuned": "word " * 40}))
+    box.ask(QUESTION)
+    assert "tuned: the oldest 2 messages no longer fit and are not seen" in box.exchanges[1].notes
+    assert "are not seen" in box.html()
+
+
+def test_markup_is_shown_and_not_executed(box):
+    box.exchanges.append(Exchange("<img src=x onerror=alert(1)>", {"tuned": "<script>alert(2)</script>"}, ["<b>"]))
+    for text in ("<img", "<script", "<b>\n<"):
+        assert text not in box.html()
+    assert "&lt;script&gt;alert(2)&lt;/script&gt;" in box.html()
+
+
+def test_the_transcript_is_a_data_set(box, tmp_path):
+    from helpers.profiles import data_source
+
+    box.system = "Be kind."
+    box.exchanges.append(Exchange("Grüße?", {"tuned": "你好", "base": ""}))
+    path = box.save_transcript(tmp_path / "my talk.jsonl")
+    turns = [("system", "Be kind."), ("human", "Grüße?"), ("gpt", "你好")]
+    row = {"model": "tuned", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [row]
+    assert data_source(str(path))["data_files"] == str(path)
+
+
+def test_headless_it_asks_the_script(box, capsys):
+    assert not has_reader()
+    box.show(script=[QUESTION, "And of Spain?"])
+    printed = capsys.readouterr().out
+    assert printed.count("you: ") == 2 and printed.count("tuned: ") == 2 and printed.count("base: ") == 2
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+
+
+def test_the_widgets_work(box, tmp_path):
+    box.widget(save_to=tmp_path / "talk.jsonl")
+    widgets = box._widgets
+    widgets["sides"].value = "both, side by side"
+    widgets["system"].value = "Be brief."
+    widgets["max_new_tokens"].value = 8
+    assert (box.sides, box.system, box.max_new_tokens) == (("tuned", "base"), "Be brief.", 8)
+    widgets["question"].value = QUESTION
+    widgets["send"].click()
+    assert widgets["send"].disabled and not widgets["stop"].disabled and widgets["question"].value == ""
+    wait_until(lambda: not widgets["send"].disabled)
+    assert "tuned model" in widgets["history"].value and "base model" in widgets["history"].value
+    widgets["save"].click()
+    assert (tmp_path / "talk.jsonl").exists() and "talk.jsonl" in widgets["status"].value
+    widgets["reset"].click()
+    assert box.exchanges == [] and widgets["history"].value == ""
+
+
+def test_the_stop_button_ends_a_reply(box):
+    box.widget()
+    widgets = box._widgets
+    widgets["max_new_tokens"].value = 512
+    widgets["question"].value = "Tell me a very long story about a lighthouse, with many chapters."
+    widgets["send"].click()
+    wait_until(lambda: box.exchanges and box.exchanges[0].replies.get("tuned"))
+    widgets["stop"].click()
+    wait_until(lambda: not widgets["send"].disabled)
+    assert any("stop" in note or "end of turn" in note for note in box.exchanges[0].notes)
+    assert int(box.exchanges[0].notes[-1].split()[1]) < 512
+
+
+def test_a_question_that_is_too_long_is_answered_in_the_status_line(box):
+    box.widget()
+    box.max_seq_length = 20
+    box._widgets["question"].value = QUESTION
+    box._widgets["send"].click()
+    wait_until(lambda: not box._widgets["send"].disabled)
+    assert "the last question" in box._widgets["status"].value
