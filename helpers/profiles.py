@@ -94,14 +94,14 @@ PROFILES: dict[str, dict[str, Any]] = {
     "cpu": {
         "model_name": SMOLLM2,
         "dataset": str(ROOT / "notebooks" / "data" / "support_conversations.jsonl"),
-        "max_seq_length": 512,
+        "max_seq_length": 256,
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "use_gradient_checkpointing": False,
-        "max_steps": 40,
-        "learning_rate": 1e-3,
+        "max_steps": 44,
+        "learning_rate": 5e-3,
         "eval_rows": 64,
-        "reply_rows": 40,
+        "reply_rows": 48,
     },
 }
 

@@ -20,7 +20,10 @@ def text_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def html_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """The same rows as an HTML table; every cell is escaped."""
-    return str(_table(headers, rows, "html"))
+    table = str(_table(headers, rows, "html"))
+    for tag in ("td", "th"):  # notebooks align cells to the right unless told otherwise
+        table = table.replace(f"<{tag}>", f'<{tag} style="text-align: left;">')
+    return table
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[object]], form: str) -> str:

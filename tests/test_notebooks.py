@@ -61,8 +61,8 @@ def problems_of(notebook, name):
             found.append(f"metadata of `{first}`")
         if len(cell.source.splitlines()) > 15:
             found.append(f"{len(cell.source.splitlines())} lines in `{first}`")
-        if max(map(len, cell.source.splitlines())) > 120:
-            found.append(f"a line of over 120 characters in `{first}`")
+        if max(map(len, cell.source.splitlines())) > 115:
+            found.append(f"a line of over 115 characters in `{first}`")
         if re.search(r"if (False|0)\b|%%capture", cell.source):
             found.append(f"dead or hidden code in `{first}`")
         if "nbval-check-output" in cell.metadata.get("tags", []) and not cell.outputs:
@@ -124,7 +124,7 @@ FAULTS = {
     "link to": lambda n: n.cells[0].update(source=n.cells[0].source + "\n[next](07_more.ipynb)"),
     "metadata of": lambda n: code_cells(n)[2].metadata.update(scrolled=True),
     "lines in": lambda n: code_cells(n)[2].update(source="x = 1\n" * 16),
-    "over 120": lambda n: code_cells(n)[2].update(source="x = '" + "y" * 120 + "'"),
+    "over 115": lambda n: code_cells(n)[2].update(source="x = '" + "y" * 120 + "'"),
     "dead or hidden": lambda n: code_cells(n)[2].update(source="if False:\n    save()"),
     "nothing recorded": lambda n: checked(n).update(outputs=[]),
     "an error in": lambda n: checked(n).outputs.append(

@@ -74,7 +74,8 @@ from collections import Counter
 kinds = Counter(type(module).__name__ for module in model.modules() if hasattr(module, "in_features"))
 parameters = model.num_parameters()
 print(f"{parameters:,} parameters; linear layers: {dict(kinds)}")
-print(f"{model.get_memory_footprint() / 2**20:.0f} MiB of weights, against {2 * parameters / 2**20:.0f} MiB in 16 bits")
+print(f"{model.get_memory_footprint() / 2**20:.0f} MiB of weights")
+print(f"{2 * parameters / 2**20:.0f} MiB in 16 bits")
 
 # %% [markdown] lang="en"
 # ## What LoRA adds

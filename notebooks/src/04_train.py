@@ -93,6 +93,7 @@ print(f"{prompts[0][-1]['content']}\n→ {replies_before[0]}")
 # | setting | why |
 # |---|---|
 # | `per_device_train_batch_size` × `gradient_accumulation_steps` | The effective batch: how many conversations one step averages over. One large batch is faster than several small ones; accumulate when it does not fit. |
+# | `train_sampling_strategy="group_by_length"` | Put conversations of similar length into one batch: less padding to compute. |
 # | `max_steps` | Optimiser steps. To go through all rows instead, leave it out and set `num_train_epochs`. |
 # | `warmup_steps` | The learning rate climbs from 0 over the first steps, while the optimiser's averages are still poor. |
 # | `learning_rate`, `lr_scheduler_type` | The peak, and `linear` decay to 0 at the end. 2e-4 is usual for LoRA; a 135M model takes more. |
@@ -100,7 +101,7 @@ print(f"{prompts[0][-1]['content']}\n→ {replies_before[0]}")
 # | `weight_decay` | Pulls the LoRA matrices a little towards zero. |
 # | `fp16`, `bf16` | Half precision, by what the device supports: a T4 has float16 only. |
 # | `max_length`, `dataset_text_field` | Where a row is cut off, and the column that holds its text. |
-# | `logging_steps`, `eval_steps` | A training loss for each step; the held-out loss in the middle and at the end. |
+# | `logging_steps`, `eval_steps` | A training loss for each step, and once, in the middle, the held-out loss. |
 # | `save_strategy="no"`, `report_to="none"` | No checkpoints of this short run; no account anywhere. `"tensorboard"` or `"wandb"` work too. |
 # | `seed` | The order of the rows. |
 
@@ -112,6 +113,7 @@ batch = dict(
     per_device_train_batch_size=profile.per_device_train_batch_size,
     gradient_accumulation_steps=profile.gradient_accumulation_steps,
     per_device_eval_batch_size=profile.per_device_train_batch_size,
+    train_sampling_strategy="group_by_length",
 )
 steps = dict(max_steps=profile.max_steps, warmup_steps=min(5, profile.max_steps // 4))
 schedule = dict(learning_rate=profile.learning_rate, lr_scheduler_type="linear")
@@ -120,14 +122,15 @@ precision = dict(fp16=not is_bfloat16_supported(), bf16=is_bfloat16_supported())
 
 # %%
 data = dict(max_length=profile.max_seq_length, dataset_text_field="text", dataset_num_proc=1)
-evaluation = dict(eval_strategy="steps", eval_steps=max(1, profile.max_steps // 2))
-reporting = dict(logging_steps=1, save_strategy="no", report_to="none", output_dir=run.path / "checkpoints", seed=3407)
+evaluation = dict(eval_strategy="steps", eval_steps=profile.max_steps // 2 + 1)
+reporting = dict(logging_steps=1, save_strategy="no", report_to="none", seed=3407)
+settings = batch | steps | schedule | optimiser | precision | data | evaluation | reporting
 trainer = SFTTrainer(
     model=model,
     processing_class=tokenizer,
     train_dataset=train_dataset,
     eval_dataset=eval_dataset,
-    args=SFTConfig(**batch, **steps, **schedule, **optimiser, **precision, **data, **evaluation, **reporting),
+    args=SFTConfig(output_dir=run.path / "checkpoints", **settings),
 )
 
 # %% [markdown] lang="en"
@@ -144,7 +147,8 @@ facts = run.facts("dataset")
 instruction_part, response_part = facts["instruction_part"], facts["response_part"]
 trainer = train_on_responses_only(trainer, instruction_part=instruction_part, response_part=response_part)
 print(f"instruction_part = {instruction_part!r}\nresponse_part = {response_part!r}")
-print(f"Rows dropped because nothing in them would be trained: {len(train_dataset) - len(trainer.train_dataset)}")
+dropped = len(train_dataset) - len(trainer.train_dataset)
+print(f"Rows dropped because nothing in them would be trained: {dropped}")
 
 # %% [markdown] lang="en"
 # One row, decoded: first all that the model reads, then only what it is trained to write.
@@ -221,7 +225,7 @@ stage_table([load, training])
 # %% [markdown] lang="en"
 # ## Did it learn?
 #
-# The held-out loss again, on the same conversations as before training.
+# The held-out loss again, on the same conversations as before training. It is also the last point of the picture above.
 
 # %%
 loss_after = trainer.evaluate()["eval_loss"]
