@@ -9,7 +9,7 @@ export UNSLOTH_DISABLE_STATISTICS ?= 1
 TEST_RUN := runs/test
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model notebooks run record lint unit test lock colab-rehearsal location clean
+.PHONY: help setup model llama-cpp notebooks run record lint unit test lock colab-rehearsal location clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -28,10 +28,13 @@ $(READY): requirements-local.txt
 model: $(READY)  ## prepare the cpu profile's model (once, into the cache)
 	@python -m helpers.smollm2
 
+llama-cpp: $(READY)  ## build llama.cpp for chapter 06 (once, into the cache; about six minutes)
+	@python -m helpers.gguf
+
 notebooks: $(READY)  ## build the notebooks from notebooks/src
 	@python notebooks/build.py
 
-run: model notebooks  ## run the six chapters and print one table
+run: model llama-cpp notebooks  ## run the six chapters and print one table
 	@python -m helpers.series --fresh
 
 record: run  ## run, then keep the outputs in the committed notebooks and the README
@@ -41,7 +44,7 @@ record: run  ## run, then keep the outputs in the committed notebooks and the RE
 lint: $(READY)  ## check code and notebooks
 	@ruff check . && ruff format --check . && python notebooks/build.py --check && pytest tests/test_notebooks.py
 
-unit: model  ## run the tests
+unit: model llama-cpp  ## run the tests
 	@pytest
 
 test: lint unit  ## lint, tests, and the whole series on the cpu profile

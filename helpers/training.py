@@ -1,6 +1,7 @@
 """Around the trainer: a loss plot that grows while it trains, and evidence that the model learned."""
 
 import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ def loss_plot(*, max_steps: int) -> "TrainerCallback":
     Args:
         max_steps: the length of the run, for the horizontal axis.
 
-    Headless (papermill) and in Colab alike the notebook ends up with one stored PNG.
+    Headless (papermill) and in Colab alike the notebook ends up with one stored PNG. It is drawn at most every two
+    seconds, so that drawing does not slow short steps down.
     """
     from IPython.display import display
     from matplotlib.figure import Figure
@@ -33,14 +35,16 @@ def loss_plot(*, max_steps: int) -> "TrainerCallback":
             self.train: dict[int, float] = {}
             self.held_out: dict[int, float] = {}
             self.handle = None
+            self.drawn = -math.inf
 
         def on_log(self, args, state, control, logs=None, **kwargs) -> None:
             if "loss" in logs:
                 self.train[state.global_step] = float(logs["loss"])
             if "eval_loss" in logs:
                 self.held_out[state.global_step] = float(logs["eval_loss"])
-            if self.train or self.held_out:
+            if time.monotonic() - self.drawn > 2 or "eval_loss" in logs or state.global_step >= max_steps:
                 self.draw()
+                self.drawn = time.monotonic()
 
         def draw(self) -> None:
             figure = Figure(figsize=(7, 3.2), layout="constrained")

@@ -112,7 +112,7 @@ from unsloth import is_bfloat16_supported
 batch = dict(
     per_device_train_batch_size=profile.per_device_train_batch_size,
     gradient_accumulation_steps=profile.gradient_accumulation_steps,
-    per_device_eval_batch_size=profile.per_device_train_batch_size,
+    per_device_eval_batch_size=8,
     train_sampling_strategy="group_by_length",
 )
 steps = dict(max_steps=profile.max_steps, warmup_steps=min(5, profile.max_steps // 4))
