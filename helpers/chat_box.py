@@ -185,7 +185,9 @@ class ChatBox:
             "system": w.Textarea(value=self.system, description="System prompt", rows=2, **named),
             "temperature": w.FloatSlider(self.temperature, min=0, max=2, step=0.1, description="temperature", **named),
             "min_p": w.FloatSlider(self.min_p, min=0, max=0.5, step=0.01, description="min_p", **named),
-            "max_new_tokens": w.IntSlider(self.max_new_tokens, min=8, max=512, description="max tokens", **named),
+            "max_new_tokens": w.IntSlider(
+                self.max_new_tokens, min=8, max=self.max_seq_length // 2, description="max tokens", **named
+            ),
         }
         for name in ("system", "temperature", "min_p", "max_new_tokens"):
             made[name].observe(lambda change, name=name: setattr(self, name, change["new"]), "value")
@@ -234,5 +236,7 @@ class ChatBox:
 
 def has_reader() -> bool:
     """Whether a person can answer: papermill and nbval run cells without a channel to type into, browsers with one."""
+    if "google.colab" in sys.modules:
+        return True
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False))

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from helpers.errors import InputError
 from helpers.gguf import SECRETS
@@ -97,6 +99,26 @@ def plan_export(parameters: int, *, folder: str | Path, quantization: Sequence[s
     return ExportPlan(tuple(rows), shutil.disk_usage(folder).free / GIB, free_memory)
 
 
+def count_parameters(model: Any) -> int:
+    """How many parameters a model has without its adapter's.
+
+    Raises:
+        ExportError: its weights are quantised, so that a merge would keep their rounding errors.
+    """
+    if getattr(model.config, "quantization_config", None):
+        fix = "load it with load_in_4bit=False"
+        raise ExportError("the model", found="quantised weights", expected="16-bit ones to merge into", fix=fix)
+    return sum(value.numel() for name, value in model.named_parameters() if "lora_" not in name)
+
+
+def _plain_name(base_model: str | Path) -> str:
+    """The model's name without its owner and its quantised edition.
+
+    Example: "unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit" -> "llama-3.2-1b-instruct"
+    """
+    return re.sub(r"(-unsloth)?-bnb-4bit$", "", Path(base_model).name.lower())
+
+
 def check_adapter(folder: str | Path, base_model: str | Path) -> str:
     """Look whether an adapter fits its base model, from the files' headers alone; returns one sentence.
 
@@ -118,7 +140,7 @@ def check_adapter(folder: str | Path, base_model: str | Path) -> str:
             raise ExportError(f"{folder.name}/{name}", found="no such file", expected="a saved adapter", fix=fix)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     where, named = f"{folder.name}/adapter_config.json", str(config["base_model_name_or_path"])
-    if Path(named).name.lower().split("-bnb-")[0] != Path(str(base_model)).name.lower().split("-bnb-")[0]:
+    if _plain_name(named) != _plain_name(base_model):
         fix = "set MODEL_NAME to the model that the adapter was trained on"
         raise ExportError(where, found=f"base model {named}", expected=str(base_model), fix=fix)
     with torch.device("meta"):

@@ -112,14 +112,15 @@ def test_the_widgets_work(box, tmp_path):
 def test_the_stop_button_ends_a_reply(box):
     box.widget()
     widgets = box._widgets
-    widgets["max_new_tokens"].value = 512
+    widgets["max_new_tokens"].value = 256
+    widgets["sides"].value = "base model"
     widgets["question"].value = "Tell me a very long story about a lighthouse, with many chapters."
     widgets["send"].click()
-    wait_until(lambda: box.exchanges and box.exchanges[0].replies.get("tuned"))
+    wait_until(lambda: box.exchanges and box.exchanges[0].replies.get("base"))
     widgets["stop"].click()
     wait_until(lambda: not widgets["send"].disabled)
     assert any("stop" in note or "end of turn" in note for note in box.exchanges[0].notes)
-    assert int(box.exchanges[0].notes[-1].split()[1]) < 512
+    assert int(box.exchanges[0].notes[-1].split()[1]) < 256
 
 
 def test_a_question_that_is_too_long_is_answered_in_the_status_line(box):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.export import ExportError, check_adapter, hub_token, keep_gguf, list_files, plan_export
+from helpers.export import ExportError, check_adapter, count_parameters, hub_token, keep_gguf, list_files, plan_export
 from helpers.handoff import HandoffError, open_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +86,7 @@ def test_an_adapter_for_another_model_is_refused(saved, tmp_path):
 
 def test_another_shape_is_refused(saved, tmp_path):
     other = save_base(tmp_path / "small base", hidden_size=64)
-    with pytest.raises(ExportError, match=r"found shape \(4, 32\), expected \(4, 64\)"):
+    with pytest.raises(ExportError, match=r"found shape \(32, 4\), expected \(64, 4\)"):
         check_adapter(saved[1], other)
 
 
@@ -103,6 +103,19 @@ def test_an_adapter_without_matrices_is_refused(saved, adapter):
     save_file({}, adapter / "adapter_model.safetensors")
     with pytest.raises(ExportError, match="no LoRA matrices"):
         check_adapter(adapter, saved[0])
+
+
+def test_a_quantised_model_is_not_merged(saved):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(saved[0])
+    count = base.num_parameters()
+    model = PeftModel.from_pretrained(base, saved[1])
+    assert count_parameters(model) == count
+    model.config.quantization_config = {"load_in_4bit": True}
+    with pytest.raises(ExportError, match="load_in_4bit=False"):
+        count_parameters(model)
 
 
 def free(monkeypatch, *, disk_gib, memory_gib):

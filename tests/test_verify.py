@@ -103,7 +103,7 @@ def test_a_gguf_file_is_scored_by_the_server_as_by_the_library(small, in_memory)
     probe = probe_gguf(file, CONVERSATIONS, tokenizer=tokenizer, model_stops=stops, max_new_tokens=24)
     report = compare_exports(in_memory, {"GGUF q4_1": probe}, tokenizer=tokenizer)
     assert report.ok
-    assert report.checks[0].mean_difference < 0.1
+    assert report.checks[0].mean_difference < 0.2
     assert report.checks[0].divergence is None
 
 
@@ -115,7 +115,7 @@ def test_another_template_than_the_files_is_refused(shared_tokenizer):
     tokenizer = copy.deepcopy(shared_tokenizer("smollm2"))
     with serve_gguf(file, context_tokens=256) as server:
         check_rendering(server, tokenizer, CONVERSATIONS[1][:-1])
-        tokenizer.chat_template = tokenizer.chat_template.replace("'\\n'", "' '").replace("\\n", " ")
+        tokenizer.chat_template += " "
         with pytest.raises(ExportError, match="the GGUF file's template"):
             check_rendering(server, tokenizer, CONVERSATIONS[1][:-1])
 
