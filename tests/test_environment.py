@@ -186,7 +186,7 @@ def test_broken_package_missing(monkeypatch):
 
 def test_xformers_is_missed_on_a_gpu_only():
     assert package_row("xformers").verdict == "ok"
-    assert row_of(check_packages(PINS, gpu=True), "xformers").verdict == "fail"
+    assert row_of(check_packages(PINS, gpu=True), "xformers").verdict == "warn"  # slower at worst: training works
 
 
 # Broken on purpose: native libraries that crash, hang, or write a long story
