@@ -263,7 +263,7 @@ from helpers.house_style import judge_reply
 
 print(inspect.getsource(judge_reply))
 
-# %% tags=["nbval-check-output"]
+# %%
 styled, helped = {}, {}
 judged = "right_help" in reply_rows.column_names
 for name, replies in (("before", replies_before), ("after", replies_after)):
