@@ -12,6 +12,7 @@ from playwright.sync_api import sync_playwright
 
 MARKUP = '<img src=x onerror="window.hacked = 1"><b id="bold">Hi</b>'
 WAIT = 180_000  # milliseconds: the kernel loads a model first
+SETTLE = 6_000
 
 
 def history(page):
@@ -33,11 +34,16 @@ def watch(page, until, seconds=180):
 
 
 def run_all(page, front_end):
+    # A page that was just opened asks its kernel for widgets that may be there, and then drops what it did not find.
     if front_end == "lab":
-        page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click(timeout=WAIT)
-        page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
+        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=WAIT)
+        page.wait_for_timeout(SETTLE)
+        page.locator(".lm-MenuBar-itemLabel").get_by_text("Run", exact=True).click()
+        page.locator("li[data-command='runmenu:run-all']").click()
     else:
-        page.wait_for_selector(".kernel_idle_icon, #kernel_indicator_icon", timeout=WAIT)
+        page.wait_for_function("() => window.Jupyter && Jupyter.notebook && Jupyter.notebook.kernel", timeout=WAIT)
+        page.wait_for_function("() => Jupyter.notebook.kernel.is_connected()", timeout=WAIT)
+        page.wait_for_timeout(SETTLE)
         page.evaluate("() => Jupyter.notebook.execute_all_cells()")
 
 
@@ -52,7 +58,7 @@ def main(front_end, url, chromium, screenshots):
     saw, shots = {}, Path(screenshots)
     shots.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
         page = browser.new_page(viewport={"width": 1100, "height": 1000})
         page.goto(url)
         run_all(page, front_end)
