@@ -164,8 +164,10 @@ def clean(outputs: list[NotebookNode]) -> list[NotebookNode]:
     widget = "application/vnd.jupyter.widget-view+json"
     kept = [output for output in outputs if output.get("name") != "stderr" and widget not in output.get("data", {})]
     for output in kept:
-        if "text" in output:
-            output.text = output.text.replace(f"{ROOT}/", "").replace(str(Path.home()), "~")
+        for holder, kinds in ((output, ["text"]), (output.get("data", {}), ["text/plain", "text/html"])):
+            for kind in kinds:
+                if kind in holder:
+                    holder[kind] = holder[kind].replace(f"{ROOT}/", "").replace(str(Path.home()), "~")
     return kept
 
 

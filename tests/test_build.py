@@ -107,6 +107,16 @@ def test_warnings_and_widgets_are_not_recorded():
     assert [output.text for output in build.clean(outputs)] == ["kept"]
 
 
+def test_paths_of_the_machine_are_not_recorded():
+    shown = f"PosixPath('{build.ROOT}/runs/cpu') {Path.home()}/.cache"
+    outputs = [
+        nbformat.v4.new_output("stream", name="stdout", text=shown),
+        nbformat.v4.new_output("execute_result", data={"text/plain": shown, "text/html": shown}),
+    ]
+    stream, result = build.clean(outputs)
+    assert stream.text == result.data["text/plain"] == result.data["text/html"] == "PosixPath('runs/cpu') ~/.cache"
+
+
 @pytest.fixture
 def copy_of_project(tmp_path):
     copied = tmp_path / "project"
