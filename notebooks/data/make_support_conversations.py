@@ -416,9 +416,7 @@ def main() -> None:
     if not parser.parse_args().check:
         FILE.write_text(text, encoding="utf-8", newline="\n")
     elif not FILE.is_file() or FILE.read_bytes() != text.encode():
-        raise SystemExit(
-            f"{FILE.name} is not what this script makes: run it without --check, then git diff"
-        )
+        raise SystemExit(f"{FILE.name} is not what this script makes: run it without --check, then git diff")
     print(f"{FILE.name}: {text.count(chr(10))} conversations")
 
 
