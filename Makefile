@@ -9,7 +9,7 @@ export UNSLOTH_DISABLE_STATISTICS ?= 1
 TEST_RUN := runs/test
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model llama-cpp notebooks run record lint unit test lock colab-rehearsal location clean
+.PHONY: help setup model llama-cpp notebooks run record lint unit test lock colab-rehearsal proof-tools location clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -55,6 +55,12 @@ lock: $(READY)  ## resolve requirements-colab.txt against the image's freeze aga
 
 colab-rehearsal: $(READY)  ## chapters 01-04 in an environment like Colab's (Python 3.13)
 	@python -m helpers.rehearsal
+
+proof-tools: $(READY)  ## JupyterLab, a browser driver and Go, for two tests that are skipped without them
+	@$(PYTHON) -m venv --clear .venv-proof && \
+	.venv-proof/bin/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-proof.txt && \
+	python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > "$$(.venv-proof/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/series.pth"
 
 location: $(READY)  ## make location REPOSITORY=owner/name: rewrite badges and the setup cell
 	@python notebooks/build.py --location $(REPOSITORY)

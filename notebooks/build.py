@@ -162,7 +162,14 @@ def keep_outputs(notebook: NotebookNode, donor: NotebookNode) -> int:
 def clean(outputs: list[NotebookNode]) -> list[NotebookNode]:
     """Outputs without what only a live kernel can show (widgets), warnings on stderr, and this machine's paths."""
     widget = "application/vnd.jupyter.widget-view+json"
-    kept = [output for output in outputs if output.get("name") != "stderr" and widget not in output.get("data", {})]
+    kept: list[NotebookNode] = []
+    for output in outputs:
+        if output.get("name") == "stderr" or widget in output.get("data", {}):
+            continue
+        if kept and output.output_type == kept[-1].output_type == "stream":  # one block, not one for each streamed word
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
     for output in kept:
         for holder, kinds in ((output, ["text"]), (output.get("data", {}), ["text/plain", "text/html"])):
             for kind in kinds:

@@ -107,6 +107,11 @@ def test_warnings_and_widgets_are_not_recorded():
     assert [output.text for output in build.clean(outputs)] == ["kept"]
 
 
+def test_a_streamed_reply_is_recorded_as_one_block():
+    words = [nbformat.v4.new_output("stream", name="stdout", text=word) for word in ("It ", "is ", "4.")]
+    assert [output.text for output in build.clean(words)] == ["It is 4."]
+
+
 def test_paths_of_the_machine_are_not_recorded():
     shown = f"PosixPath('{build.ROOT}/runs/cpu') {Path.home()}/.cache"
     outputs = [
