@@ -33,7 +33,7 @@ from helpers.environment import (
     main,
 )
 from helpers.image import ROOT, read_lock
-from helpers.install import InstallError
+from helpers.install import InstallError, import_names
 from helpers.probes import ProbeResult, run_probe
 
 PINS = read_lock(ROOT / "requirements-colab.txt")
@@ -71,7 +71,10 @@ def packages(tmp_path_factory):
 
 
 def put_in_front(monkeypatch, folder):
-    """Make a folder's packages win, here and in the probes' processes."""
+    """Make a folder's packages win, here and in the probes' processes, as in a kernel that has loaded none of them."""
+    for pin in PINS:
+        for name in import_names(pin.name):
+            monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
