@@ -1,0 +1,227 @@
+"""Check the built notebooks as a learner and a maintainer would read them: `python notebooks/lint.py`.
+
+Whole, short, executed from top to bottom, up to date with their sources, and free of secrets and of anybody's paths.
+Nothing is executed. One line a problem; the exit status is 1 where there is one.
+"""
+
+import ast
+import copy
+import json
+import re
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import build
+import nbformat
+from nbformat import NotebookNode
+
+TAGS = {"parameters", "nbval-check-output", "handoff"}
+MOST_CODE_CELLS, MOST_LINES, MOST_CHARACTERS = 25, 15, 115
+MACHINE_PATH = re.compile(r"/(?:root|home|Users|tmp|work|content|kaggle)/\w|\b[A-Z]:\\+Users\\")
+# By the prefix that the issuer gives, so that a hash or an id is not taken for one. Wider scanners guess by entropy,
+# which a notebook full of images and fingerprints sets off at every turn.
+SECRETS = {
+    "Hugging Face": r"\bhf_[A-Za-z0-9]{20,}",
+    "OpenAI, Anthropic": r"\bsk-[A-Za-z0-9_-]{16,}",
+    "GitHub": r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,})",
+    "AWS": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
+    "Google": r"\b(?:AIza[A-Za-z0-9_-]{35}|GOCSPX-[A-Za-z0-9_-]{20,}|ya29\.[A-Za-z0-9_-]{20,})",
+    "Weights & Biases": r"\bwandb_v1_[A-Za-z0-9_]{20,}|(?i:wandb\w*)\W{1,5}[0-9a-f]{40}\b",
+    "Kaggle": r"\bKGAT_[0-9a-f]{32}|(?i:kaggle_key|\"key\")\W{1,5}[0-9a-f]{32}\b",
+    "Slack": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
+    "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+}
+
+
+class Chapter(NamedTuple):
+    """One built notebook: its source, its language and where it lies (as `build.targets()` gives them)."""
+
+    source: Path
+    lang: str
+    path: Path
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(cell: NotebookNode) -> str:
+    """All that a code cell shows, as text; images are left out."""
+    parts = []
+    for output in cell.outputs:
+        parts += [output.get("text", ""), "\n".join(output.get("traceback", []))]
+        data = output.get("data", {})
+        parts += [value if isinstance(value, str) else json.dumps(value) for value in map(data.get, texts(data))]
+    return "\n".join(parts)
+
+
+def texts(data: dict) -> list[str]:
+    """The kinds of an output's data that hold text. Example: `{"text/html": …, "image/png": …}` -> `["text/html"]`."""
+    return [kind for kind in data if kind.startswith("text/") or kind.endswith(("json", "+xml"))]
+
+
+def tags_of(cell: NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def first_line(cell: NotebookNode) -> str:
+    return cell.source.partition("\n")[0]
+
+
+def parameter_names(notebook: NotebookNode) -> list[str]:
+    """The names that the parameters cell sets. Example: `PROFILE = "auto"` -> `["PROFILE"]`."""
+    cells = [cell for cell in code_cells(notebook) if "parameters" in tags_of(cell)]
+    nodes = [node for cell in cells for node in ast.parse(cell.source).body]
+    return [node.targets[0].id for node in nodes if isinstance(node, ast.Assign)]
+
+
+def problems_of(notebook: NotebookNode, chapter: Chapter) -> list[str]:
+    """Everything that is wrong with one notebook, a line each."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of ids, which are looked at below
+            nbformat.validate(copy.deepcopy(notebook))  # a copy, because it repairs what it finds
+    except nbformat.ValidationError as error:
+        return [f"not valid nbformat: {str(error).splitlines()[0]}"]
+    checks = (of_identity, of_text, of_code, of_outputs, of_secrets)
+    return [problem for check in checks for problem in check(notebook, chapter)]
+
+
+def of_identity(notebook: NotebookNode, chapter: Chapter) -> list[str]:
+    """The notebook is what its source gives, under ids that the next build gives again."""
+    found = []
+    expected = build.build(chapter.source, chapter.lang)
+    ids = [cell.get("id", "") for cell in notebook.cells]
+    if notebook.nbformat_minor < 5 or "" in ids:
+        found.append("cells without an id")
+    if twice := [cell_id for cell_id, count in Counter(ids).items() if count > 1]:
+        found.append(f"cell ids that occur twice: {', '.join(twice)}")
+    if ids != [cell.id for cell in expected.cells]:
+        found.append("cell ids that the build does not give: run `make notebooks`")
+    if [cell.source for cell in notebook.cells] != [cell.source for cell in expected.cells]:
+        found.append(f"not up to date with {chapter.source.name}: run `make notebooks`")
+    if extra := set(notebook.metadata) - set(build.METADATA):
+        found.append(f"notebook metadata that is not allowed: {', '.join(sorted(extra))}")
+    for cell in notebook.cells:
+        if set(cell.metadata) - set(build.CELL_METADATA) or set(tags_of(cell)) - TAGS:
+            found.append(f"metadata or tags that are not allowed, of `{first_line(cell)}`")
+    return found
+
+
+def of_text(notebook: NotebookNode, chapter: Chapter) -> list[str]:
+    """Title, badge, links, the words about the parameters, and the last cell."""
+    found = []
+    prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    headings = [line for text in prose for line in text.splitlines() if line.startswith("# ")]
+    if len(headings) != 1 or not notebook.cells[0].source.startswith("# "):
+        found.append("one H1, at the top")
+    place = chapter.path.relative_to(build.ROOT).as_posix()
+    badge = f"https://colab.research.google.com/github/{build.repository()}/blob/main/{place}"
+    if not prose or f"({badge})" not in prose[0]:
+        found.append(f"badge to {badge}")
+    links = re.findall(r"\]\(([^)\s]+)\)", "\n".join(prose))
+    for link in links:
+        if "://" not in link and not (chapter.path.parent / link).is_file():
+            found.append(f"link to {link}, which does not exist")
+    chapters = [source.stem for source in build.sources()]
+    following = chapters[chapters.index(chapter.source.stem) + 1 :][:1]
+    if following and f"{following[0]}.ipynb" not in links:
+        found.append(f"no link to the next chapter, {following[0]}.ipynb")
+    if notebook.cells[-1].cell_type != "markdown" or (chapter.lang == "en" and "On your own" not in prose[-1]):
+        found.append("the last cell says what to try on your own")
+    if silent := [name for name in parameter_names(notebook) if not re.search(rf"`{name}\b", "\n".join(prose))]:
+        found.append(f"parameters that no text cell explains, named as `NAME`: {', '.join(silent)}")
+    return found
+
+
+def of_code(notebook: NotebookNode, chapter: Chapter) -> list[str]:
+    """Order and length of the code cells."""
+    found = []
+    cells = code_cells(notebook)
+    if len(cells) > MOST_CODE_CELLS:
+        found.append(f"{len(cells)} code cells, more than {MOST_CODE_CELLS}")
+    if [number for number, cell in enumerate(cells) if "parameters" in tags_of(cell)] != [1]:
+        found.append("the second code cell, and only it, sets the parameters")
+    setup = (chapter.source.parent / "setup_cell.py").read_text(encoding="utf-8").strip()
+    if not cells or cells[0].source.strip() != setup:
+        found.append("the first code cell is the setup cell")
+    for cell in cells:
+        lines = cell.source.splitlines()
+        if len(lines) > MOST_LINES:
+            found.append(f"{len(lines)} lines, more than {MOST_LINES}, in `{first_line(cell)}`")
+        if max(map(len, lines), default=0) > MOST_CHARACTERS:
+            found.append(f"a line of over {MOST_CHARACTERS} characters in `{first_line(cell)}`")
+        if re.search(r"if (False|0)\b|%%capture", cell.source):
+            found.append(f"dead or hidden code in `{first_line(cell)}`")
+    return found
+
+
+def of_outputs(notebook: NotebookNode, chapter: Chapter) -> list[str]:
+    """Recorded in one run, without an error, and there where they are compared."""
+    found = []
+    cells = code_cells(notebook)
+    if [cell.execution_count for cell in cells] != list(range(1, len(cells) + 1)):
+        found.append("outputs that are not recorded from one run, top to bottom: run `make record`")
+    for cell in cells:
+        if "nbval-check-output" in tags_of(cell) and not cell.outputs:
+            found.append(f"nothing recorded to compare with in `{first_line(cell)}`")
+        if any(output.output_type == "error" for output in cell.outputs):
+            found.append(f"an error in the output of `{first_line(cell)}`")
+        if any("widget" in kind for output in cell.outputs for kind in output.get("data", {})):
+            found.append(f"a widget view in the output of `{first_line(cell)}`")
+        if match := MACHINE_PATH.search(printed(cell)):
+            found.append(f"a path of somebody's machine, {match.group()!r}, in the output of `{first_line(cell)}`")
+    if not cells or not re.search(r"^Result: .", printed(cells[-1]), re.MULTILINE):
+        found.append("no `Result: …` in the last code cell")
+    return found
+
+
+def of_secrets(notebook: NotebookNode, chapter: Chapter) -> list[str]:
+    """Keys and tokens, in what is shown and in what is written. The secret itself is not repeated."""
+    found = []
+    for cell in notebook.cells:
+        text = cell.source + ("\n" + printed(cell) if cell.cell_type == "code" else "")
+        for issuer, pattern in SECRETS.items():
+            if re.search(pattern, text):
+                found.append(f"a secret ({issuer}) in `{first_line(cell)}`: revoke it, then remove it")
+    return found
+
+
+def problems_of_source(cells: list[NotebookNode]) -> list[str]:
+    """In a source that speaks Chinese, each English text has its Chinese partner right behind it, and the reverse."""
+    spoken = [(cell.metadata.get("lang"), first_line(cell)) for cell in cells if cell.cell_type == "markdown"]
+    found = [f'no lang="en" or lang="zh" on `{line}`' for lang, line in spoken if lang not in build.EDITIONS]
+    if found or not any(lang == "zh" for lang, _ in spoken):
+        return found
+    while spoken:
+        (lang, line), *rest = spoken
+        if lang == "en" and rest and rest[0][0] == "zh":
+            spoken = rest[1:]
+        else:
+            found.append(f"no {'Chinese' if lang == 'en' else 'English'} partner of `{line}`")
+            spoken = rest
+    return found
+
+
+def main() -> int:
+    problems = []
+    chapters = [Chapter(*target) for target in build.targets()]
+    for source in build.sources():
+        problems += [f"{source.name}: {problem}" for problem in problems_of_source(build.read_cells(source))]
+    for chapter in chapters:
+        name = chapter.path.relative_to(build.NOTEBOOKS)
+        if chapter.path.exists():
+            problems += [f"{name}: {text}" for text in problems_of(build.read_notebook(chapter.path), chapter)]
+        else:
+            problems.append(f"{name}: does not exist: run `make notebooks`")
+    built = {chapter.path for chapter in chapters}
+    for folder in build.EDITIONS.values():
+        problems += [f"{path.name}: has no source" for path in sorted(folder.glob("*.ipynb")) if path not in built]
+    print("\n".join(problems) or f"{len(chapters)} notebooks: no problem found")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
