@@ -1,0 +1,179 @@
+"""The workflows pass their linters, each linter refuses a broken one, and their shell steps do what they say."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+PINNED = re.compile(r"uses: ([\w.-]+/[\w./-]+)@([0-9a-f]{40}) # v(\d+\.\d+\.\d+)$")
+
+
+def lint(folder):
+    """`make workflows` on the `.github` of a folder."""
+    shutil.copy(ROOT / "Makefile", folder)
+    if not (folder / ".git").exists():
+        subprocess.run(["git", "init", "--quiet", folder], check=True)
+    done = subprocess.run(["make", "--silent", "workflows"], cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def project(tmp_path):
+    shutil.copytree(ROOT / ".github", tmp_path / ".github")
+    for path in ROOT.glob("requirements-*.txt"):  # a workflow names them, and the lint looks whether they are there
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def test_the_workflows_pass(project):
+    code, output = lint(project)
+    assert code == 0, output
+
+
+# file, what is replaced, by what, and the rule that must say so
+FAULTS = {
+    "an action by its tag": ("t4.yml", r"checkout@\w{40} # v6.0.2", "checkout@v6", "unpinned-uses"),
+    "the token stays on disk": ("t4.yml", r"        with:\n +persist-credentials: false\n", "", "artipacked"),
+    "a token that can write everything": ("t4.yml", r"permissions: \{\}", "permissions: write-all", "permissions"),
+    "a pull request with the token of the repository": (
+        "pull-request.yml",
+        "  pull_request:",
+        "  pull_request_target:",
+        "dangerous-triggers",
+    ),
+    "a title that is run as a script": (
+        "pull-request.yml",
+        "run: make lint",
+        "run: echo '${{ github.event.pull_request.title }}'",
+        "template-injection",
+    ),
+    "a job without a time limit": ("pull-request.yml", "    timeout-minutes: 60\n", "", "missing-timeout"),
+    "runs that pile up": ("image-drift.yml", r"concurrency:\n.*\n.*\n", "", "concurrency"),
+    "a misspelt key": ("t4.yml", "runs-on: ubuntu-24.04", "run-on: ubuntu-24.04", "run-on"),
+    "an input that the action does not have": ("t4.yml", "python-version:", "python:", "action-input"),
+    "a job that is not there": ("t4.yml", "needs: t4", "needs: t5", "t5"),
+    "a step that is not there": ("image-drift.yml", r"steps\.check\.", "steps.chek.", "chek"),
+    "a time that does not exist": ("t4.yml", "23 2 \\* \\* \\*", "23 25 * * *", "cron"),
+    "a variable without quotes": ("t4.yml", r'\[the run\]\(\$RUN\), .*" > body.md', 'x" $RUN > body.md', "SC2086"),
+    "yaml that is none": ("t4.yml", "jobs:", "jobs: [", "t4.yml"),
+    "an interval that Dependabot does not know": ("dependabot.yml", "interval: weekly", "interval: hourly", "hourly"),
+    "versions an hour old": ("dependabot.yml", r"    cooldown:\n      default-days: 7\n", "", "dependabot-cooldown"),
+    "a script with a fault": ("open-issue.sh", r'"\$2"', "$2", "SC2086"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_lint_refuses(fault, project):
+    name, before, after, said = FAULTS[fault]
+    path = next((project / ".github").rglob(name))
+    text = path.read_text(encoding="utf-8")
+    assert re.search(before, text)
+    path.write_text(re.sub(before, after, text), encoding="utf-8")
+    code, output = lint(project)
+    assert code != 0 and said in output, output
+
+
+def test_each_action_is_pinned_to_one_commit_with_its_version():
+    lines = [line.strip() for path in WORKFLOWS for line in path.read_text(encoding="utf-8").splitlines()]
+    used = [line.removeprefix("- ") for line in lines if "uses:" in line]
+    pins = {PINNED.match(line).groups() for line in used}
+    assert len(pins) == len({action for action, *_ in pins}), "one action at two commits"
+
+
+def test_no_workflow_reads_a_secret():
+    for path in WORKFLOWS:
+        assert not re.search(r"\bsecrets\b", re.sub(r"#.*", "", path.read_text(encoding="utf-8"))), path.name
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_make_target_of_a_workflow_exists(path):
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    commands = [command for step in steps(path) for command in re.findall(r"^\s*make (.*)", step.get("run", ""), re.M)]
+    called = {
+        word for command in commands for word in command.split("|")[0].split() if re.fullmatch(r"[a-z][a-z0-9-]*", word)
+    }
+    assert called and called <= targets, f"not in the Makefile: {called - targets}"
+
+
+def steps(path):
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return [step for job in workflow["jobs"].values() for step in job["steps"]]
+
+
+def run_step(workflow, name, *, cwd=ROOT, **environment):
+    """Run a step's script as the runner does."""
+    script = next(step["run"] for step in steps(ROOT / ".github/workflows" / workflow) if step["name"] == name)
+    command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("image", "fits"), [("2026-08", "true"), ("2026-05", "false"), ("none", None)])
+def test_drift_is_told_from_a_crash(image, fits, tmp_path):
+    if fits:
+        shutil.copytree(ROOT / "colab-image" / image, tmp_path / "image")
+    environment = {"RUNNER_TEMP": str(tmp_path), "GITHUB_OUTPUT": str(tmp_path / "output")}
+    done = run_step("image-drift.yml", "Check the lock against it", **environment)
+    if fits:
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "output").read_text() == f"fits={fits}\n"
+    else:
+        assert done.returncode != 0 and not (tmp_path / "output").exists()
+
+
+GH = """#!/bin/sh
+if [ "$2" = list ]; then echo "$OPEN"; exit; fi
+echo "$@" >> "$CALLS"
+for last; do :; done
+cat "$last" >> "$CALLS"
+"""
+
+
+@pytest.fixture
+def gh(tmp_path):
+    """A stand-in for GitHub's command, which is not here: it writes down how it was called. `gh(OPEN="7")`."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/gh").write_text(GH)
+    (tmp_path / "bin/gh").chmod(0o755)
+    calls = tmp_path / "calls"
+    return lambda **more: {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls), "OPEN": "", **more}
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [("", "issue create --title The series fails on a T4"), ("7", "issue comment 7")]
+)
+@pytest.mark.parametrize("report", ["| 04_train | FAILED |", None])
+def test_a_failed_night_opens_an_issue_or_comments_on_the_open_one(number, said, report, gh, tmp_path):
+    shutil.copytree(ROOT / ".github", tmp_path / ".github")
+    if report:
+        (tmp_path / "t4/report").mkdir(parents=True)
+        (tmp_path / "t4/report/summary.md").write_text(report)
+    environment = gh(OPEN=number, RUN="https://example.org/run/1", GITHUB_SHA="abc123")
+    done = run_step("t4.yml", "Open an issue, or comment on the open one", cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert calls.startswith(said) and "abc123: [the run](https://example.org/run/1)" in calls
+    assert (report or "It ended before there was a report.") in calls
+
+
+def test_a_long_report_is_cut_to_what_github_takes(gh, tmp_path):
+    (tmp_path / "body.md").write_text("x" * 70_000)
+    command = [ROOT / ".github/open-issue.sh", "A title", tmp_path / "body.md"]
+    subprocess.run(command, env={**os.environ, **gh()}, check=True)
+    assert (tmp_path / "calls").read_text().count("x") < 65_536
+
+
+def test_a_failing_gh_fails_the_step(gh, tmp_path):
+    (tmp_path / "bin/gh").write_text("#!/bin/sh\nexit 4\n")
+    done = subprocess.run([ROOT / ".github/open-issue.sh", "A title", "/dev/null"], env={**os.environ, **gh()})
+    assert done.returncode != 0
+
+
+def test_an_asked_for_run_without_a_runner_says_so():
+    done = run_step("t4.yml", "No runner")
+    assert done.returncode == 1 and "T4_RUNNER" in done.stdout
