@@ -1,0 +1,230 @@
+"""The way to a T4 elsewhere: the notebook that is sent runs for real here; the two services' commands are stand-ins.
+
+A stand-in takes exactly the options of the real command (kaggle 2.2.5, google-colab-cli 0.7.5) and, like the real one,
+ends with status 0 whatever the notebook did.
+"""
+
+import io
+import json
+import os
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+from helpers import remote
+
+KAGGLE = """
+kernels = commands.add_parser("kernels").add_subparsers(dest="command")
+push = kernels.add_parser("push")
+push.add_argument("--path"), push.add_argument("--timeout", type=int), push.add_argument("--accelerator")
+kernels.add_parser("status").add_argument("kernel")
+output = kernels.add_parser("output")
+output.add_argument("kernel"), output.add_argument("--path"), output.add_argument("--force", action="store_true")
+given = parser.parse_args()
+if given.command == "push":
+    shutil.copytree(given.path, world / "pushed")
+    print(world.joinpath("refusal").read_text() if world.joinpath("refusal").exists()
+          else "Kernel version 3 successfully pushed.  Please check progress at https://example.org")
+elif given.command == "status":
+    states = world.joinpath("states").read_text().split()
+    world.joinpath("states").write_text(" ".join(states[1:]))
+    print(f'{given.kernel} has status "KernelWorkerStatus.{states[0]}"')
+elif world.joinpath("executed.tar.gz").exists():
+    shutil.copy(world / "executed.tar.gz", given.path)
+"""
+COLAB = """
+new, run = commands.add_parser("new"), commands.add_parser("exec")
+new.add_argument("--gpu", choices=["T4", "L4"])
+run.add_argument("--file"), run.add_argument("--timeout", type=float)
+download, stop = commands.add_parser("download"), commands.add_parser("stop")
+download.add_argument("remote"), download.add_argument("local")
+for each in (new, run, download, stop):
+    each.add_argument("--session", required=True)
+given = parser.parse_args()
+if given.part == "exec":
+    shutil.copytree(pathlib.Path(given.file).parent, world / "pushed")
+elif given.part == "download":
+    assert given.remote == "/content/executed.tar.gz"
+    if not world.joinpath("executed.tar.gz").exists():
+        sys.exit("[colab] Download failed: 404")
+    shutil.copy(world / "executed.tar.gz", given.local)
+"""
+BOTH = """#!{python}
+import argparse, pathlib, shutil, sys
+world = pathlib.Path("{world}")
+with world.joinpath("calls").open("a") as calls:
+    print(*sys.argv[1:], file=calls)
+parser = argparse.ArgumentParser()
+commands = parser.add_subparsers(dest="part")
+"""
+PARAMETERS = ("-p", "PROFILE", "cpu", "-p", "DATASET", "/nowhere.jsonl")
+
+
+def command(folder, name, text):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """What the notebook that is sent packs: run here, in an empty folder; one chapter passes and one fails."""
+    machine = tmp_path_factory.mktemp("machine")
+    command(machine / "bin", "nvidia-smi", "#!/bin/sh\necho Tesla T4\n")
+    parameters = {"PROFILE": "cpu", "DATASET": "/nowhere.jsonl"}
+    driver = remote.make_driver(["01_install", "03_data"], parameters=parameters, bundle=remote.make_bundle())
+    changed = {"PATH": f"{machine / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(machine)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changed.items():
+            patch.setenv(name, value)
+        nbclient.NotebookClient(driver, kernel_name="python3", resources={"metadata": {"path": str(machine)}}).execute()
+    said = "".join(output.text for output in driver.cells[1].outputs)
+    assert said.startswith("Tesla T4") and "[2/2] 03_data" in said
+    return machine / "executed.tar.gz"
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A machine with both commands, which write what they are asked for into one folder."""
+    for name, text in (("kaggle", KAGGLE), ("colab", COLAB)):
+        command(tmp_path / "bin", name, BOTH.format(python=sys.executable, world=tmp_path) + text)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("KAGGLE_USERNAME", "someone")
+    monkeypatch.setattr(remote, "POLL_SECONDS", 0)
+    (tmp_path / "states").write_text("QUEUED RUNNING COMPLETE")
+    return tmp_path
+
+
+def calls(world):
+    return (world / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize("service", ["kaggle", "colab"])
+def test_a_chapter_that_failed_there_fails_here(service, world, archive, capsys):
+    shutil.copy(archive, world)
+    into = world / "t4"
+    into.mkdir()
+    (into / "old").touch()
+    assert remote.main([service, "01_install", "03_data", *PARAMETERS, "--into", str(into)]) == 1
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("0")}
+    assert rows["01_install"].split()[1] == "ok" and "profile cpu" in rows["01_install"]
+    assert rows["03_data"].split()[1] == "FAILED" and "/nowhere.jsonl: found no such file" in rows["03_data"]
+    assert {path.name for path in (into / "executed").iterdir()} >= {
+        "01_install.ipynb",
+        "03_data.ipynb",
+        "measured.json",
+    }
+    assert (world / "t4.previous/old").exists() and not (into / "old").exists()
+
+
+@pytest.mark.parametrize("service", ["kaggle", "colab"])
+def test_chapters_that_passed_pass(service, world, archive):
+    shutil.copy(archive, world)
+    assert remote.main([service, "01_install", "-p", "PROFILE", "cpu", "--into", str(world / "t4")]) == 0
+
+
+def test_kaggle_is_asked_for_a_t4_and_for_this_very_version(world, archive):
+    shutil.copy(archive, world)
+    remote.main(["kaggle", "01_install", *PARAMETERS, "--into", str(world / "t4")])
+    asked = calls(world)
+    assert "--accelerator NvidiaTeslaT4" in asked[0] and "--timeout 10800" in asked[0]
+    assert asked[1:4] == ["kernels status someone/llama-series-on-a-t4/3"] * 3
+    metadata = json.loads((world / "pushed/kernel-metadata.json").read_text())
+    assert metadata["is_private"] and metadata["enable_gpu"] and metadata["enable_internet"]
+    assert (world / "pushed" / metadata["code_file"]).stat().st_size < remote.KAGGLE_LIMIT
+
+
+def test_colab_gives_its_machine_back_also_after_a_failure(world):
+    assert remote.main(["colab", "01_install", "--into", str(world / "t4")]) == 2
+    asked = [line.split()[0] for line in calls(world)]
+    assert asked == ["new", "exec", "download", "stop"]
+    assert "--gpu T4" in calls(world)[0] and not (world / "t4").exists()
+
+
+def test_what_is_sent_is_parametrised_and_whole(world, archive):
+    shutil.copy(archive, world)
+    remote.main(["colab", "04_train", "-p", "MAX_STEPS", "5", "-p", "PROFILE", "t4", "--into", str(world / "t4")])
+    sent = nbformat.read(world / "pushed/series.ipynb", as_version=4)
+    nbformat.validate(sent)
+    assert "series = ['04_train', '-p', 'PROFILE', '\"t4\"', '-p', 'MAX_STEPS', '5']" in sent.cells[1].source
+    assert all(output == [] for output in (cell.outputs for cell in sent.cells))
+
+
+def test_the_bundle_holds_no_outputs_and_nothing_private():
+    with tarfile.open(fileobj=io.BytesIO(remote.make_bundle())) as bundle:
+        names = bundle.getnames()
+        notebook = json.load(bundle.extractfile("notebooks/04_train.ipynb"))
+        owners = {(entry.uname, entry.uid) for entry in bundle.getmembers()}
+    assert {"helpers/series.py", "notebooks/06_save.ipynb", "requirements-colab.txt", "pyproject.toml"} <= set(names)
+    assert not [name for name in names if name.startswith(("runs", ".git", "tests", ".venv")) or "__pycache__" in name]
+    assert all(not cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    assert owners == {("", 0)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["kaggle", "-p", "NO_SUCH", "1"], "parameter: found NO_SUCH"),
+        (["kaggle", "09_more"], "chapter: found 09_more"),
+        (["colab", "-f", "/nowhere.yaml"], "parameter file /nowhere.yaml"),
+    ],
+)
+def test_a_slip_is_told_before_anything_is_sent(arguments, said, world, capsys):
+    assert remote.main(arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not (world / "calls").exists()
+
+
+def test_kaggle_needs_an_account(world, monkeypatch, capsys):
+    monkeypatch.delenv("KAGGLE_USERNAME")
+    assert remote.main(["kaggle"]) == 2
+    assert "KAGGLE_USERNAME: found nothing" in capsys.readouterr().err
+
+
+def test_a_refused_push_is_seen_although_it_ends_with_status_0(world, capsys):
+    (world / "refusal").write_text("Kernel push error: Maximum weekly GPU quota of 30.00 hours reached.")
+    assert remote.main(["kaggle", "--into", str(world / "t4")]) == 2
+    assert "weekly GPU quota" in capsys.readouterr().err
+    assert len(calls(world)) == 1
+
+
+def test_a_run_that_brought_nothing_back_leaves_the_last_one_alone(world, capsys):
+    (world / "states").write_text("ERROR")
+    (world / "t4").mkdir()
+    (world / "t4/old").touch()
+    assert remote.main(["kaggle", "--into", str(world / "t4")]) == 2
+    assert "executed.tar.gz: found no such file" in capsys.readouterr().err
+    assert (world / "t4/old").exists()
+
+
+def test_a_missing_command_names_its_package(world, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert remote.main(["colab"]) == 2
+    assert "uv tool install --python 3.13 google-colab-cli==0.7.5" in capsys.readouterr().err
+
+
+def executed(tmp_path, *cells):
+    notebook = nbformat.v4.new_notebook(cells=list(cells))
+    nbformat.write(notebook, tmp_path / "04_train.ipynb")
+    return tmp_path / "04_train.ipynb"
+
+
+def ran(number, source, *outputs):
+    return nbformat.v4.new_code_cell(source, execution_count=number, outputs=list(outputs))
+
+
+def test_the_faults_of_an_executed_notebook(tmp_path):
+    result = nbformat.v4.new_output("stream", text="Result: all well\n")
+    error = nbformat.v4.new_output("error", ename="ValueError", evalue="no", traceback=[])
+    assert remote.failure_of(executed(tmp_path, ran(1, "x = 1"), ran(2, "print(result)", result))) == ""
+    assert (
+        remote.failure_of(executed(tmp_path, ran(1, "x = 1\ny = 2", error))) == "code cell [1] `x = 1`: ValueError: no"
+    )
+    assert remote.failure_of(executed(tmp_path, ran(1, "x"), ran(None, "train()"))) == "stopped before `train()`"
+    assert "no `Result" in remote.failure_of(executed(tmp_path, ran(1, "x = 1")))
+    assert remote.failure_of(Path(tmp_path / "05_infer.ipynb")) == "did not run"
