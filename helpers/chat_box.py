@@ -17,7 +17,7 @@ from helpers.profiles import shown
 REFRESH_SECONDS = 0.1  # each refresh sends the whole history to the browser
 BUBBLE = (
     "<div style='margin:4px 0;padding:6px 10px;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere;"
-    "background:{colour};color:#111'><b>{who}</b>\n{text}</div>"
+    "line-height:1.4;background:{colour};color:#111'>{who}{text}</div>"
 )
 COLOURS = {"you": "#e8eef7", "tuned": "#e7f4e4", "base": "#f4efe0", "note": "#f0f0f0"}
 
@@ -136,8 +136,8 @@ class ChatBox:
         """The history. All that was typed or generated is escaped: markup in a reply is shown, never executed."""
         parts = []
         for exchange in self.exchanges:
-            shown = [("you", "you", exchange.question)]
-            shown += [(side, f"{side} model", text) for side, text in exchange.replies.items()]
+            shown = [("you", "<b>you</b>\n", exchange.question)]
+            shown += [(side, f"<b>{side} model</b>\n", text) for side, text in exchange.replies.items()]
             shown += [("note", "", note) for note in exchange.notes]
             parts += [BUBBLE.format(colour=COLOURS[kind], who=who, text=html.escape(text)) for kind, who, text in shown]
         return "".join(parts)
@@ -170,7 +170,7 @@ class ChatBox:
         """The box as one ipywidgets widget (7.7 and 8)."""
         import ipywidgets as w
 
-        wide, width = w.Layout(width="100%"), {"description_width": "110px"}
+        wide, width = w.Layout(width="auto"), {"description_width": "110px"}
         named = dict(layout=wide, style=width)
         sides = {"tuned model": ("tuned",), "base model": ("base",), "both, side by side": ("tuned", "base")}
         made = self._widgets = {
@@ -197,9 +197,11 @@ class ChatBox:
         made["stop"].on_click(lambda _: self._stop.set())
         made["reset"].on_click(lambda _: self.reset())
         made["save"].on_click(lambda _: self._say(f"saved: {shown(self.save_transcript(save_to))}"))
-        scrolled = w.Layout(max_height="420px", overflow="auto", border="1px solid #ccc", padding="4px")
+        # Laid out from below, so that the newest text stays in view while it grows.
+        scrolled = w.Layout(max_height="420px", overflow="auto", flex_flow="column-reverse", border="1px solid #ccc")
         buttons = w.HBox([made[name] for name in ("send", "stop", "reset", "save", "status")])
         settings = [made[name] for name in ("sides", "system", "temperature", "min_p", "max_new_tokens")]
+        made["history"].add_class("chat-history")
         self._draw(now=True)
         return w.VBox([w.Box([made["history"]], layout=scrolled), made["question"], buttons, *settings])
 

@@ -1,6 +1,6 @@
-"""One session of the chat box in a headless Chromium: prints what it saw as JSON. Run by test_browser.py.
+"""Notebooks in a headless Chromium: run all, look, talk to the chat box. Prints what it saw as JSON.
 
-python browser_session.py lab|classic URL CHROMIUM SCREENSHOTS
+python browser_session.py lab|classic SERVER TOKEN CHROMIUM SCREENSHOTS NOTEBOOK …   (paths on the server, run in order)
 """
 
 import json
@@ -8,77 +8,152 @@ import sys
 import time
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Error, sync_playwright
 
+WAIT_SECONDS = 240
+TALLEST = 16_000  # pixels: Chromium draws no taller picture
 MARKUP = '<img src=x onerror="window.hacked = 1"><b id="bold">Hi</b>'
-WAIT = 180_000  # milliseconds: the kernel loads a model first
-SETTLE = 6_000
+STORY = "Tell me a very long story about a lighthouse, in twelve chapters."
+FRONT_ENDS = {
+    "lab": {
+        "url": "doc/tree/",
+        "notebook": ".jp-Notebook",
+        "prompt": ".jp-CodeCell .jp-InputPrompt",
+        "error": "[data-mime-type='application/vnd.jupyter.stderr']",  # a traceback is drawn as one
+        "table": ".jp-OutputArea-output table",
+        "height": ".jp-WindowedPanel-outer",
+        "idle": "() => document.querySelector('.jp-NotebookPanel-toolbar [data-status=idle]')",
+    },
+    "classic": {
+        "url": "notebooks/",
+        "notebook": "#notebook-container",
+        "prompt": ".code_cell .input_prompt",
+        "error": ".output_error, .output_stderr",
+        "table": ".output_html table",
+        "height": "#site",
+        "idle": "() => window.Jupyter && Jupyter.notebook && Jupyter.notebook.kernel"
+        " && Jupyter.notebook.kernel.is_connected() && Jupyter.notebook.kernel_busy === false",
+    },
+}
+LOOK = """css => ({
+    prompts: [...document.querySelectorAll(css.prompt)].map(e => e.innerText.replace(/[^0-9*]/g, "")),
+    errors: [...document.querySelectorAll(css.error)].map(e => e.innerText).filter(text => text.includes("Traceback")),
+    tables: [...document.querySelectorAll(css.table)].map(e => e.querySelectorAll("tbody tr").length),
+    images: [...document.querySelectorAll(css.notebook + " img")]
+        .filter(e => !e.src.startsWith("http") || new URL(e.src).host == location.host)
+        .map(e => e.naturalWidth * e.naturalHeight),
+    text: document.querySelector(css.notebook).innerText,
+})"""
+NEWEST_IN_VIEW = """() => {
+    const history = document.querySelector(".chat-history"), box = history.parentElement;
+    const [whole, view] = [history, box].map(e => e.getBoundingClientRect());
+    return whole.height > view.height && whole.bottom <= view.bottom;
+}"""
+MARKUP_TOOK_EFFECT = """() => ({executed: window.hacked === 1, rendered: !!document.querySelector("#bold")})"""
 
 
-def history(page):
-    """The text of the box's bubbles."""
-    return page.evaluate("() => [...document.querySelectorAll('.widget-html-content')].map(e => e.innerText).join('')")
-
-
-def watch(page, until, seconds=180):
-    """The history's text at each change, until it satisfies a condition."""
-    seen, deadline = [history(page)], time.monotonic() + seconds
-    while not until(seen[-1]):
+def wait_until(look, found, what):
+    """What `look` gives at each change, until `found` likes it."""
+    seen, deadline = [look()], time.monotonic() + WAIT_SECONDS
+    while not found(seen[-1]):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the history stays at {seen[-1]!r}")
-        text = history(page)
-        if text != seen[-1]:
-            seen.append(text)
+            raise TimeoutError(f"{what}: it stays at {seen[-1]!r}")
+        now = look()
+        if now != seen[-1]:
+            seen.append(now)
         time.sleep(0.02)
     return seen
 
 
 def run_all(page, front_end):
-    # A page that was just opened asks its kernel for widgets that may be there, and then drops what it did not find.
+    css = FRONT_ENDS[front_end]
+    # A page that was just opened asks its kernel for widgets, and drops the ones that come while it waits.
+    page.wait_for_function(css["idle"], timeout=WAIT_SECONDS * 1000)
+    page.wait_for_timeout(1000)
     if front_end == "lab":
-        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=WAIT)
-        page.wait_for_timeout(SETTLE)
         page.locator(".lm-MenuBar-itemLabel").get_by_text("Run", exact=True).click()
         page.locator("li[data-command='runmenu:run-all']").click()
     else:
-        page.wait_for_function("() => window.Jupyter && Jupyter.notebook && Jupyter.notebook.kernel", timeout=WAIT)
-        page.wait_for_function("() => Jupyter.notebook.kernel.is_connected()", timeout=WAIT)
-        page.wait_for_timeout(SETTLE)
         page.evaluate("() => Jupyter.notebook.execute_all_cells()")
+    prompts = wait_until(
+        lambda: page.evaluate(LOOK, css)["prompts"], lambda now: now[0] not in ("", "*") and "*" not in now, "run all"
+    )
+    page.wait_for_timeout(1000)  # the last outputs are drawn after the last prompt
+    return prompts[-1]
+
+
+def history(page):
+    return page.locator(".chat-history").inner_text()
+
+
+def picture(page, path):
+    page.evaluate("() => document.querySelector('.chat-history').parentElement.scrollIntoView({block: 'center'})")
+    page.screenshot(path=path)
 
 
 def ask(page, text):
-    box = page.locator("input[placeholder='Your question']")
-    box.wait_for(timeout=WAIT)
-    box.fill(text)
-    box.press("Enter")
+    question = page.locator("input[placeholder='Your question']")
+    question.fill(text)
+    question.press("Enter")
 
 
-def main(front_end, url, chromium, screenshots):
-    saw, shots = {}, Path(screenshots)
-    shots.mkdir(parents=True, exist_ok=True)
+def talk(page, shots):
+    """Ask, read, stop, reset: the history as it grew, and after each."""
+    saw = {}
+    page.set_viewport_size({"width": 1100, "height": 1000})
+    ask(page, MARKUP)
+    saw["streamed"] = wait_until(lambda: history(page), lambda text: "tokens, the first after" in text, "reply")
+    saw |= page.evaluate(MARKUP_TOOK_EFFECT)
+    picture(page, f"{shots}-chat-reply.png")
+    ask(page, STORY)
+    wait_until(lambda: history(page).partition(STORY)[2], lambda text: len(text) > len("tuned model") + 20, "story")
+    picture(page, f"{shots}-chat-writing.png")
+    page.locator("button", has_text="Stop").click()
+    stopped = wait_until(lambda: history(page), lambda text: text.count("tokens, the first after") == 2, "stop")
+    saw["stopped"] = stopped[-1]
+    picture(page, f"{shots}-chat-stopped.png")
+    page.locator("button", has_text="Reset").click()
+    wait_until(lambda: history(page), lambda text: not text.strip(), "reset")
+    return saw
+
+
+def visit(browser, front_end, server, token, notebook, shots):
+    """One notebook, from opening it to what it shows."""
+    css, start, saw = FRONT_ENDS[front_end], time.monotonic(), {}
+    page = browser.new_page(viewport={"width": 1100, "height": 900})
+    try:
+        page.goto(f"{server}/{css['url']}{notebook}?token={token}")
+        run_all(page, front_end)
+        saw |= page.evaluate(LOOK, css)
+        height = page.evaluate("css => document.querySelector(css.height).scrollHeight", css) + 150
+        page.set_viewport_size({"width": 1100, "height": min(height, TALLEST)})
+        page.evaluate("css => document.querySelector(css.height).scrollTo(0, 0)", css)
+        page.wait_for_timeout(1000)
+        page.screenshot(path=f"{shots}.png")
+        saw |= page.evaluate(MARKUP_TOOK_EFFECT)
+        if page.locator(".chat-history").count():
+            saw["newest_in_view"] = page.evaluate(NEWEST_IN_VIEW)
+            saw["chat"] = talk(page, shots) if not history(page).strip() else {}
+    except (Error, TimeoutError) as error:
+        saw["failure"] = f"{type(error).__name__}: {error}"
+        page.screenshot(path=f"{shots}-failure.png")
+    finally:
+        headers = {"Authorization": f"token {token}"}
+        for session in page.request.get(f"{server}/api/sessions", headers=headers).json():
+            page.request.delete(f"{server}/api/sessions/{session['id']}", headers=headers)  # its kernel holds a model
+        page.close()
+    return saw | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def main(front_end, server, token, chromium, screenshots, *notebooks):
+    Path(screenshots).mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        page = browser.new_page(viewport={"width": 1100, "height": 1000})
-        page.goto(url)
-        run_all(page, front_end)
-        ask(page, MARKUP)
-        seen = watch(page, lambda text: "tokens, the first after" in text)
-        saw["streamed"] = [text for text in seen if "tuned model" in text]
-        saw["markup"] = {
-            "text": history(page),
-            "hacked": page.evaluate("() => window.hacked === 1"),
-            "elements": page.evaluate("() => document.querySelectorAll('#bold').length"),
-        }
-        page.screenshot(path=shots / f"{front_end}-reply.png")
-        ask(page, "Tell me a very long story about a lighthouse, in twelve chapters.")
-        watch(page, lambda text: len(text.split("lighthouse, in twelve chapters.")[-1]) > 60)
-        page.screenshot(path=shots / f"{front_end}-writing.png")
-        page.locator("button", has_text="Stop").click()
-        saw["stopped"] = watch(page, lambda text: text.count("tokens, the first after") == 2)[-1]
-        page.screenshot(path=shots / f"{front_end}-stopped.png")
-        page.locator("button", has_text="Reset").click()
-        saw["reset"] = watch(page, lambda text: not text.strip())[-1]
+        saw = {}
+        for notebook in notebooks:
+            shots = Path(screenshots) / f"{front_end}-{Path(notebook).stem}"
+            saw[notebook] = visit(browser, front_end, server, token, notebook, shots)
+            print(notebook, saw[notebook]["seconds"], "s", file=sys.stderr, flush=True)
         browser.close()
     print(json.dumps(saw))
 

@@ -1,7 +1,13 @@
-"""The chat box in a real browser: JupyterLab with ipywidgets 8, and the classic notebook with Colab's ipywidgets 7."""
+"""The reader's test: a person opens the chapters in a browser, runs all, looks, and talks to the chat box.
+
+JupyterLab, with ipywidgets 8, opens all six chapters. The classic notebook opens chapters 03 and 05 with the kernel
+that Colab has (ipykernel 6.17, IPython 7.34, ipywidgets 7.7). Both open a notebook full of faults, to show that these
+are seen. All are copies with their recorded outputs cleared; the `cpu` profile, few rows and few steps.
+"""
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -12,64 +18,111 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from helpers.image import read_freeze
+from helpers.lock import IMAGE
+from helpers.series import CHAPTERS, chapter_parameters
+
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ROOT / ".venv-proof" / "bin"
+SERIES, TOOLS = ROOT / ".venv" / "bin", ROOT / ".venv-proof" / "bin"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SCREENSHOTS = ROOT / "runs" / "browser"
-FRONT_ENDS = {
-    "lab": (TOOLS, ["-m", "jupyterlab"], "lab/tree"),
-    "classic": (ROOT / ".venv" / "bin", ["-m", "notebook"], "notebooks"),
-}
+TOKEN = "proof"
+FEW_STEPS, FEW_TOKENS, FEW_ROWS = 4, 40, {"train": 16, "held_out": 8}
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
-    pytest.mark.skipif(not (TOOLS / "jupyter-lab").exists(), reason="no browser driver: run `make proof-tools`"),
+    pytest.mark.skipif(not (TOOLS / "playwright").exists(), reason="no browser driver: run `make proof-tools`"),
 ]
 
-CELLS = (
-    """import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+VERSIONS = """import IPython, ipykernel, ipywidgets
+print("Kernel:", ipykernel.__version__, IPython.__version__, ipywidgets.__version__)"""
+FAULTS = (
+    """from IPython.display import HTML, display
 
-from helpers.smollm2 import prepare_smollm2
+display(HTML("<img src='data:image/png;base64,broken'>"))
+display(HTML("<table><thead><tr><th>a</th></tr></thead><tbody></tbody></table>"))
+display(HTML("<table><tbody><tr><td>1</td></tr></tbody></table>"))""",
+    """from helpers.chat_box import ChatBox, Exchange
 
-folder = prepare_smollm2()
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-model = get_peft_model(model, LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False)).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)""",
-    """from helpers.chat_box import ChatBox
-
-ChatBox(model, tokenizer, max_seq_length=2048, max_new_tokens=500).show()""",
+box = ChatBox(None, None, max_seq_length=512)
+reply = '<img src=x onerror="window.hacked = 1"><b id="bold">Hi</b><script>window.hacked = 1</script>'
+box.exchanges.append(Exchange("Hello", {"tuned": reply + "\\n" * 30 + "The end."}))
+box.show()""",
+    "1 / 0",
+    "'after the error'",
 )
 
 
-@pytest.fixture(params=FRONT_ENDS)
-def session(request, tmp_path):
-    """What the browser saw."""
-    binaries, module, page = FRONT_ENDS[request.param]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, tmp_path / "chat.ipynb")
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the series to run in; what it makes and saves stays there."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("helpers", "notebooks", "colab-image"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "_unsloth*"))
+    for path in ROOT.glob("*.t*ml"), ROOT.glob("requirements-*.txt"):
+        for file in path:
+            shutil.copy(file, folder)
+    rows = [json.loads(line) for line in (ROOT / "notebooks/data/support_conversations.jsonl").open(encoding="utf-8")]
+    few = [row for split, count in FEW_ROWS.items() for row in [r for r in rows if r["split"] == split][:count]]
+    (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few), encoding="utf-8")
+    parameters = {"PROFILE": "cpu", "DATASET": str(folder / "few.jsonl"), "MAX_STEPS": FEW_STEPS, "GGUF": "q8_0"}
+    parameters |= {"MAX_NEW_TOKENS": FEW_TOKENS, "RUN_DIR": str(folder / "run")}
+    for chapter in CHAPTERS:
+        prepare(folder / "notebooks" / f"{chapter}.ipynb", parameters)
+    faults = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in FAULTS])
+    faults.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(faults, folder / "faults.ipynb")
+    return folder
+
+
+def prepare(path, parameters):
+    """Set a chapter's parameters, clear what was recorded, and let it say at its end what kernel it ran in."""
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    known = chapter_parameters(path.stem)
+    notebook = load_notebook_node(str(path))
+    notebook = parameterize_notebook(notebook, {name: value for name, value in parameters.items() if name in known})
+    notebook.cells.append(nbformat.v4.new_code_cell(VERSIONS))
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, path)
+
+
+def open_in_browser(tree, front_end, chapters):
+    """Start a Jupyter server in the tree, let the driver visit the chapters and the faults; what it saw of each."""
+    binaries, module = (TOOLS, "jupyterlab") if front_end == "lab" else (SERIES, "notebook")
+    state = tree.parent / f"{tree.name}-{front_end}"
+    settings = {
+        "page_config": {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}},
+        "default_setting_overrides": {"@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"}},
+    }  # no question about news; and all cells in the page, also those out of sight, so that they can be looked at
+    (state / "labconfig").mkdir(parents=True)
+    for name, content in settings.items():
+        (state / "labconfig" / f"{name}.json").write_text(json.dumps(content))
+    environment = os.environ | {"CATCH_UP": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    environment |= {"JUPYTER_CONFIG_DIR": str(state), "JUPYTER_RUNTIME_DIR": str(state / "runtime")}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(binaries / "python"), *module, "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1"]
-    token = "--ServerApp.token=proof" if request.param == "lab" else "--NotebookApp.token=proof"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
-    environment |= {"JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"), "PATH": f"{binaries}:{os.environ['PATH']}"}
-    with open(tmp_path / "server.log", "w") as log:
-        server = subprocess.Popen([*command, token], cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    command = [binaries / "python", "-m", module, "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    token = f"--IdentityProvider.token={TOKEN}" if front_end == "lab" else f"--NotebookApp.token={TOKEN}"
+    with open(state / "server.log", "w") as log:
+        server = subprocess.Popen([*command, token], cwd=tree, env=environment, stdout=log, stderr=log)
     try:
-        wait_for(f"http://127.0.0.1:{port}/api?token=proof", server, tmp_path / "server.log")
-        url = f"http://127.0.0.1:{port}/{page}/chat.ipynb?token=proof"
-        driver = [str(TOOLS / "python"), str(ROOT / "tests" / "browser_session.py"), request.param, url]
-        done = subprocess.run([*driver, CHROMIUM, str(SCREENSHOTS)], capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stderr + (tmp_path / "server.log").read_text()[-2000:]
+        address = f"http://127.0.0.1:{port}"
+        wait_for(f"{address}/api?token={TOKEN}", server, state / "server.log")
+        driver = [TOOLS / "python", ROOT / "tests" / "browser_session.py", front_end, address, TOKEN]
+        notebooks = ["faults.ipynb", *(f"notebooks/{chapter}.ipynb" for chapter in chapters)]
+        done = subprocess.run([*driver, CHROMIUM, SCREENSHOTS, *notebooks], capture_output=True, text=True, timeout=900)
+        print(done.stderr)
+        assert done.returncode == 0, done.stderr + (state / "server.log").read_text()[-2000:]
     finally:
         server.terminate()
         server.wait(30)
-    return json.loads(done.stdout)
+    return {Path(name).stem: saw for name, saw in json.loads(done.stdout).items()}
 
 
 def wait_for(url, server, log):
@@ -82,10 +135,68 @@ def wait_for(url, server, log):
             time.sleep(0.3)
 
 
-def test_a_reader_asks_reads_and_stops(session):
-    lengths = [len(text) for text in session["streamed"]]
-    assert len(lengths) > 3 and lengths == sorted(lengths), "the reply did not grow word by word"
-    assert '<img src=x onerror="window.hacked = 1">' in session["markup"]["text"]
-    assert (session["markup"]["hacked"], session["markup"]["elements"]) == (False, 0)
-    assert session["stopped"].rstrip().endswith("stop")
-    assert session["reset"].strip() == ""
+@pytest.fixture(scope="module")
+def lab(tree):
+    return open_in_browser(tree, "lab", CHAPTERS)
+
+
+@pytest.fixture(scope="module")
+def classic(tree, lab):
+    return open_in_browser(
+        tree, "classic", ("03_data", "05_infer")
+    )  # with the adapter that chapter 04 left in the tree
+
+
+def seen(request, front_end, name):
+    saw = request.getfixturevalue(front_end)[name]
+    assert "failure" not in saw, saw["failure"]
+    return saw
+
+
+VISITS = [("lab", chapter) for chapter in CHAPTERS] + [("classic", "03_data"), ("classic", "05_infer")]
+
+
+@pytest.mark.parametrize("front_end, chapter", VISITS)
+def test_a_chapter_runs_to_its_end_and_shows_all(request, front_end, chapter):
+    saw = seen(request, front_end, chapter)
+    assert saw["errors"] == []
+    assert saw["prompts"] == [str(number) for number in range(1, len(saw["prompts"]) + 1)], saw["text"][-2000:]
+    assert not re.search("Error displaying widget|Error creating widget|model not found|Loading widget", saw["text"])
+    recorded = nbformat.read(ROOT / "notebooks" / f"{chapter}.ipynb", as_version=4)
+    shown = [out.get("data", {}) for cell in recorded.cells if cell.cell_type == "code" for out in cell.outputs]
+    assert len(saw["prompts"]) == 2 + sum(cell.cell_type == "code" for cell in recorded.cells)
+    assert len(saw["images"]) >= sum("image/png" in data for data in shown) and all(saw["images"])
+    assert len(saw["tables"]) >= sum("<table" in data.get("text/html", "") for data in shown) and all(saw["tables"])
+
+
+@pytest.mark.parametrize("chapter", ["03_data", "05_infer"])
+def test_the_kernel_is_colabs(request, chapter):
+    image = read_freeze(IMAGE / "pip-freeze.gpu.txt")
+    expected = " ".join(image[name] for name in ("ipykernel", "ipython", "ipywidgets"))
+    assert f"Kernel: {expected}" in seen(request, "classic", chapter)["text"]
+
+
+def test_jupyterlab_has_the_newer_widgets(request):
+    assert re.search(r"^Kernel: \S+ \S+ 8\.", seen(request, "lab", "05_infer")["text"], re.MULTILINE)
+
+
+@pytest.mark.parametrize("front_end", ["lab", "classic"])
+def test_a_reader_asks_reads_and_stops(request, front_end):
+    chat = seen(request, front_end, "05_infer")["chat"]
+    replies = [text.partition("tuned model")[2] for text in chat["streamed"]]
+    lengths = [len(reply) for reply in replies]
+    assert len(set(lengths)) > 3 and lengths == sorted(lengths), "the reply did not grow word by word"
+    assert '<img src=x onerror="window.hacked = 1">' in chat["streamed"][-1]
+    assert (chat["executed"], chat["rendered"]) == (False, False)
+    assert chat["stopped"].rstrip().endswith("stop")
+
+
+@pytest.mark.parametrize("front_end", ["lab", "classic"])
+def test_faults_are_seen_and_markup_in_a_reply_is_only_shown(request, front_end):
+    saw = seen(request, front_end, "faults")
+    assert len(saw["errors"]) == 1 and "ZeroDivisionError" in saw["errors"][0]
+    assert saw["prompts"] == ["1", "2", "3", ""]
+    assert saw["tables"] == [0, 1]
+    assert 0 in saw["images"]
+    assert "<script>window.hacked = 1</script>" in saw["text"] and saw["newest_in_view"]
+    assert (saw["executed"], saw["rendered"]) == (False, False)
