@@ -62,7 +62,7 @@ with world.joinpath("calls").open("a") as calls:
 parser = argparse.ArgumentParser()
 commands = parser.add_subparsers(dest="part")
 """
-PARAMETERS = ("-p", "PROFILE", "cpu", "-p", "DATASET", "/nowhere.jsonl")
+PARAMETERS = ("-p", "PROFILE", "cpu", "-p", "MAX_STEPS", "2")
 
 
 def command(folder, name, text):
@@ -76,15 +76,15 @@ def archive(tmp_path_factory):
     """What the notebook that is sent packs: run here, in an empty folder; one chapter passes and one fails."""
     machine = tmp_path_factory.mktemp("machine")
     command(machine / "bin", "nvidia-smi", "#!/bin/sh\necho Tesla T4\n")
-    parameters = {"PROFILE": "cpu", "DATASET": "/nowhere.jsonl"}
-    driver = remote.make_driver(["01_install", "03_data"], parameters=parameters, bundle=remote.make_bundle())
+    chapters, parameters = ["03_data", "05_infer"], {"PROFILE": "cpu", "MAX_STEPS": 2}
+    driver = remote.make_driver(chapters, parameters=parameters, bundle=remote.make_bundle())
     changed = {"PATH": f"{machine / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(machine)}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changed.items():
             patch.setenv(name, value)
         nbclient.NotebookClient(driver, kernel_name="python3", resources={"metadata": {"path": str(machine)}}).execute()
     said = "".join(output.text for output in driver.cells[1].outputs)
-    assert said.startswith("Tesla T4") and "[2/2] 03_data" in said
+    assert said.startswith("Tesla T4") and "[2/2] 05_infer" in said, said
     return machine / "executed.tar.gz"
 
 
@@ -110,10 +110,10 @@ def test_a_chapter_that_failed_there_fails_here(service, world, archive, capsys)
     into = world / "t4"
     into.mkdir()
     (into / "old").touch()
-    assert remote.main([service, "01_install", "03_data", *PARAMETERS, "--into", str(into)]) == 1
+    assert remote.main([service, "03_data", "05_infer", *PARAMETERS, "--into", str(into)]) == 1
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("0")}
-    assert rows["01_install"].split()[1] == "ok" and "profile cpu" in rows["01_install"]
-    assert rows["03_data"].split()[1] == "FAILED" and "/nowhere.jsonl: found no such file" in rows["03_data"]
+    assert rows["03_data"].split()[1] == "ok" and "conversations, longest" in rows["03_data"]
+    assert rows["05_infer"].split()[1] == "FAILED" and "adapter" in rows["05_infer"]
     assert {path.name for path in (into / "executed").iterdir()} >= {
         "01_install.ipynb",
         "03_data.ipynb",
@@ -125,12 +125,12 @@ def test_a_chapter_that_failed_there_fails_here(service, world, archive, capsys)
 @pytest.mark.parametrize("service", ["kaggle", "colab"])
 def test_chapters_that_passed_pass(service, world, archive):
     shutil.copy(archive, world)
-    assert remote.main([service, "01_install", "-p", "PROFILE", "cpu", "--into", str(world / "t4")]) == 0
+    assert remote.main([service, "03_data", *PARAMETERS, "--into", str(world / "t4")]) == 0
 
 
 def test_kaggle_is_asked_for_a_t4_and_for_this_very_version(world, archive):
     shutil.copy(archive, world)
-    remote.main(["kaggle", "01_install", *PARAMETERS, "--into", str(world / "t4")])
+    remote.main(["kaggle", "03_data", *PARAMETERS, "--into", str(world / "t4")])
     asked = calls(world)
     assert "--accelerator NvidiaTeslaT4" in asked[0] and "--timeout 10800" in asked[0]
     assert asked[1:4] == ["kernels status someone/llama-series-on-a-t4/3"] * 3

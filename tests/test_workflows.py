@@ -151,8 +151,8 @@ def gh(tmp_path):
 def test_a_failed_night_opens_an_issue_or_comments_on_the_open_one(number, said, report, gh, tmp_path):
     shutil.copytree(ROOT / ".github", tmp_path / ".github")
     if report:
-        (tmp_path / "t4/report").mkdir(parents=True)
-        (tmp_path / "t4/report/summary.md").write_text(report)
+        (tmp_path / "t4/reports").mkdir(parents=True)
+        (tmp_path / "t4/reports/summary.md").write_text(report)
     environment = gh(OPEN=number, RUN="https://example.org/run/1", GITHUB_SHA="abc123")
     done = run_step("t4.yml", "Open an issue, or comment on the open one", cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
