@@ -1,0 +1,570 @@
+"""Survive a disconnect: a training run that saves itself by the clock, and goes on where it was when it is run again.
+
+The checkpoints are Transformers' own (adapter, optimiser, learning rate, scaler, random numbers, trainer state). What
+is added here: *when* they are written, a manifest that says whether one is whole, the settings that it belongs to, a
+copy on Drive, and an order of the rows that does not depend on what ran before.
+
+    checkpoints/
+      checkpoint-37/    as Transformers writes it, and manifest.json (sizes, sha256, run, step, settings), written last
+      checkpoint-31/    the one before it; older ones are deleted
+      handed_over       the run whose adapter the chapter has handed on: the next run starts at step 0
+      .lock             held while a process trains here; the system releases it when that process ends, however it ends
+
+A run that was interrupted is resumed, one that is complete is loaded and not trained further, and one that is complete
+and handed over makes room for a new one.
+
+How equal the result is: on a CPU a run that was killed and resumed ends with the same bits as one that was not, because
+rows, learning rate, optimiser and random numbers all continue from the checkpoint. On a GPU kernels that add in no
+fixed order (atomics) already make two uninterrupted runs differ in the last bits, and so is a resumed one.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import InputError
+from helpers.handoff import hash_files
+
+MANIFEST = "manifest.json"
+HANDED_OVER = "handed_over"
+KEPT = 2
+MIRROR_WAIT_SECONDS = 60
+# What decides the result of a run, of all that Transformers and TRL let one set. The batch is compared as a whole: how
+# it is split into micro-batches changes the last bits only.
+DECIDING = (
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "fp16",
+    "bf16",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+    "max_length",
+    "packing",
+    "seed",
+)
+DECIDING_LORA = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "bias",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+)
+
+
+class CheckpointError(InputError):
+    """Training cannot go on from what is in the folder, or the folder is in use or cannot be written."""
+
+
+class _AlreadyComplete(Exception):
+    """Leaves `trainer.train` before its first step: the checkpoint that it has loaded is the last one."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that has a manifest.
+
+    Attributes:
+        path: its folder.
+        run: when its run began, in UTC: names the run, and sorts.
+        step, max_steps: where the run was, and where it ends.
+        settings: what the run was started with, see `settings_of`.
+        files: {name: {"bytes": size, "sha256": digits}}.
+    """
+
+    path: Path
+    run: str
+    step: int
+    max_steps: int
+    settings: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+    @property
+    def age(self) -> tuple[str, int]:
+        """Sorts checkpoints from the oldest to the newest, over all runs."""
+        return self.run, self.step
+
+    def damage(self) -> str:
+        """What is wrong with its files, "" where nothing is. Reads every byte.
+
+        Example: "optimizer.pt: 1200 bytes instead of 4096"
+        """
+        for name, expected in self.files.items():
+            file = self.path / name
+            if not file.is_file():
+                return f"{name}: missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name}: {file.stat().st_size} bytes instead of {expected['bytes']}"
+        found = hash_files(self.path)
+        altered = [name for name, expected in self.files.items() if found[name] != expected["sha256"]]
+        return f"{altered[0]}: other content than was written (sha256)" if altered else ""
+
+
+class Checkpoints:
+    """Keeps a trainer's checkpoints while a `with` block trains, in the trainer's `output_dir`.
+
+    Args:
+        trainer: a Transformers or TRL trainer that has not trained yet; its `save_strategy` may be "no".
+        mirror: a folder on Drive or another disk that checkpoints are copied to in the background, and fetched from
+            where the trainer's folder has none as new. Training never waits for it and never fails because of it.
+        every_seconds: at most so much work is lost when the machine goes away (or one step, if that takes longer).
+        start_afresh: delete what is there, here and in the mirror, and start at step 0.
+
+    Entering the block gives what `trainer.train(resume_from_checkpoint=...)` takes, and says which step that is. Inside
+    it Ctrl-C and Colab's Stop let the step end, save, and then raise KeyboardInterrupt; a second one does not wait.
+    A checkpoint that cannot be written (a full disk) is a warning: training goes on, and the older ones stay.
+
+    Raises:
+        CheckpointError: other settings than those of the interrupted run, a folder that another process trains in or
+            that cannot be written, a mirror that cannot be read, or a trainer that has trained already.
+
+    Example:
+        >>> checkpoints = Checkpoints(trainer, mirror=run.mirror)
+        >>> with checkpoints as last:
+        ...     trainer.train(resume_from_checkpoint=last)
+        Resumed from step 37 of 60
+        >>> checkpoints.hand_over()  # once the adapter is saved: running the chapter again trains anew
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        *,
+        mirror: str | Path | None = None,
+        every_seconds: float = 300,
+        start_afresh: bool = False,
+    ) -> None:
+        self.trainer, self.every_seconds, self.start_afresh = trainer, every_seconds, start_afresh
+        self.folder = Path(trainer.args.output_dir)
+        self.mirror = Path(mirror) / self.folder.name if mirror else None
+        self.run = ""
+        self.interrupted = False
+
+    def __enter__(self) -> str | None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_locked(self.folder))
+            last = self._find_last()
+            self.run = last.run if last else datetime.now(UTC).isoformat()
+            self._guard(stack)
+            self._stack = stack.pop_all()
+        return str(last.path) if last else None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> bool:
+        self._stack.close()
+        if self.interrupted and kind in (None, _AlreadyComplete):  # pressed when no step was left
+            raise KeyboardInterrupt
+        return kind is _AlreadyComplete
+
+    def hand_over(self) -> None:
+        """Note that the run's result is saved elsewhere: the next run starts at step 0 instead of loading this one."""
+        for folder in filter(None, (self.folder, self.mirror)):
+            try:
+                (folder / HANDED_OVER).write_text(self.run, encoding="utf-8")
+            except OSError as error:
+                print(f"{folder}: could not note that this run is handed over ({error}); it would be loaded once more.")
+
+    def _find_last(self) -> Saved | None:
+        """The checkpoint to go on from, verified and lying in the trainer's folder; says what was found."""
+        if self.start_afresh:
+            self._discard()
+            print("Starting at step 0: START_AFRESH is set. Unset it, or the next run starts at step 0 as well.")
+            return self._nothing()
+        last = _newest_good(self.folder)
+        with _readable(self.mirror):
+            last = self._fetch(last)
+        if last is None:
+            print("Starting at step 0")
+            return self._nothing()
+        if self._is_handed_over(last):
+            print(f"Starting at step 0: the run before this one is complete (step {last.step}) and handed over")
+            return self._nothing()
+        where = f"step {last.step} of {last.max_steps}"
+        differences = compare_settings(last.settings, settings_of(self.trainer))
+        if differences:
+            raise CheckpointError(
+                f"{self.folder}, a run that is at {where}",
+                found="; ".join(differences),
+                expected="the settings that it was started with",
+                fix="set them back to go on, or set START_AFRESH = True to delete that run and start at step 0",
+            )
+        if last.step >= last.max_steps:
+            print(f"Nothing to train: this run is complete, loading {where} (START_AFRESH = True trains anew)")
+        else:
+            print(f"Resumed from {where}")
+        return last
+
+    def _nothing(self) -> None:
+        if self.trainer.state.global_step:
+            raise CheckpointError(
+                "trainer",
+                found=f"a model that has been trained for {self.trainer.state.global_step} steps in this session",
+                expected="a fresh model to start at step 0",
+                fix="run the chapter from its top, so that the model is loaded again",
+            )
+
+    def _fetch(self, last: Saved | None) -> Saved | None:
+        """The newest good one of `last` and the mirror's; one from the mirror is copied into the folder first."""
+        for theirs in reversed(_saved_in(self.mirror) if self.mirror else []):
+            if last is not None and theirs.age <= last.age:
+                break
+            damage = theirs.damage()
+            if not damage:
+                print(f"Fetched {theirs.path.name} from {self.mirror}")
+                return _read_manifest(_copy_whole(theirs.path, self.folder))
+            print(f"{theirs.path} is damaged and not used ({damage})")
+        return last
+
+    def _is_handed_over(self, last: Saved) -> bool:
+        for folder in filter(None, (self.folder, self.mirror)):
+            with contextlib.suppress(OSError):
+                if (folder / HANDED_OVER).read_text(encoding="utf-8") == last.run:
+                    return True
+        return False
+
+    def _discard(self) -> None:
+        for folder in filter(None, (self.folder, self.mirror)):
+            try:
+                for path in _checkpoints_in(folder):
+                    _remove(path)
+            except OSError as error:
+                print(f"{folder}: could not delete the old checkpoints ({error})")
+
+    def _guard(self, stack: contextlib.ExitStack) -> None:
+        """Hook into the trainer until the stack closes: when to save, how, in which order the rows come, and Ctrl-C."""
+        trainer, settings = self.trainer, settings_of(self.trainer)
+        copier = stack.enter_context(_Copier(self.mirror))
+        write = trainer._save_checkpoint
+
+        def save(model: Any, trial: Any) -> None:
+            step, max_steps = trainer.state.global_step, trainer.state.max_steps
+            path = self.folder / f"checkpoint-{step}"
+            try:
+                _remove(path)  # of a run before this one, or unfinished
+                write(model, trial)
+                _write_manifest(path, run=self.run, step=step, max_steps=max_steps, settings=settings)
+                copier.put(path)
+                _prune(self.folder, keep=copier.busy)
+            except Exception as error:  # each writer has its own: OSError, RuntimeError (torch), SafetensorError
+                _remove(path, ignore_errors=True)
+                print(f"{path.name} could not be saved ({_reason(error)}): training goes on, older checkpoints stay")
+            if self.interrupted:
+                raise KeyboardInterrupt(f"stopped after step {step}; run the chapter again to go on")
+
+        _replace(stack, trainer, "_save_checkpoint", save)
+        sampler = trainer._get_train_sampler
+        _replace(stack, trainer, "_get_train_sampler", lambda *rows: _ordered(sampler(*rows), trainer.args.seed))
+        from transformers import set_seed
+
+        set_seed(trainer.args.seed)  # else dropout would depend on what ran before in this session
+        callback = _callback(self, copier)
+        trainer.add_callback(callback)
+        stack.callback(trainer.remove_callback, callback)
+        self.interrupted = False
+        if threading.current_thread() is threading.main_thread():  # only there may Python set a handler
+            previous = signal.signal(signal.SIGINT, self._interrupt)
+            stack.callback(signal.signal, signal.SIGINT, previous)
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+
+def settings_of(trainer: Any) -> dict[str, Any]:
+    """What decides the result of a trainer's run: base model, LoRA, data, batch and training arguments.
+
+    Example: {"base model": "unsloth/Llama-3.2-3B-Instruct", "LoRA r": 16, "data": "480 rows, 9f3c…", "seed": 3407, …}
+    """
+    args = trainer.args.to_dict()
+    effective = args["per_device_train_batch_size"] * args["gradient_accumulation_steps"]
+    settings = {"data": _data_fingerprint(trainer.train_dataset), "effective batch": effective}
+    config = getattr(trainer.model, "peft_config", {}).get("default")
+    if config is not None:
+        name = config.base_model_name_or_path or ""
+        settings["base model"] = Path(name).name if Path(name).is_dir() else name
+        settings["4-bit"] = bool(getattr(trainer.model, "is_loaded_in_4bit", False))
+        settings |= {f"LoRA {name}": getattr(config, name, None) for name in DECIDING_LORA}
+    settings |= {name: args[name] for name in DECIDING if name in args}
+    return json.loads(json.dumps(settings, default=_as_json))  # as it will be read back: tuples are lists
+
+
+def _as_json(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def compare_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, one line each. Example: ["LoRA r was 16, is 8"]"""
+    names = [*was, *(name for name in now if name not in was)]
+    return [f"{name} was {was.get(name)}, is {now.get(name)}" for name in names if was.get(name) != now.get(name)]
+
+
+def _data_fingerprint(dataset: Any) -> str:
+    """Rows and a sha256 over tokens and labels. (The data set's own fingerprint names the functions that made it.)"""
+    import hashlib
+
+    digest = hashlib.sha256()
+    names = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+    for table in dataset.select_columns(names).with_format("arrow").iter(1000):
+        for name in names:
+            column = table[name].combine_chunks()
+            digest.update(column.value_lengths().to_numpy(zero_copy_only=False).astype("int64").tobytes())
+            digest.update(column.flatten().to_numpy(zero_copy_only=False).astype("int64").tobytes())
+    return f"{len(dataset)} rows, {digest.hexdigest()[:16]}"
+
+
+def _ordered(sampler: Any, seed: int) -> Any:
+    """The sampler, with an order that seed and epoch alone decide.
+
+    Transformers shuffles by a generator that it seeds with the state of the global one, which depends on all that ran
+    before, and which a resumed run would begin at its first epoch again.
+    """
+    import torch
+
+    if not hasattr(sampler, "generator"):  # a sequential one
+        return sampler
+
+    class Ordered(torch.utils.data.Sampler):
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __len__(self) -> int:
+            return len(sampler)
+
+        def __iter__(self) -> Any:
+            sampler.generator = torch.Generator().manual_seed(seed + self.epoch)
+            return iter(sampler)
+
+    return Ordered()
+
+
+def _callback(checkpoints: Checkpoints, copier: "_Copier") -> Any:
+    from transformers import TrainerCallback
+
+    class SaveByTheClock(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs) -> None:
+            trainer = checkpoints.trainer
+            if 0 < state.max_steps <= state.global_step:
+                # Transformers would train one more step before it looked. The other callbacks hear that it is over.
+                trainer.callback_handler.on_train_end(args, state, control)
+                trainer.is_in_train = False
+                raise _AlreadyComplete
+            self.saved = self.stepped = time.monotonic()
+            self.longest = 0.0
+
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            now = time.monotonic()
+            self.longest, self.stepped = max(self.longest, now - self.stepped), now
+            # The next chance to save is a step away: save now if that would be too late.
+            due = now - self.saved + self.longest >= checkpoints.every_seconds
+            if due or checkpoints.interrupted or state.global_step >= state.max_steps:
+                control.should_save = True
+                self.saved = now
+            copier.tell()
+
+    return SaveByTheClock()
+
+
+class _Copier(contextlib.AbstractContextManager):
+    """Copies checkpoints to the mirror in a thread; the first failure is told once, by `tell`."""
+
+    def __init__(self, mirror: Path | None) -> None:
+        self.mirror, self.busy, self.failure, self.told = mirror, None, "", False
+        self.waiting: queue.SimpleQueue = queue.SimpleQueue()
+        # A daemon: a Drive that hangs must not keep the process from ending.
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        if mirror is not None:
+            self.thread.start()
+
+    def put(self, path: Path) -> None:
+        if self.mirror is not None:
+            self.waiting.put(path)
+
+    def tell(self) -> None:
+        if self.failure and not self.told:
+            self.told = True
+            print(f"No copy in {self.mirror} ({self.failure}): training goes on, its checkpoints are in the run folder")
+
+    def _work(self) -> None:
+        while (path := self.waiting.get()) is not None:
+            self.busy = path
+            try:
+                _copy_whole(path, self.mirror)
+                _prune(self.mirror)
+            except Exception as error:
+                if (path / MANIFEST).exists():  # else newer ones have replaced it meanwhile: no failure
+                    self.failure = self.failure or _reason(error)
+            self.busy = None
+
+    def __exit__(self, *error: Any) -> None:
+        if self.mirror is not None:
+            self.waiting.put(None)
+            self.thread.join(MIRROR_WAIT_SECONDS)
+            if self.thread.is_alive():
+                self.failure = self.failure or f"still not copied after {MIRROR_WAIT_SECONDS} s"
+            self.tell()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Any:
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(
+            str(folder),
+            found="another process that trains into it",
+            expected="one run at a time",
+            fix="wait for it or stop it (in Jupyter: shut its kernel down), or set RUN_DIR to another folder",
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            str(folder),
+            found=error.strerror or str(error),
+            expected="a folder that can be written",
+            fix="set RUN_DIR to a folder of your own",
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _readable(mirror: Path | None) -> Any:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            str(mirror),
+            found=error.strerror or str(error),
+            expected="a folder to copy checkpoints to, which may hold those of an interrupted run",
+            fix='mount Drive again, or set DRIVE_DIR = "" to train without it',
+        ) from None
+
+
+def _replace(stack: contextlib.ExitStack, thing: Any, name: str, function: Any) -> None:
+    """Put a function in place of a method of this one object until the stack closes."""
+    setattr(thing, name, function)
+    stack.callback(delattr, thing, name)
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+
+
+def _read_manifest(path: Path) -> Saved | None:
+    """A checkpoint by its manifest; None where it has none: it is unfinished."""
+    try:
+        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return Saved(path=path, **content)
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+        return None
+
+
+def _saved_in(folder: Path) -> list[Saved]:
+    """The checkpoints of a folder that have a manifest, the newest last."""
+    found = [_read_manifest(path) for path in _checkpoints_in(folder)]
+    return sorted(filter(None, found), key=lambda saved: saved.age)
+
+
+def _newest_good(folder: Path) -> Saved | None:
+    """The newest checkpoint that is whole. Says which newer ones are not; unfinished ones are deleted."""
+    for path in _checkpoints_in(folder):
+        if _read_manifest(path) is None:
+            print(f"{path.name} is unfinished and not used (the run ended while it was saved)")
+            _remove(path)
+    for saved in reversed(_saved_in(folder)):
+        damage = saved.damage()
+        if not damage:
+            return saved
+        print(f"{saved.path} is damaged and not used ({damage})")
+    return None
+
+
+def _write_manifest(path: Path, **facts: Any) -> None:
+    """Make a checkpoint whole: its files on the disk first, then the manifest that says what they are."""
+    sha256 = hash_files(path)
+    files = {name: {"bytes": (path / name).stat().st_size, "sha256": digits} for name, digits in sha256.items()}
+    for name in files:
+        _sync(path / name)
+    with open(path / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump({**facts, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _copy_whole(source: Path, folder: Path) -> Path:
+    """Copy a checkpoint into another folder, where it appears whole or not at all; returns its path."""
+    target, unfinished = folder / source.name, folder / f".unfinished-{source.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove(unfinished)
+    shutil.copytree(source, unfinished, copy_function=shutil.copyfile)
+    for name in hash_files(unfinished):
+        _sync(unfinished / name)
+    _remove(target)
+    os.replace(unfinished, target)
+    return target
+
+
+def _prune(folder: Path, *, keep: Path | None = None) -> None:
+    """Delete all but the newest checkpoints, and but the one that is being copied."""
+    kept = {saved.path for saved in _saved_in(folder)[-KEPT:]} | {keep}
+    for path in _checkpoints_in(folder):
+        if path not in kept:
+            _remove(path)
+    for path in folder.glob(".unfinished-checkpoint-*"):
+        _remove(path)
+
+
+def _remove(path: Path, *, ignore_errors: bool = False) -> None:
+    """Delete a checkpoint, its manifest first, so that one that is half deleted counts as unfinished."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        (path / MANIFEST).unlink()
+    if path.exists():
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -1,0 +1,103 @@
+"""Stop a run whose loss is not a number or explodes, with an explanation, instead of paying for the rest of it."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from helpers.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+WINDOW = 5
+WORSE_THAN_BEFORE = 2.5
+LOST_AGAIN = 3
+# PyTorch's scaler starts at 2**16 and halves at each overflow: after 16 of them it scales by 1, and scaling is no
+# longer the cause. (torch.amp.GradScaler: init_scale=65536, backoff_factor=0.5)
+BACKOFFS = 16
+
+
+class DivergenceError(InputError):
+    """Training has destroyed the model or is about to; going on would not repair it."""
+
+
+def find_divergence(log: Sequence[Mapping[str, Any]], *, fp16: bool) -> tuple[str, str] | None:
+    """What is wrong at the end of a training log and what was expected, or None.
+
+    Three things count:
+    - a loss that is NaN or infinite;
+    - an explosion. Single batches are noisy, so the median of the last 5 losses is what counts. It must not exceed
+      2.5 times the first loss, which was measured before the first update and so cannot be part of an explosion; and
+      once it had come down to a third, it must not be back above the first loss.
+    - a gradient that is NaN or infinite. In float16 it costs one step: the scaler halves its scale and tries again,
+      which is normal, in the first steps above all. It is wrong 17 times in a row. In bfloat16 and float32 nothing
+      would stop it from making every weight NaN.
+
+    Args:
+        log: `trainer.state.log_history`: entries with "loss", "grad_norm" and "step"; others are skipped.
+        fp16: whether a gradient scaler is at work, as `trainer.args.fp16` says.
+
+    Example:
+        >>> find_divergence([{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}], fp16=False)
+        ('a loss of nan at step 2', 'a number')
+    """
+    entries = [entry for entry in log if "loss" in entry]
+    if not entries:
+        return None
+    last, losses = entries[-1], [float(entry["loss"]) for entry in entries]
+    step = last.get("step", len(entries))
+    if not math.isfinite(losses[-1]):
+        return f"a loss of {losses[-1]} at step {step}", "a number"
+    overflows = _overflows(entries)
+    if overflows > (BACKOFFS if fp16 else 0):
+        norm = float(last["grad_norm"])
+        if fp16:
+            return f"{overflows} float16 overflows in a row up to step {step}", f"at most {BACKOFFS}"
+        return f"a gradient norm of {norm} at step {step} (the loss is {losses[-1]:.3g})", "a number"
+    medians = [statistics.median(losses[end - WINDOW : end]) for end in range(WINDOW, len(losses) + 1)]
+    if not medians:
+        return None
+    first, now, lowest = losses[0], medians[-1], min(medians)
+    found = f"a loss of {now:.3g} at step {step} (the median of {WINDOW})"
+    if now > WORSE_THAN_BEFORE * first:
+        return found, f"less than {WORSE_THAN_BEFORE} times the {first:.3g} before the first update"
+    if now > first and now > LOST_AGAIN * lowest:
+        return found, f"no way back from {lowest:.3g} to above the {first:.3g} before the first update"
+    return None
+
+
+def _overflows(entries: Sequence[Mapping[str, Any]]) -> int:
+    """How many of the last entries in a row have a gradient norm that is not a number."""
+    count = 0
+    for entry in reversed(entries):
+        if math.isfinite(float(entry.get("grad_norm", 0.0))):
+            break
+        count += 1
+    return count
+
+
+def stop_on_divergence() -> "TrainerCallback":
+    """A trainer callback that ends training with a DivergenceError as soon as `find_divergence` finds something.
+
+    Needs `logging_steps=1` to be quick. Checkpoints from before stay as they are.
+
+    Raises:
+        DivergenceError: out of `trainer.train()`.
+    """
+    from transformers import TrainerCallback
+
+    class StopOnDivergence(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs) -> None:
+            args.logging_nan_inf_filter = False  # by default a NaN is logged as the mean of the losses before it
+
+        def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+            if "loss" not in (logs or {}):
+                return
+            divergence = find_divergence(state.log_history, fp16=args.fp16)
+            if divergence is not None:
+                found, expected = divergence
+                fix = f"start afresh with a smaller learning rate than {args.learning_rate:g}"
+                raise DivergenceError("training", found=found, expected=expected, fix=fix)
+
+    return StopOnDivergence()

@@ -1,0 +1,352 @@
+"""Runs that are killed, stopped, starved of disk and damaged: each goes on and ends with the bits of one that was not.
+
+Every training here is a process of its own, forked from one that has imported the libraries (`train_once.py`).
+"""
+
+import fcntl
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers.checkpoints import _newest_good, _read_manifest, _saved_in, compare_settings
+
+STEPS = 12
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Trainings:
+    """The process that trains in forks of itself."""
+
+    def __init__(self, folder, *options):
+        command = [sys.executable, str(ROOT / "tests" / "train_once.py"), *options]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.log = open(folder / "server.txt", "w")
+        self.process = subprocess.Popen(command, stderr=self.log, **pipes)
+        self.folder, self.numbers = folder, itertools.count()
+
+    def start(self, path, every_seconds=0, mirror=None, start_afresh=False, **job):
+        """Begin a training into `path`; returns it as a `Training`."""
+        checkpoints = dict(every_seconds=every_seconds, mirror=mirror and str(mirror), start_afresh=start_afresh)
+        training = Training(self, Path(path), self.folder / str(next(self.numbers)))
+        files = {name: str(training.file(name)) for name in ("output", "result", "progress")}
+        request = dict(folder=str(path), checkpoints=checkpoints, **files, **job)
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        training.pid = self.read_number()
+        return training
+
+    def run(self, path, **job):
+        """A whole training; returns it with its `code`."""
+        return self.start(path, **job).wait()
+
+    def read_number(self):
+        line = self.process.stdout.readline()
+        assert line.strip().lstrip("-").isdecimal(), (self.folder / "server.txt").read_text()[-2000:]
+        return int(line)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.log.close()
+
+
+class Training:
+    def __init__(self, server, folder, stem):
+        self.server, self.folder, self.stem, self.pid, self.code = server, folder, stem, 0, None
+
+    def file(self, name):
+        return self.stem.with_suffix("." + name)
+
+    def wait(self):
+        self.code = self.server.read_number()
+        return self
+
+    def wait_for(self, condition):
+        """Until the condition holds or the process has ended."""
+        while not condition() and not self.file("result").exists() and Path(f"/proc/{self.pid}").exists():
+            time.sleep(0.0005)
+            state = Path(f"/proc/{self.pid}/stat")
+            if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+                return
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+        return self.wait()
+
+    @property
+    def output(self):
+        return self.file("output").read_text()
+
+    @property
+    def steps_done(self):
+        return len(self.file("progress").read_text().split()) if self.file("progress").exists() else 0
+
+    @property
+    def result(self):
+        assert self.code == 0, self.output[-3000:]
+        return json.loads(self.file("result").read_text())
+
+    @property
+    def began_at(self):
+        """The step that it says it began at."""
+        if "Starting at step 0" in self.output:
+            return 0
+        return int(self.output.split("Resumed from step ")[1].split()[0])
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory):
+    server = Trainings(tmp_path_factory.mktemp("trainings"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def whole(trainings, tmp_path_factory):
+    """The result of a run that nothing happened to."""
+    training = trainings.run(tmp_path_factory.mktemp("whole"), every_seconds=1000)
+    assert training.began_at == 0
+    return training.result
+
+
+@pytest.fixture(scope="module")
+def stopped(trainings, tmp_path_factory):
+    """The folder of a run that was stopped after step 6, with the checkpoints of steps 5 and 6."""
+    folder = tmp_path_factory.mktemp("stopped")
+    assert trainings.run(folder, interrupt_at=6).code == 130
+    return folder
+
+
+@pytest.fixture
+def folder(stopped, tmp_path):
+    """A copy of `stopped` to do harm to."""
+    return Path(shutil.copytree(stopped, tmp_path / "checkpoints"))
+
+
+def steps_in(folder):
+    return [saved.step for saved in _saved_in(folder)]
+
+
+def test_the_clock_decides_when_to_save(trainings, whole, tmp_path):
+    each_step = trainings.run(tmp_path / "a", every_seconds=0)
+    assert steps_in(tmp_path / "a") == [11, 12]  # the older ones are deleted
+    assert trainings.run(tmp_path / "b", every_seconds=1000).result == each_step.result == whole
+    assert steps_in(tmp_path / "b") == [12]  # the end is always saved
+
+
+def test_another_seed_is_another_run(trainings, whole, tmp_path):
+    """The comparison of weights can fail."""
+    assert trainings.run(tmp_path, settings={"seed": 1}).result["weights"] != whole["weights"]
+
+
+def unfinished_in(folder):
+    return [path for path in folder.glob("checkpoint-*") if _read_manifest(path) is None]
+
+
+def test_twenty_kills(trainings, whole, tmp_path):
+    """SIGKILL at random moments, half of them in the middle of a save; every fourth machine is lost with its disk."""
+    torn, began = 0, []
+    for trial in range(20):
+        chance, folder, mirror = random.Random(trial), tmp_path / f"{trial}", tmp_path / f"{trial}-mirror"
+        training, step = trainings.start(folder, mirror=mirror), chance.randint(1, STEPS - 1)
+        if trial % 2:
+            training.wait_for(lambda: unfinished_in(folder) and training.steps_done >= step)  # noqa: B023
+            time.sleep(chance.uniform(0, 0.02))
+        else:
+            training.wait_for(lambda: training.steps_done >= step)  # noqa: B023
+            time.sleep(chance.uniform(0, 0.1))
+        assert training.kill().code == -signal.SIGKILL, training.output[-2000:]
+        done = training.steps_done
+        torn += bool(unfinished_in(folder))
+        copies = _saved_in(mirror / folder.name)
+        assert not any(saved.damage() for saved in copies) and not unfinished_in(mirror / folder.name)
+        if trial % 4 == 3:
+            shutil.rmtree(folder)
+            safe = copies[-1].step if copies else 0
+        else:
+            safe = done - 1  # saved at each step: the last may have been on its way
+        resumed = trainings.run(folder, mirror=mirror, every_seconds=1000)
+        assert resumed.result == whole, f"trial {trial}"
+        assert safe <= resumed.began_at <= done
+        began.append(resumed.began_at)
+    assert torn >= 3, "too few kills in the middle of a save"
+    assert max(began) > 6
+    print(f"{torn} of 20 kills in the middle of a save; resumed from steps {began}")
+
+
+def truncate(path):
+    os.truncate(path / "optimizer.pt", 1000)
+
+
+def flip_a_byte(path):
+    file = path / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def lose_a_file(path):
+    (path / "rng_state.pth").unlink()
+
+
+def tear_the_manifest(path):
+    os.truncate(path / "manifest.json", 100)
+
+
+@pytest.mark.parametrize(
+    ("harm", "line"),
+    [
+        (truncate, "optimizer.pt: 1000 bytes instead of"),
+        (flip_a_byte, "adapter_model.safetensors: other content than was written"),
+        (lose_a_file, "rng_state.pth: missing"),
+        (tear_the_manifest, "checkpoint-6 is unfinished and not used"),
+    ],
+)
+def test_a_damaged_checkpoint_is_not_used(trainings, whole, folder, harm, line):
+    harm(folder / "checkpoint-6")
+    resumed = trainings.run(folder)
+    assert resumed.began_at == 5 and line in resumed.output
+    assert resumed.result == whole
+
+
+def test_all_damaged(trainings, whole, folder):
+    for path in folder.glob("checkpoint-*"):
+        truncate(path)
+    resumed = trainings.run(folder)
+    assert resumed.began_at == 0 and resumed.output.count("is damaged and not used") == 2
+    assert resumed.result == whole
+
+
+def test_stop_saves_first(trainings, whole, tmp_path):
+    stopped = trainings.run(tmp_path, every_seconds=1000, interrupt_at=6)
+    assert stopped.code == 130 and steps_in(tmp_path) == [6]
+    resumed = trainings.run(tmp_path, every_seconds=1000)
+    assert resumed.began_at == 6 and resumed.result == whole
+
+
+def test_train_again_in_the_same_session(trainings, whole, tmp_path):
+    training = trainings.run(tmp_path, every_seconds=1000, interrupt_at=6, again={})
+    assert "Resumed from step 6 of 12" in training.output
+    assert training.result == whole
+
+
+def test_a_trained_model_does_not_start_at_step_0(trainings, tmp_path):
+    training = trainings.run(tmp_path, every_seconds=1000, interrupt_at=6, again={"start_afresh": True})
+    assert training.code == 1 and "found a model that has been trained for 6 steps in this session" in training.output
+
+
+@pytest.mark.parametrize(
+    ("settings", "difference"),
+    [
+        ({"rank": 8}, "LoRA r was 4, is 8"),
+        ({"learning_rate": 1e-3}, "learning_rate was 0.01, is 0.001"),
+        ({"max_steps": 20}, "max_steps was 12, is 20"),
+        ({"seed": 1}, "seed was 3407, is 1"),
+        ({"texts": ["Other words."] * 20}, "data was 20 rows,"),
+    ],
+)
+def test_other_settings_are_refused(trainings, folder, settings, difference):
+    refused = trainings.run(folder, settings=settings)
+    assert refused.code == 1 and difference in refused.output and "START_AFRESH = True" in refused.output
+    assert steps_in(folder) == [5, 6] and _newest_good(folder).step == 6
+
+
+def test_other_settings_afresh(trainings, folder):
+    settings = {"learning_rate": 1e-3}
+    afresh = trainings.run(folder, settings=settings, start_afresh=True, every_seconds=1000)
+    assert afresh.began_at == 0 and steps_in(folder) == [12]
+    assert afresh.result == trainings.run(folder.with_name("new"), settings=settings).result
+
+
+def test_another_split_of_the_batch_goes_on(trainings, whole, folder):
+    """As after a fallback to smaller micro-batches: the same rows in each step, and sums in another order."""
+    resumed = trainings.run(folder, settings={"micro_batch": 1})
+    assert resumed.began_at == 6
+    assert resumed.result["losses"] == pytest.approx(whole["losses"], rel=0.02)  # dropout draws other masks
+
+
+def test_a_complete_run_is_loaded_and_not_trained_further(trainings, whole, tmp_path):
+    trainings.run(tmp_path)
+    loaded = trainings.run(tmp_path)
+    assert "Nothing to train: this run is complete, loading step 12 of 12" in loaded.output
+    assert loaded.result == whole and loaded.steps_done == 0
+
+
+def test_a_complete_run_that_is_handed_over_makes_room(trainings, whole, tmp_path):
+    folder, mirror = tmp_path / "run", tmp_path / "mirror"
+    trainings.run(folder, mirror=mirror, hand_over=True)
+    shutil.rmtree(folder)  # the mirror knows it too
+    anew = trainings.run(folder, mirror=mirror, every_seconds=1000, interrupt_at=3)
+    assert anew.began_at == 0 and "complete (step 12) and handed over" in anew.output
+    shutil.rmtree(folder)
+    resumed = trainings.run(folder, mirror=mirror)  # the new run's step 3, not the old one's step 12
+    assert resumed.began_at == 3 and resumed.result == whole
+    assert trainings.run(folder, settings={"rank": 8}).code == 1  # complete, but not handed over
+
+
+def test_a_full_disk_is_a_warning(trainings, whole, tmp_path):
+    full = trainings.run(tmp_path, fill_at=4, interrupt_at=8)
+    assert full.code == 130 and full.steps_done == 8
+    assert "checkpoint-4 could not be saved (File too large" in full.output and "training goes on" in full.output
+    assert steps_in(tmp_path) == [2, 3] and not unfinished_in(tmp_path)
+    resumed = trainings.run(tmp_path)
+    assert resumed.began_at == 3 and resumed.result == whole
+
+
+def test_a_folder_that_cannot_be_written(trainings, folder):
+    folder.chmod(0o555)
+    refused = trainings.run(folder, as_nobody=True)
+    folder.chmod(0o755)
+    assert refused.code == 1 and "CheckpointError" in refused.output
+    assert "found Permission denied, expected a folder that can be written" in refused.output
+    assert steps_in(folder) == [5, 6]
+
+
+def test_two_runs_in_one_folder(trainings, whole, folder):
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = trainings.run(folder)
+        assert refused.code == 1 and "found another process that trains into it" in refused.output
+        assert steps_in(folder) == [5, 6]
+    assert trainings.run(folder).result == whole
+
+
+def test_a_mirror_that_drops_is_said_once(trainings, whole, tmp_path):
+    (tmp_path / "drive").mkdir()
+    (tmp_path / "drive" / "run").write_text("a file where the folder should go")
+    training = trainings.run(tmp_path / "run", mirror=tmp_path / "drive")
+    assert training.output.count("training goes on") == 1 and "No copy in" in training.output
+    assert training.result == whole
+
+
+def test_differences():
+    assert compare_settings({"a": 1, "b": [2]}, {"a": 1, "b": [2]}) == []
+    assert compare_settings({"a": 1, "b": 2}, {"a": 3, "c": 4}) == [
+        "a was 1, is 3",
+        "b was 2, is None",
+        "c was None, is 4",
+    ]
+
+
+@pytest.mark.slow
+def test_a_kill_with_unsloth(tmp_path):
+    """As in chapter 04: 4-bit, `train_on_responses_only`, Unsloth's own training loop."""
+    server = Trainings(tmp_path, "--unsloth")
+    whole = server.run(tmp_path / "whole", every_seconds=1000).result
+    training = server.start(tmp_path / "killed")
+    training.wait_for(lambda: training.steps_done >= 4)
+    assert training.kill().code == -signal.SIGKILL
+    resumed = server.run(tmp_path / "killed")
+    assert 3 <= resumed.began_at <= 4
+    assert resumed.result == whole
+    server.close()
