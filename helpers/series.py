@@ -2,6 +2,7 @@
 
 python -m helpers.series                              the series, as `make run` does
 python -m helpers.series 05_infer -p MAX_STEPS 5      some chapters, with parameters of theirs
+python -m helpers.series -f tests/profiles/t4.yaml    parameters from a file; one that -p names too is taken from -p
 """
 
 import argparse
@@ -24,10 +25,13 @@ from helpers.tables import text_table
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 CHAPTERS = ("01_install", "02_load_and_lora", "03_data", "04_train", "05_infer", "06_save")
 RESULT = re.compile(r"^Result: (.+)$", re.MULTILINE)
+YAML_FLOAT = re.compile(
+    r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?$|^[-+]?[0-9]+[eE][-+]?[0-9]+$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"
+)
 
 
 class SeriesError(InputError):
-    """A chapter or a parameter that does not exist."""
+    """A chapter or a parameter that does not exist, or a parameter file that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -161,16 +165,29 @@ def run_chapters(
     return runs
 
 
-def save_measures(runs: Iterable[ChapterRun], path: Path) -> None:
-    """Write what the README and the chapters' budget lines quote: minutes and memory, and where they were measured."""
+def save_measures(runs: Iterable[ChapterRun], path: Path, *, profile: str) -> None:
+    """Write what the README, the budget lines and the regression quote: time and memory, and where they were measured.
+
+    Chapters that an earlier run of the same profile on the same machine measured, and this one left out, are kept.
+    """
     import torch
 
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name(0) if gpu else f"{os.cpu_count()} CPU cores"
+    # Losses depend on a CPU's kind, not on how many cores it has: the regression asks for this name.
+    kind = device if gpu else f"{torch.backends.cpu.get_cpu_capability()} CPU"
+    where = {"profile": profile, "device": device, "kind": kind}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept = before if all(before.get(name) == value for name, value in where.items()) else {}
     chapters = {
         run.chapter: {"minutes": round(run.seconds / 60, 1), "peak_gib": round(run.peak_gib, 1)} for run in runs
     }
-    measured = {"device": device, "date": time.strftime("%Y-%m-%d"), "chapters": chapters}
+    seconds = {run.chapter: round(run.seconds, 1) for run in runs}
+    measured = where | {
+        "date": time.strftime("%Y-%m-%d"),
+        "chapters": dict(sorted((kept.get("chapters", {}) | chapters).items())),
+        "seconds": dict(sorted((kept.get("seconds", {}) | seconds).items())),
+    }
     path.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
 
 
@@ -185,16 +202,60 @@ def read_value(text: str) -> Any:
         return text
 
 
+def read_parameter_file(path: str | Path) -> dict[str, Any]:
+    """The parameters in a YAML file: one `NAME: value` a line, numbers read as YAML 1.2 reads them.
+
+    PyYAML follows YAML 1.1, to which `1e-4` is a string, and so is `on` a truth: here the one is a number and the other
+    a word.
+
+    Raises:
+        SeriesError: no such file, not YAML, a name that is there twice, or no mapping of names to single values.
+
+    Example: "LEARNING_RATE: 1e-4" -> {"LEARNING_RATE": 0.0001}
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {
+            first: [rule for rule in rules if rule[0].rpartition(":")[2] not in ("float", "bool")]
+            for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+.0123456789"))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))
+    where, expected = f"parameter file {path}", "one `NAME: value` a line"
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader)
+        values = {} if root is None else yaml.load(text, Loader)
+    except OSError as error:
+        raise SeriesError(where, found=str(error.strerror), expected="a YAML file", fix="correct the path") from None
+    except yaml.YAMLError as error:
+        found = " ".join(str(error).split())
+        raise SeriesError(where, found=found, expected=f"YAML, {expected}", fix="correct that line") from None
+    nested = (
+        [value for value in values.values() if isinstance(value, list | dict)] if isinstance(values, dict) else [values]
+    )
+    if nested:
+        raise SeriesError(where, found=repr(nested[0]), expected=expected, fix="write it so")
+    names = [key.value for key, _ in root.value] if root is not None else []
+    if twice := [name for name in values if names.count(name) > 1]:
+        raise SeriesError(where, found=f"{twice[0]} twice", expected="each name once", fix="delete one of the two")
+    return values
+
+
 def main(arguments: list[str] | None = None) -> int:
     from helpers.profiles import choose_profile, shown
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chapters", nargs="*", default=list(CHAPTERS), metavar="CHAPTER", help="default: all six")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
+    parser.add_argument("-f", type=Path, metavar="FILE", help="a YAML file of parameters")
     parser.add_argument("--fresh", action="store_true", help="set the run folder aside first, as NAME.previous")
     options = parser.parse_args(arguments)
-    parameters = {name: read_value(value) for name, value in options.p}
     try:
+        parameters = read_parameter_file(options.f) if options.f else {}
+        parameters |= {name: read_value(value) for name, value in options.p}
         check_parameters(options.chapters, parameters)
         profile = choose_profile(parameters.get("PROFILE", "auto"), run_dir=parameters.get("RUN_DIR"))
     except InputError as error:
@@ -214,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     total, peak = sum(run.seconds for run in runs), max(run.peak_gib for run in runs)
     rows.append(["in all", round(total), f"{peak:.1f}", verdict, ""])
     print("\n" + text_table(["chapter", "seconds", "peak GiB", "verdict", "key figure"], rows))
-    save_measures(runs, profile.run_dir / "executed" / "measured.json")
+    save_measures(runs, profile.run_dir / "executed" / "measured.json", profile=profile.name)
     if runs[-1].failure:
         print(f"\n{runs[-1].chapter} failed in {runs[-1].failure}\nExecuted notebook: {shown(runs[-1].executed)}")
     return 1 if runs[-1].failure else 0

@@ -1,11 +1,24 @@
 """The headless runner: what it reports, where it stops, what it refuses."""
 
+import json
+from pathlib import Path
+
 import nbformat
 import pytest
 
 from helpers import series
 from helpers.handoff import open_run
-from helpers.series import SeriesError, check_parameters, main, read_value, run_chapter, run_chapters
+from helpers.series import (
+    ChapterRun,
+    SeriesError,
+    check_parameters,
+    main,
+    read_parameter_file,
+    read_value,
+    run_chapter,
+    run_chapters,
+    save_measures,
+)
 
 
 def write_chapter(folder, name, *cells):
@@ -91,3 +104,86 @@ def test_unknown_parameters_are_an_error():
 def test_values_from_a_command_line(text, value):
     assert read_value(text) == value
     assert type(read_value(text)) is type(value)
+
+
+def test_parameters_from_a_file(chapters, capsys):
+    (chapters / "some.yaml").write_text("# a comment\nSTEPS: 3\n", encoding="utf-8")
+    options = ["01_install", "-f", str(chapters / "some.yaml"), "-p", "RUN_DIR", str(chapters / "run")]
+    assert main(options) == 0
+    assert "3 steps" in capsys.readouterr().out
+    assert main([*options, "-p", "STEPS", "4"]) == 0
+    assert "4 steps" in capsys.readouterr().out
+    (chapters / "some.yaml").write_text("STEP: 3\n", encoding="utf-8")
+    assert main(options) == 2
+    assert "parameter: found STEP" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1.0e-4", 1e-4),
+        ("2E+3", 2000.0),
+        ("-.5", -0.5),
+        ("60", 60),
+        ("1.5", 1.5),
+        ("true", True),
+        ("on", "on"),
+        ("'1e-4'", "1e-4"),
+        ("cpu", "cpu"),
+        ("e-4", "e-4"),
+        ("1.2.3", "1.2.3"),
+        ("''", ""),
+        ("null", None),
+    ],
+)
+def test_values_from_a_file(tmp_path, text, value):
+    (tmp_path / "file.yaml").write_text(f"NAME: {text}\n", encoding="utf-8")
+    found = read_parameter_file(tmp_path / "file.yaml")["NAME"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("A: 1\nB: 2\nA: 3\n", "found A twice"),
+        ("- A\n", r"found \['A'\]"),
+        ("A: [1]\n", r"found \[1\]"),
+        ("A: 1: 2\n", "line 1"),
+        ("just words\n", "found 'just words'"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, text, said):
+    (tmp_path / "file.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(SeriesError, match=f"file.yaml: .*{said}"):
+        read_parameter_file(tmp_path / "file.yaml")
+
+
+def test_a_file_that_is_missing_or_empty(tmp_path):
+    with pytest.raises(SeriesError, match="No such file"):
+        read_parameter_file(tmp_path / "none.yaml")
+    (tmp_path / "file.yaml").write_text("# nothing\n", encoding="utf-8")
+    assert read_parameter_file(tmp_path / "file.yaml") == {}
+
+
+@pytest.mark.parametrize("profile", ["cpu", "t4"])
+def test_the_profiles_files_name_parameters_that_exist(profile):
+    parameters = read_parameter_file(Path(__file__).parent / "profiles" / f"{profile}.yaml")
+    check_parameters(series.CHAPTERS, parameters)
+    assert parameters["PROFILE"] == profile
+
+
+def test_measures_of_a_part_are_added_to_those_of_the_same_profile(tmp_path):
+    path = tmp_path / "measured.json"
+
+    def measure(chapter, profile="cpu"):
+        save_measures([ChapterRun(chapter, 90.0, "", "", tmp_path, 1.26)], path, profile=profile)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    measure("03_data")
+    both = measure("02_load_and_lora")
+    assert list(both["chapters"]) == ["02_load_and_lora", "03_data"]
+    assert both["chapters"]["03_data"] == {"minutes": 1.5, "peak_gib": 1.3}
+    assert both["seconds"]["03_data"] == 90.0
+    assert list(measure("04_train", profile="t4")["chapters"]) == ["04_train"]
