@@ -173,7 +173,7 @@ def run(
     Path(result).write_text(json.dumps(content))
 
 
-def serve(make, tokenizer):
+def serve(make, tokenizer, replies):
     for line in sys.stdin:
         job = json.loads(line)
         child = os.fork()
@@ -193,11 +193,13 @@ def serve(make, tokenizer):
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        print(child, file=replies, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=replies, flush=True)
 
 
 def main():
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print as they are imported
     unsloth = "--unsloth" in sys.argv
     if unsloth:
         import unsloth  # noqa: F401
@@ -215,7 +217,7 @@ def main():
     if not unsloth:
         with tempfile.TemporaryDirectory() as folder:  # it imports what forks would otherwise import each
             make_trainer(folder, tokenizer)
-    serve(make_chapter_trainer if unsloth else make_trainer, tokenizer)
+    serve(make_chapter_trainer if unsloth else make_trainer, tokenizer, replies)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,135 @@
+"""A run that is lost is stopped and one that is only noisy is not: by made-up logs, and by the real trainer."""
+
+import math
+import random
+
+import pytest
+
+from helpers.divergence import DivergenceError, find_divergence, stop_on_divergence
+from helpers.errors import InputError
+
+
+def log_of(losses, norms=None):
+    norms = norms or [1.0] * len(losses)
+    rows = zip(losses, norms, strict=True)
+    return [{"step": step, "loss": loss, "grad_norm": norm} for step, (loss, norm) in enumerate(rows, 1)]
+
+
+def stopped_at(losses, norms=None, *, fp16=False):
+    """The step at which a run with these losses is stopped, None where it runs to its end."""
+    log = log_of(losses, norms)
+    return next((n for n in range(1, len(log) + 1) if find_divergence(log[:n], fp16=fp16)), None)
+
+
+def falling(seed, *, noise, start=2.0, end=0.4, steps=60):
+    chance = random.Random(seed)
+    return [(end + (start - end) * math.exp(-step / 10)) * chance.lognormvariate(0, noise) for step in range(steps)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_is_no_divergence(seed):
+    assert stopped_at(falling(seed, noise=0.25)) is None
+    assert stopped_at(falling(seed, noise=0.25, start=2.0, end=2.0)) is None  # learns nothing, which is another fault
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [2.0, 3.9, 1.1, 2.7, 4.5, 2.0, 1.9, 1.8],  # noisy first steps
+        [2.0] * 8 + [60.0] + [1.5] * 8,  # one bad batch
+        [4.9, 4.0, 2.0, 0.5, 0.2, 0.2, 0.2, 0.5, 0.7, 0.6, 0.9, 0.6],  # much above its lowest, far below its start
+        [],
+    ],
+)
+def test_what_is_no_divergence(losses):
+    assert stopped_at(losses) is None
+    log = [*log_of(losses), {"eval_loss": math.nan, "step": 9}, {"train_runtime": 3.0}]
+    assert find_divergence(log, fp16=False) is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "step"),
+    [
+        ([2.0, 1.9, math.nan], 3),
+        ([math.inf], 1),
+        ([2.0, 2.1, 6.0, 9.0, 11.0, 11.0], 5),  # from the first update on
+        ([2.0] * 20 + [2.5, 7.0, 9.0, 10.0, 11.0], 24),
+        ([4.9, 3.0, 1.0, 0.3, 0.2, 0.2, 0.2, 3.0, 6.0, 7.0, 7.0], 11),  # everything that it had learned
+    ],
+)
+def test_what_is_divergence(losses, step):
+    assert stopped_at(losses) == step
+
+
+def test_the_explanation():
+    found, expected = find_divergence(log_of([2.0] * 5 + [9.0] * 3), fp16=False)
+    assert found == "a loss of 9 at step 8 (the median of 5)"
+    assert expected == "less than 2.5 times the 2 before the first update"
+
+
+def test_the_scaler_may_back_off():
+    losses = [2.0] * 40
+    first_steps = [math.inf] * 7 + [1.0] * 33
+    assert stopped_at(losses, first_steps, fp16=True) is None
+    assert stopped_at(losses, ([math.nan] * 16 + [1.0]) * 2 + [1.0] * 6, fp16=True) is None
+    assert stopped_at(losses, [1.0] * 3 + [math.inf] * 37, fp16=True) == 20  # 17 in a row: it has no end
+    assert stopped_at(losses, first_steps, fp16=False) == 1  # nothing skips such a step
+
+
+@pytest.fixture(scope="module")
+def trainer_of(tmp_path_factory):
+    """`trainer_of(**settings)`: the tiny trainer of the checkpoint tests."""
+    from train_once import make_trainer
+    from transformers import AutoTokenizer
+
+    from helpers.smollm2 import prepare_smollm2
+
+    tokenizer = AutoTokenizer.from_pretrained(prepare_smollm2())
+    return lambda **settings: make_trainer(tmp_path_factory.mktemp("run"), tokenizer, **settings)
+
+
+def poison(trainer):
+    """Make one weight NaN after step 3, as an overflow would."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                with torch.no_grad():
+                    next(p for n, p in model.named_parameters() if "lora_B" in n)[0, 0] = math.nan
+
+    trainer.add_callback(Poison())
+
+
+def test_a_nan_stops_training(trainer_of):
+    trainer = trainer_of()
+    poison(trainer)
+    trainer.add_callback(stop_on_divergence())
+    with pytest.raises(DivergenceError, match="found a loss of nan at step 4, expected a number") as caught:
+        trainer.train()
+    assert isinstance(caught.value, InputError) and "smaller learning rate than 0.01" in str(caught.value)
+    assert trainer.state.global_step == 4
+
+
+def test_transformers_hides_a_nan(trainer_of):
+    """Why the callback turns its filter off. If this fails, that line may go."""
+    trainer = trainer_of()
+    poison(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 12
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_an_explosion_stops_training(trainer_of):
+    trainer = trainer_of(learning_rate=1e3)
+    trainer.add_callback(stop_on_divergence())
+    with pytest.raises(DivergenceError, match="before the first update"):
+        trainer.train()
+    assert trainer.state.global_step < 9
+
+
+def test_a_good_run_is_left_alone(trainer_of):
+    trainer = trainer_of()
+    trainer.add_callback(stop_on_divergence())
+    assert trainer.train().global_step == 12
