@@ -275,6 +275,8 @@ def live_plot(*, folder: str | Path) -> "TrainerCallback":
             if not LOGGED.keys() & logs.keys():
                 return
             row = self.record(state.global_step, logs)
+            if not self.max_steps:  # before training: the picture belongs where training is, the files may be resumed
+                return
             if "loss" in logs:  # the GPU has just been waited for, so this is the time that the steps took
                 now = self.paused_since = time.monotonic()
                 tokens, seconds = state.num_input_tokens_seen - self.tokens, now - self.since - self.paused
@@ -305,8 +307,6 @@ def live_plot(*, folder: str | Path) -> "TrainerCallback":
             self.draw()
 
         def draw(self) -> None:
-            if not self.max_steps:  # measured before training: the picture belongs where training is
-                return
             began = time.monotonic()
             picture = as_image(draw_curves(self.curves))
             if self.handle is None:

@@ -531,12 +531,13 @@ def test_a_resumed_run_shows_its_earlier_points(tmp_path):
     shown = []
     trainer = small_trainer(tmp_path, callbacks=[again, stop_after(4)], **saving)
     again.on_step_end = lambda args, state, control, **kwargs: shown.append(len(again.curves.rows))
+    trainer.evaluate()  # before it is resumed: this must not overwrite the curves
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert shown[0] == 3  # at once, and without the two that came after the checkpoint
+    assert shown[0] == 4  # at once, and without the two that came after the checkpoint
     rows = again.curves.rows
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert rows[:3] == first.curves.rows[:3]  # speed and memory too, which the trainer does not log
-    assert rows[3]["seconds"] > rows[2]["seconds"]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[1:4] == first.curves.rows[:3]  # speed and memory too, which the trainer does not log
+    assert rows[4]["seconds"] > rows[3]["seconds"]
 
 
 def test_a_resumed_run_without_its_files_shows_what_the_trainer_logged(tmp_path, capsys):
