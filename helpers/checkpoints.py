@@ -193,18 +193,21 @@ class Checkpoints:
     def _find_last(self) -> Saved | None:
         """The checkpoint to go on from, verified and lying in the trainer's folder; says what was found."""
         if self.start_afresh:
+            self._require_untrained()
             self._discard()
             print("Starting at step 0: START_AFRESH is set. Unset it, or the next run starts at step 0 as well.")
-            return self._nothing()
+            return None
         last = _newest_good(self.folder)
         with _readable(self.mirror):
             last = self._fetch(last)
         if last is None:
+            self._require_untrained()
             print("Starting at step 0")
-            return self._nothing()
+            return None
         if self._is_handed_over(last):
+            self._require_untrained()
             print(f"Starting at step 0: the run before this one is complete (step {last.step}) and handed over")
-            return self._nothing()
+            return None
         where = f"step {last.step} of {last.max_steps}"
         differences = compare_settings(last.settings, settings_of(self.trainer))
         if differences:
@@ -220,7 +223,7 @@ class Checkpoints:
             print(f"Resumed from {where}")
         return last
 
-    def _nothing(self) -> None:
+    def _require_untrained(self) -> None:
         if self.trainer.state.global_step:
             raise CheckpointError(
                 "trainer",
@@ -269,11 +272,13 @@ class Checkpoints:
                 _remove(path)  # of a run before this one, or unfinished
                 write(model, trial)
                 _write_manifest(path, run=self.run, step=step, max_steps=max_steps, settings=settings)
-                copier.put(path)
-                _prune(self.folder, keep=copier.busy)
             except Exception as error:  # each writer has its own: OSError, RuntimeError (torch), SafetensorError
                 _remove(path, ignore_errors=True)
                 print(f"{path.name} could not be saved ({_reason(error)}): training goes on, older checkpoints stay")
+            else:
+                copier.put(path)
+                with contextlib.suppress(OSError):  # one that cannot be deleted does no harm
+                    _prune(self.folder, keep=copier.busy)
             if self.interrupted:
                 raise KeyboardInterrupt(f"stopped after step {step}; run the chapter again to go on")
 
@@ -503,7 +508,7 @@ def _newest_good(folder: Path) -> Saved | None:
     """The newest checkpoint that is whole. Says which newer ones are not; unfinished ones are deleted."""
     for path in _checkpoints_in(folder):
         if _read_manifest(path) is None:
-            print(f"{path.name} is unfinished and not used (the run ended while it was saved)")
+            print(f"{path.name} is unfinished and not used (the run ended while it was saved or deleted)")
             _remove(path)
     for saved in reversed(_saved_in(folder)):
         damage = saved.damage()
@@ -567,4 +572,4 @@ def _remove(path: Path, *, ignore_errors: bool = False) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)

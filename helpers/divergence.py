@@ -97,7 +97,7 @@ def stop_on_divergence() -> "TrainerCallback":
             divergence = find_divergence(state.log_history, fp16=args.fp16)
             if divergence is not None:
                 found, expected = divergence
-                fix = f"start afresh with a smaller learning rate than {args.learning_rate:g}"
+                fix = f"set START_AFRESH = True and a smaller learning rate than {args.learning_rate:g}"
                 raise DivergenceError("training", found=found, expected=expected, fix=fix)
 
     return StopOnDivergence()
