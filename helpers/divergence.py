@@ -28,8 +28,8 @@ def find_divergence(log: Sequence[Mapping[str, Any]], *, fp16: bool) -> tuple[st
     Three things count:
     - a loss that is NaN or infinite;
     - an explosion. Single batches are noisy, so the median of the last 5 losses is what counts. It must not exceed
-      2.5 times the first loss, which was measured before the first update and so cannot be part of an explosion; and
-      once it had come down to a third, it must not be back above the first loss.
+      2.5 times the loss of the start; and once it had come down to a third, it must not be back above that. The start
+      is the first loss, measured before the first update and so no part of an explosion.
     - a gradient that is NaN or infinite. In float16 it costs one step: the scaler halves its scale and tries again,
       which is normal, in the first steps above all. It is wrong 17 times in a row. In bfloat16 and float32 nothing
       would stop it from making every weight NaN.
@@ -58,12 +58,15 @@ def find_divergence(log: Sequence[Mapping[str, Any]], *, fp16: bool) -> tuple[st
     medians = [statistics.median(losses[end - WINDOW : end]) for end in range(WINDOW, len(losses) + 1)]
     if not medians:
         return None
-    first, now, lowest = losses[0], medians[-1], min(medians)
+    # The first batch may have been an easy one: the next ones may raise what counts as the start, by half at most,
+    # because an explosion may be among them.
+    start = max(losses[0], min(medians[0], 1.5 * losses[0]))
+    now, lowest = medians[-1], min(medians)
     found = f"a loss of {now:.3g} at step {step} (the median of {WINDOW})"
-    if now > WORSE_THAN_BEFORE * first:
-        return found, f"less than {WORSE_THAN_BEFORE} times the {first:.3g} before the first update"
-    if now > first and now > LOST_AGAIN * lowest:
-        return found, f"no way back from {lowest:.3g} to above the {first:.3g} before the first update"
+    if now > WORSE_THAN_BEFORE * start:
+        return found, f"less than {WORSE_THAN_BEFORE} times the {start:.3g} of its start"
+    if now > start and now > LOST_AGAIN * lowest:
+        return found, f"no way back from {lowest:.3g} to above the {start:.3g} of its start"
     return None
 
 
