@@ -308,7 +308,14 @@ class Shown:
     problems: tuple[tuple[str, str], ...]
 
 
-def compare_shown(run_dir: Path, *, against: Path, reports: Path, chapters: Sequence[str] = CHAPTERS) -> list[Shown]:
+def compare_shown(
+    run_dir: Path,
+    *,
+    against: Path,
+    reports: Path,
+    chapters: Sequence[str] = CHAPTERS,
+    code_only: bool = False,
+) -> list[Shown]:
     """Compare the executed notebooks with recorded ones through nbval, in a pytest of its own; no kernel starts.
 
     Args:
@@ -316,20 +323,21 @@ def compare_shown(run_dir: Path, *, against: Path, reports: Path, chapters: Sequ
         against: the folder with the recorded notebooks.
         reports: where pytest's JUnit file goes.
         chapters: which ones.
+        code_only: look at no output, only whether the code was executed to its end.
 
     A problem with the cell "code" means that the notebook was not executed, stopped at an error, or is another one.
     """
     files = [str(against / f"{chapter}.ipynb") for chapter in chapters]
-    options = ["-p", "nbval_executed", "--executed-in", str(run_dir / "executed")]
-    run_pytest([*files, *options], junit=reports / "shown.xml", plugins=("nbval.plugin",))
+    options = ["--executed-in", str(run_dir / "executed"), *(["-k", "code"] if code_only else [])]
+    run_pytest([*files, *options], junit=reports / "shown.xml")
     return read_junit(reports / "shown.xml")
 
 
-def run_pytest(arguments: list[str], *, junit: Path, plugins: tuple[str, ...]) -> None:
-    """pytest with these plugins alone, in the series' root, with the sanitizer; its outcome is in the JUnit file."""
+def run_pytest(arguments: list[str], *, junit: Path) -> None:
+    """pytest with nbval and `tests/nbval_executed.py` alone, in the series' root; its outcome is in the JUnit file."""
     junit.unlink(missing_ok=True)
     options = ["-p", "no:cacheprovider", "--color=no", f"--nbval-sanitize-with={SANITIZER}", f"--junit-xml={junit}"]
-    loaded = [word for plugin in plugins for word in ("-p", plugin)]
+    loaded = ["-p", "nbval.plugin", "-p", "nbval_executed"]
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
     command = [sys.executable, "-m", "pytest", *loaded, *options, *arguments]
@@ -368,7 +376,7 @@ def run_nbval(chapter: str, *, reports: Path) -> Shown:
     notebook = parameterize_notebook(load_notebook_node(str(NOTEBOOKS / f"{chapter}.ipynb")), parameters)
     write_ipynb(notebook, str(folder / f"{chapter}.ipynb"))
     options = ["--nbval-lax", "--nbval-kernel-name=python3", str(folder / f"{chapter}.ipynb")]
-    run_pytest(options, junit=reports / "nbval.xml", plugins=("nbval.plugin",))
+    run_pytest(options, junit=reports / "nbval.xml")
     return read_junit(reports / "nbval.xml")[0]
 
 
@@ -428,9 +436,8 @@ def check_run(run_dir: str | Path, *, baselines: Path = BASELINES) -> Verdict:
     reports = run_dir / "reports"
     reports.mkdir(exist_ok=True)
     _write_json(run_dir / "metrics.json", {"of": metrics.of, "values": metrics.values})
-    profile = metrics.of["profile"]
-    against = NOTEBOOKS if profile == RECORDED_PROFILE else baselines / profile
-    shown = compare_shown(run_dir, against=against, reports=reports) if against.is_dir() else []
+    other = metrics.of["profile"] != RECORDED_PROFILE  # another model and other data, whose outputs nobody recorded
+    shown = compare_shown(run_dir, against=NOTEBOOKS, reports=reports, code_only=other)
     bands = judge(metrics, _read_json(baselines / baseline_path(metrics.of).name))
     by_chapter = {each.chapter: each for each in shown}
     chapters = []

@@ -82,6 +82,7 @@ def run_chapter(chapter: str, *, executed_dir: str | Path, parameters: Mapping[s
             left out, so that one set serves the series.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     known = chapter_parameters(chapter)
@@ -98,6 +99,8 @@ def run_chapter(chapter: str, *, executed_dir: str | Path, parameters: Mapping[s
         except PapermillExecutionError as error:
             first_line = error.source.strip().splitlines()[0]
             failure = f"code cell [{error.exec_count}] `{first_line}`: {error.ename}: {error.evalue}"
+        except DeadKernelError:
+            failure = "a cell that ended the kernel: out of memory, or a crash of a library"
     seconds, result = time.perf_counter() - start, "" if failure else read_result(executed)
     return ChapterRun(chapter, seconds, failure, result, executed, peak[0])
 

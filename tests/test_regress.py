@@ -315,12 +315,17 @@ def test_the_verdict_and_its_reports(run_dir, tmp_path, monkeypatch):
     assert json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))["values"]["04 loss, step 1"] == 6.0
 
 
-def test_another_profile_is_compared_with_its_own_recording_only(run_dir, tmp_path):
+def test_of_another_profile_the_code_and_its_claims_are_compared(run_dir, tmp_path):
     measured = json.loads((run_dir / "executed" / "measured.json").read_text(encoding="utf-8"))
     write_json(run_dir / "executed" / "measured.json", measured | {"profile": "t4"})
+    edit(run_dir, "03_data", REJECTED["another text"][0])
     verdict = check_run(run_dir, baselines=tmp_path)
-    assert verdict.shown == () and verdict.ok
-    assert "no baseline" in repr(verdict)
+    assert verdict.ok and "no baseline" in repr(verdict)
+    assert {shown.compared for shown in verdict.shown} == {0}
+    edit(run_dir, "03_data", REJECTED["an error"][0])
+    (run_dir / "executed" / "06_save.ipynb").unlink()
+    failed = {row[0] for row in check_run(run_dir, baselines=tmp_path).chapters if row[3] == "FAILED"}
+    assert failed == {"03_data", "06_save"}
 
 
 @pytest.mark.slow

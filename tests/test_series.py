@@ -53,6 +53,13 @@ def test_a_chapter_that_fails_names_its_cell(chapters):
     assert run.result == ""
 
 
+def test_a_chapter_whose_kernel_dies(chapters):
+    write_chapter(chapters, "03_data", "import os", "os._exit(9)")
+    [run] = run_chapters(["03_data"], executed_dir=chapters / "executed")
+    assert "ended the kernel" in run.failure
+    assert run.executed.exists()
+
+
 def test_it_stops_at_the_first_failure(chapters):
     runs = run_chapters(["01_install", "02_load_and_lora", "03_data"], executed_dir=chapters / "executed")
     assert [bool(run.failure) for run in runs] == [False, True]
