@@ -13,6 +13,7 @@ from playwright.sync_api import Error, sync_playwright
 WAIT_SECONDS = 240
 TALLEST = 16_000  # pixels: Chromium draws no taller picture
 MARKUP = '<img src=x onerror="window.hacked = 1"><b id="bold">Hi</b>'
+NOTE = "tokens, the first after"  # what the box adds below a reply that has ended
 STORY = "Tell me a very long story about a lighthouse, in twelve chapters."
 FRONT_ENDS = {
     "lab": {
@@ -98,22 +99,23 @@ def ask(page, text):
 
 
 def talk(page, shots):
-    """Ask, read, stop, reset: the history as it grew, and after each."""
+    """Ask, read, reset, ask for more, stop: the history as it grew, and after the stop."""
     saw = {}
     page.set_viewport_size({"width": 1100, "height": 1000})
     ask(page, MARKUP)
-    saw["streamed"] = wait_until(lambda: history(page), lambda text: "tokens, the first after" in text, "reply")
+    saw["streamed"] = wait_until(lambda: history(page), lambda text: NOTE in text, "reply")
     saw |= page.evaluate(MARKUP_TOOK_EFFECT)
     picture(page, f"{shots}-chat-reply.png")
+    page.locator("button", has_text="Reset").click()
+    wait_until(lambda: history(page), lambda text: not text.strip(), "reset")
+    page.locator(".noUi-handle, .ui-slider-handle").last.press("End")  # a long reply: it shall not end before the stop
+    saw["max_tokens"] = page.locator(".widget-readout").last.inner_text()
     ask(page, STORY)
     wait_until(lambda: history(page).partition(STORY)[2], lambda text: len(text) > len("tuned model") + 20, "story")
     picture(page, f"{shots}-chat-writing.png")
     page.locator("button", has_text="Stop").click()
-    stopped = wait_until(lambda: history(page), lambda text: text.count("tokens, the first after") == 2, "stop")
-    saw["stopped"] = stopped[-1]
+    saw["stopped"] = wait_until(lambda: history(page), lambda text: NOTE in text, "stop")[-1]
     picture(page, f"{shots}-chat-stopped.png")
-    page.locator("button", has_text="Reset").click()
-    wait_until(lambda: history(page), lambda text: not text.strip(), "reset")
     return saw
 
 

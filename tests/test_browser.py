@@ -27,7 +27,7 @@ SERIES, TOOLS = ROOT / ".venv" / "bin", ROOT / ".venv-proof" / "bin"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SCREENSHOTS = ROOT / "runs" / "browser"
 TOKEN = "proof"
-FEW_STEPS, FEW_TOKENS, FEW_ROWS = 4, 40, {"train": 16, "held_out": 8}
+FEW_STEPS, FEW_TOKENS, FEW_ROWS = 4, 40, {"train": 16, "held_out": 4}
 
 pytestmark = [
     pytest.mark.slow,
@@ -182,12 +182,15 @@ def test_jupyterlab_has_the_newer_widgets(request):
 
 @pytest.mark.parametrize("front_end", ["lab", "classic"])
 def test_a_reader_asks_reads_and_stops(request, front_end):
-    chat = seen(request, front_end, "05_infer")["chat"]
+    saw = seen(request, front_end, "05_infer")
+    assert "chat" in saw, "there is no chat box"
+    chat = saw["chat"]
     replies = [text.partition("tuned model")[2] for text in chat["streamed"]]
     lengths = [len(reply) for reply in replies]
     assert len(set(lengths)) > 3 and lengths == sorted(lengths), "the reply did not grow word by word"
     assert '<img src=x onerror="window.hacked = 1">' in chat["streamed"][-1]
     assert (chat["executed"], chat["rendered"]) == (False, False)
+    assert chat["max_tokens"] == "128", "the slider did not move"
     assert chat["stopped"].rstrip().endswith("stop")
 
 
