@@ -282,7 +282,17 @@ class Checkpoints:
             if self.interrupted:
                 raise KeyboardInterrupt(f"stopped after step {step}; run the chapter again to go on")
 
+        read = trainer._load_from_checkpoint
+
+        def load(*args: Any) -> None:
+            # PEFT turns half-precision adapters into float32 as it loads them; Unsloth may train them as bfloat16.
+            dtypes = {name: parameter.dtype for name, parameter in trainer.model.named_parameters()}
+            read(*args)
+            for name, parameter in trainer.model.named_parameters():
+                parameter.data = parameter.data.to(dtypes[name])
+
         _replace(stack, trainer, "_save_checkpoint", save)
+        _replace(stack, trainer, "_load_from_checkpoint", load)
         sampler = trainer._get_train_sampler
         _replace(stack, trainer, "_get_train_sampler", lambda *rows: _ordered(sampler(*rows), trainer.args.seed))
         from transformers import set_seed
