@@ -88,23 +88,23 @@ def trainer_of(tmp_path_factory):
     return lambda **settings: make_trainer(tmp_path_factory.mktemp("run"), tokenizer, **settings)
 
 
-def poison(trainer):
-    """Make one weight NaN after step 3, as an overflow would."""
+def harm(trainer, factor):
+    """Multiply the weights that make the logits, after step 3."""
     import torch
     from transformers import TrainerCallback
 
-    class Poison(TrainerCallback):
+    class Harm(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if state.global_step == 3:
                 with torch.no_grad():
-                    next(p for n, p in model.named_parameters() if "lora_B" in n)[0, 0] = math.nan
+                    model.get_output_embeddings().weight.mul_(factor)
 
-    trainer.add_callback(Poison())
+    trainer.add_callback(Harm())
 
 
 def test_a_nan_stops_training(trainer_of):
     trainer = trainer_of()
-    poison(trainer)
+    harm(trainer, math.nan)
     trainer.add_callback(stop_on_divergence())
     with pytest.raises(DivergenceError, match="found a loss of nan at step 4, expected a number") as caught:
         trainer.train()
@@ -115,18 +115,19 @@ def test_a_nan_stops_training(trainer_of):
 def test_transformers_hides_a_nan(trainer_of):
     """Why the callback turns its filter off. If this fails, that line may go."""
     trainer = trainer_of()
-    poison(trainer)
+    harm(trainer, math.nan)
     trainer.train()
     assert trainer.state.global_step == 12
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
 
 
 def test_an_explosion_stops_training(trainer_of):
-    trainer = trainer_of(learning_rate=1e3)
+    trainer = trainer_of()
+    harm(trainer, 1000)
     trainer.add_callback(stop_on_divergence())
     with pytest.raises(DivergenceError, match="of its start"):
         trainer.train()
-    assert trainer.state.global_step < 9
+    assert trainer.state.global_step == 6  # three of five losses
 
 
 def test_a_good_run_is_left_alone(trainer_of):
