@@ -555,11 +555,15 @@ def _copy_whole(source: Path, folder: Path) -> Path:
     target, unfinished = folder / source.name, folder / f".unfinished-{source.name}"
     folder.mkdir(parents=True, exist_ok=True)
     _remove(unfinished)
-    shutil.copytree(source, unfinished, copy_function=shutil.copyfile)
-    for name in hash_files(unfinished):
-        _sync(unfinished / name)
-    _remove(target)
-    os.replace(unfinished, target)
+    try:
+        shutil.copytree(source, unfinished, copy_function=shutil.copyfile)
+        for name in hash_files(unfinished):
+            _sync(unfinished / name)
+        _remove(target)
+        os.replace(unfinished, target)
+    except OSError:
+        _remove(unfinished, ignore_errors=True)  # on a full disk it would leave no room for the next one
+        raise
     return target
 
 
@@ -582,4 +586,7 @@ def _remove(path: Path, *, ignore_errors: bool = False) -> None:
 
 
 def _reason(error: Exception) -> str:
+    """The first line of what went wrong, as short as the system says it."""
+    if isinstance(error, shutil.Error):  # copytree's list of (source, target, message)
+        return str(error.args[0][0][2]).partition(": '")[0]
     return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.checkpoints import _newest_good, _read_manifest, _saved_in, compare_settings
+from helpers.checkpoints import _copy_whole, _newest_good, _read_manifest, _reason, _saved_in, compare_settings
 
 STEPS = 12
 ROOT = Path(__file__).resolve().parent.parent
@@ -327,6 +328,19 @@ def test_a_mirror_that_drops_is_said_once(trainings, whole, tmp_path):
     training = trainings.run(tmp_path / "run", mirror=tmp_path / "drive")
     assert training.output.count("training goes on") == 1 and "No copy in" in training.output
     assert training.result == whole
+
+
+def test_a_mirror_that_is_full_keeps_no_rest(folder, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            _copy_whole(folder / "checkpoint-6", tmp_path / "mirror")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert _reason(caught.value) == "[Errno 27] File too large"
+    assert list((tmp_path / "mirror").iterdir()) == []
+    assert _copy_whole(folder / "checkpoint-6", tmp_path / "mirror").name == "checkpoint-6"
 
 
 def test_differences():
