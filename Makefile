@@ -9,7 +9,8 @@ export UNSLOTH_DISABLE_STATISTICS ?= 1
 TEST_RUN := runs/test
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model llama-cpp notebooks run record lint unit test lock colab-rehearsal proof-tools location clean
+.PHONY: help setup model llama-cpp notebooks run regress record faults lint workflows unit test lock drift drift-tools \
+	colab-rehearsal kaggle colab proof-tools location clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -34,15 +35,30 @@ llama-cpp: $(READY)  ## build llama.cpp for chapter 06 (once, into the cache; ab
 notebooks: $(READY)  ## build the notebooks from notebooks/src
 	@python notebooks/build.py
 
-run: model llama-cpp notebooks  ## run the six chapters and print one table
-	@python -m helpers.series --fresh
+run: model llama-cpp notebooks  ## run the six chapters and print one table; PROFILE=cpu or t4 takes its parameter file
+	@python -m helpers.series --fresh $(if $(PROFILE),-f tests/profiles/$(PROFILE).yaml)
+
+regress: $(READY)  ## compare the last run with the recorded outputs, and judge its measures
+	@python -m helpers.regress runs/$(or $(PROFILE),cpu) --nbval 03_data
 
 record: run  ## run, then keep the outputs in the committed notebooks and the README
 	@cp runs/cpu/executed/measured.json notebooks/measured.json
 	@python notebooks/build.py --outputs-from runs/cpu/executed
+	@python -m helpers.regress runs/cpu --record
 
-lint: $(READY)  ## check code and notebooks
-	@ruff check . && ruff format --check . && python notebooks/build.py --check && pytest tests/test_notebooks.py
+faults: model llama-cpp notebooks  ## break the stack in 22 ways and show what notices (about half an hour)
+	@python tests/faults.py
+
+lint: $(READY)  ## check code, notebooks and workflows
+	@ruff check . && ruff format --check . && python notebooks/build.py --check && python notebooks/lint.py
+	@$(MAKE) --silent workflows
+
+workflows:  # part of lint
+	@check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	@zizmor --offline --quiet --no-progress --persona pedantic .github
+	@jactionlint --profile pedantic --strict-exit
+	@shellcheck .github/*.sh
 
 unit: model llama-cpp  ## run the tests
 	@pytest
@@ -53,10 +69,22 @@ test: lint unit  ## lint, tests, and the whole series on the cpu profile
 lock: $(READY)  ## resolve requirements-colab.txt against the image's freeze again
 	@python -m helpers.lock
 
+drift:  ## make drift IMAGE=colab-image/2026-05: does the lock install cleanly on that image?
+	@python -m helpers.environment $(if $(FETCH),--fetch) --image $(IMAGE)/pip-freeze.gpu.txt --os $(IMAGE)/os-info-gpu.txt
+
+drift-tools:  # all that drift needs, without .venv
+	@grep -E '^(packaging|tabulate)==' requirements-local.txt | python -m pip install --quiet --no-deps -r /dev/stdin
+
+kaggle: $(READY)  ## the series on a T4 of Kaggle's, judged here; needs KAGGLE_USERNAME and the command kaggle
+	@python -m helpers.remote kaggle && python -m helpers.regress runs/t4
+
+colab: $(READY)  ## the series on a T4 of Colab's, judged here; needs Google's command colab
+	@python -m helpers.remote colab && python -m helpers.regress runs/t4
+
 colab-rehearsal: $(READY)  ## chapters 01-04 in an environment like Colab's (Python 3.13)
 	@python -m helpers.rehearsal
 
-proof-tools: $(READY)  ## JupyterLab, a browser driver and Go, for two tests that are skipped without them
+proof-tools: $(READY)  ## JupyterLab, a browser driver and Go, for the tests that are skipped without them
 	@$(PYTHON) -m venv --clear .venv-proof && \
 	.venv-proof/bin/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-proof.txt && \
 	python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \

@@ -28,7 +28,13 @@ from helpers.errors import InputError
 SCHEMA_VERSION = 1
 MANIFEST = "handoff.json"
 # Which chapter writes what, and what that chapter needs itself: the order in which catch-up runs them.
-PRODUCERS = {"lora.json": "02_load_and_lora", "dataset": "03_data", "adapter": "04_train", "report.json": "04_train"}
+PRODUCERS = {
+    "lora.json": "02_load_and_lora",
+    "dataset": "03_data",
+    "adapter": "04_train",
+    "report.json": "04_train",
+    "report.html": "04_train",
+}
 NEEDS = {"02_load_and_lora": (), "03_data": (), "04_train": ("lora.json", "dataset")}
 RECORDED_PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 

@@ -1,15 +1,32 @@
-"""How much memory a step took: the GPU's where there is one, else this process's. GiB are 2**30 bytes."""
+"""How much memory a step took, and how much one will take: the GPU's where there is one, else this process's.
+
+GiB are 2**30 bytes.
+"""
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from helpers.errors import InputError
 from helpers.tables import html_table, text_table
 
 GIB = 2**30
 SAMPLE_SECONDS = 0.02
+T4_GIB = 14.748
+MARGIN = 0.1  # of the card: what the prediction may be wrong by
+# (16-bit matrix FLOP/s, dense; memory bytes/s) by compute capability, from NVIDIA's data sheets: T4, A100, L4, H100.
+# Half of the FLOP/s is assumed to be reached, as Unsloth does (unsloth/utils/padding_choice.py).
+SPEEDS = {(7, 5): (65e12, 320e9), (8, 0): (312e12, 1555e9), (8, 9): (121e12, 300e9), (9, 0): (990e12, 3350e9)}
+REACHED = 0.5
+# Launching one pass through one layer keeps the host busy for so long, whatever the batch: 1.75 s a step in 4
+# micro-batches x 28 layers x 3 passes, measured on an H100 host.
+HOST_SECONDS = 0.005
+OFFLOAD_BYTES_PER_SECOND = 12e9  # PCIe 3, 16 lanes, as reached
+WIDTHS = 7  # of padded batches: each new one costs the GPU's libraries a second once, fewer waste more padding
 
 
 @dataclass(frozen=True)
@@ -170,6 +187,248 @@ def track_memory(label: str) -> Iterator[Stage]:
 def stage_table(stages: Sequence[Stage]) -> StageTable:
     """The stages as a table: seconds, GiB allocated and reserved at the end, and the peak against the card's size."""
     return StageTable(tuple(stages))
+
+
+def predict_peak(
+    config: Any,
+    *,
+    tokens: int,
+    lora_rank: int,
+    use_gradient_checkpointing: bool | str,
+    compiled: bool = False,
+    load_in_4bit: bool = True,
+) -> float:
+    """The most memory that a training step reserves, in GiB, for a Llama-like model with LoRA on all seven matrices.
+
+    Args:
+        config: the model's configuration (`AutoConfig`, or `model.config`).
+        tokens: those of the largest micro-batch, padding included.
+        lora_rank: LoRA's r.
+        use_gradient_checkpointing: False, True or "unsloth".
+        compiled: Unsloth compiles each layer, as it does for padded batches unless UNSLOTH_BLOCK_COMPILE=0.
+        load_in_4bit: NF4 with double quantisation; else 16 bits.
+
+    With H the hidden size, I the intermediate size, L layers, V the vocabulary, T tokens, and W = 2HI bytes (one MLP
+    matrix, dequantised), in bytes:
+
+        fixed      2VH + 0.516 a weight of the layers (NF4: 4 bits, and 8 bits + a little for each 64 weights; Dettmers
+                   et al. 2023, arXiv:2305.14314) + 10.1 a LoRA parameter (4 itself, 4 its gradient, 2 8-bit AdamW)
+        kept       T * L * 2H with checkpointing (each layer's input; Chen et al. 2016, arXiv:1604.06174), T * 8H when
+                   it is offloaded, T * L * (4I + 15.8H) without
+        loss       T * 5H + 3W + 4V for each of up to 512 tokens: the logits come in chunks
+        one layer  T * (6.3I + 14.8H) + 5.3W, again while its gradient is taken (compiled, it is half as much more)
+
+        peak = 1.02 * (fixed + kept + max(loss, one layer))
+
+    Form after those sources; the factors are fitted to 91 measured configurations of Llama 3.2 1B and 3B (one H100
+    capped to a T4's memory, Unsloth 2026.10.9, 2026-11-24; benchmarks/results/planner.csv), none of which is off by
+    more than 5 %. `python benchmarks/planner.py` measures them again.
+
+    Example: 3B, 8 conversations of 512 tokens, rank 16, True -> 3.68 (measured: 3.66)
+    """
+    hidden, intermediate, layers, vocabulary, attention, kv = _shape(config)
+    lora = lora_rank * layers * (2 * (hidden + attention) + 2 * (hidden + kv) + 3 * (hidden + intermediate))
+    embeddings = 2 * vocabulary * hidden * (1 if config.tie_word_embeddings else 2)
+    fixed = embeddings + _linear_weights(config) * (0.516 if load_in_4bit else 2) + 0.032 * GIB + 10.1 * lora
+    matrix = 2 * hidden * intermediate
+    if use_gradient_checkpointing is False:
+        kept, layer_factor = layers * (4 * intermediate + 15.8 * hidden), 0.0
+    else:
+        kept = (4 if use_gradient_checkpointing == "unsloth" else layers) * 2 * hidden
+        layer_factor = 1.5 if compiled else 1.0
+    loss = tokens * 5 * hidden + 3 * matrix + min(tokens, 512) * vocabulary * 4
+    layer = tokens * layer_factor * (6.3 * intermediate + 14.8 * hidden) + (2.2 if compiled else 5.3) * matrix
+    return 1.02 * (fixed + tokens * kept + max(loss, layer)) / GIB
+
+
+@dataclass(frozen=True)
+class BatchOption:
+    """One way to make a step of the effective batch.
+
+    Attributes:
+        micro_batch, accumulation: conversations at once, and how often in a step.
+        use_gradient_checkpointing: False, True or "unsloth".
+        predicted_gib: the peak that `predict_peak` gives for the longest conversations.
+        seconds: an estimate for one step, to compare options by; not a promise.
+        fits: whether the prediction lies below the limit.
+    """
+
+    micro_batch: int
+    accumulation: int
+    use_gradient_checkpointing: bool | str
+    predicted_gib: float
+    seconds: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The option that was chosen, and those that were not.
+
+    Attributes:
+        chosen: the fastest option that fits.
+        options: all that were considered, the fastest first.
+        padding_free: conversations one after the other in one long row; False: side by side, padded.
+        padded_to: the multiple of tokens that padded batches are as wide as.
+        limit_gib: what a step may take.
+        device: whose memory and speed were planned for.
+    """
+
+    chosen: BatchOption
+    options: tuple[BatchOption, ...]
+    padding_free: bool
+    padded_to: int
+    limit_gib: float
+    device: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments of `SFTConfig` that the plan decides."""
+        settings = dict(
+            per_device_train_batch_size=self.chosen.micro_batch,
+            gradient_accumulation_steps=self.chosen.accumulation,
+            train_sampling_strategy="group_by_length",
+            padding_free=self.padding_free,
+        )
+        return settings if self.padding_free else settings | {"pad_to_multiple_of": self.padded_to}
+
+    _headers = ("micro-batch × accumulation", "checkpointing", "predicted GiB", "fits", "s/step (estimate)", "")
+
+    def _rows(self) -> list[list[object]]:
+        return [
+            [
+                f"{option.micro_batch} × {option.accumulation}",
+                str(option.use_gradient_checkpointing),
+                f"{option.predicted_gib:.1f}",
+                "yes" if option.fits else "no",
+                f"{option.seconds:.2f}",
+                "← chosen" if option == self.chosen else "",
+            ]
+            for option in self.options
+        ]
+
+    def _summary(self) -> str:
+        kind = "padding-free" if self.padding_free else f"padded to a multiple of {self.padded_to} tokens"
+        return f"For {self.device}, at most {self.limit_gib:.1f} GiB; batches are {kind}."
+
+    def __repr__(self) -> str:
+        return text_table(self._headers, self._rows()) + "\n" + self._summary()
+
+    def _repr_html_(self) -> str:
+        return html_table(self._headers, self._rows()) + f"<p>{self._summary()}</p>"
+
+
+class PlanError(InputError):
+    """No batch fits, or the numbers that a plan is asked for make no sense."""
+
+
+def plan_batch(
+    config: Any,
+    *,
+    lengths: Sequence[int],
+    effective_batch_size: int,
+    lora_rank: int,
+    load_in_4bit: bool = True,
+    memory_gib: float | None = None,
+    capability: tuple[int, int] | None = None,
+) -> BatchPlan:
+    """Choose micro-batch, accumulation, checkpointing and padding: the fastest that fits, effective batch unchanged.
+
+    Args:
+        config: the model's configuration.
+        lengths: tokens of each conversation that will be trained.
+        effective_batch_size: conversations a step averages over.
+        lora_rank, load_in_4bit: see `predict_peak`.
+        memory_gib: what this process may use; None: what is free on the GPU and what PyTorch holds already. Without a
+            GPU the plan is for a T4.
+        capability: the GPU's compute capability; None: this GPU's, or a T4's.
+
+    A micro-batch is planned for the longest conversations there are, with a margin of 10 % of the memory. Its time is
+    estimated as the longer of what the GPU needs (2 FLOP a weight and token, and each 4-bit weight read, written in 16
+    bits and read again; for the forward pass, the recomputation and the backward pass) and what the host needs to
+    launch it (`HOST_SECONDS` a layer and pass), plus copying where activations are offloaded. Padding pays where the
+    host is what takes the time, since padded batches need fewer launches; elsewhere it is wasted.
+
+    Raises:
+        PlanError: not even one conversation at a time fits.
+
+    Example:
+        >>> plan_batch(config, lengths=lengths, effective_batch_size=8, lora_rank=16).settings
+        {'per_device_train_batch_size': 8, 'gradient_accumulation_steps': 1, …}
+    """
+    import torch
+
+    if not lengths or effective_batch_size < 1:
+        found = f"{len(lengths)} conversations, an effective batch of {effective_batch_size}"
+        raise PlanError("plan_batch", found=found, expected="at least one of each", fix="check the data set")
+    device = "a T4 (there is no GPU here)"
+    if memory_gib is None and torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        memory_gib = (free + torch.cuda.memory_reserved()) / GIB
+        device = torch.cuda.get_device_name(0)
+    elif memory_gib is not None:
+        device = f"{memory_gib:.1f} GiB"
+    if capability is None:
+        capability = torch.cuda.get_device_capability(0) if torch.cuda.is_available() else (7, 5)
+    limit_gib = (memory_gib or T4_GIB) * (1 - MARGIN)
+    flops, bytes_per_second = SPEEDS.get(tuple(capability), SPEEDS[7, 5])
+    layers, weights = config.num_hidden_layers, _linear_weights(config)
+    longest = sorted(lengths, reverse=True)
+    mean = sum(lengths) / len(lengths)
+
+    def seconds_of(accumulation: int, mode: bool | str) -> tuple[float, float]:
+        """(the GPU's, the host's) for one step."""
+        passes = 3 if mode else 2
+        gpu = 2 * weights * effective_batch_size * mean * passes / (flops * REACHED)
+        gpu += accumulation * passes * weights * (4.5 if load_in_4bit else 2) / bytes_per_second
+        # Offloaded, each layer's input goes to the host and comes back.
+        copied = 2 * effective_batch_size * mean * layers * 2 * config.hidden_size if mode == "unsloth" else 0
+        copying = copied / OFFLOAD_BYTES_PER_SECOND
+        return gpu + copying, accumulation * layers * passes * HOST_SECONDS + copying
+
+    gpu, host = seconds_of(1, True)
+    padding_free = gpu > host
+    padded_to = max(16, 2 ** math.ceil(math.log2(longest[0] / WIDTHS)))
+    options = []
+    for micro_batch in (size for size in range(1, effective_batch_size + 1) if effective_batch_size % size == 0):
+        width = -(-longest[0] // padded_to) * padded_to
+        tokens = sum(longest[:micro_batch]) if padding_free else micro_batch * width
+        accumulation = effective_batch_size // micro_batch
+        for mode in (False, True, "unsloth"):
+            settings = dict(lora_rank=lora_rank, use_gradient_checkpointing=mode, load_in_4bit=load_in_4bit)
+            peak = predict_peak(config, tokens=tokens, **settings)
+            seconds = max(seconds_of(accumulation, mode))
+            options.append(BatchOption(micro_batch, accumulation, mode, peak, seconds, peak <= limit_gib))
+    options.sort(key=lambda option: (option.seconds, option.accumulation, option.predicted_gib))
+    fitting = [option for option in options if option.fits]
+    if not fitting:
+        smallest = min(options, key=lambda option: option.predicted_gib)
+        raise PlanError(
+            f"the longest conversation ({longest[0]} tokens)",
+            found=f"{smallest.predicted_gib:.1f} GiB needed for it alone",
+            expected=f"at most {limit_gib:.1f} GiB",
+            fix="choose a smaller model, a smaller MAX_SEQ_LENGTH or a smaller LoRA rank",
+        )
+    return BatchPlan(fitting[0], tuple(options), padding_free, padded_to, limit_gib, device)
+
+
+def _shape(config: Any) -> tuple[int, int, int, int, int, int]:
+    """(hidden, intermediate, layers, vocabulary, width of the queries, width of the keys)."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.vocab_size,
+        head * config.num_attention_heads,
+        head * config.num_key_value_heads,
+    )
+
+
+def _linear_weights(config: Any) -> int:
+    """The weights of all layers' matrices. Example: Llama 3.2 3B -> 2,818,572,288."""
+    hidden, intermediate, layers, _, attention, kv = _shape(config)
+    return layers * (2 * hidden * attention + 2 * hidden * kv + 3 * hidden * intermediate)
 
 
 def _resident_gib() -> float:

@@ -1,0 +1,143 @@
+"""Peak memory on a GPU against the planner's prediction (`helpers.memory.predict_peak`), over many configurations.
+
+    python benchmarks/planner.py [--out FILE]
+
+Nothing is timed, so several processes share the GPU, each capped to a T4's memory. A configuration is three steps of
+rows of one length; the peak is the allocator's, over all three.
+"""
+
+import argparse
+import gc
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+T4_GIB = 14.748
+# (batch, tokens of each row)
+SIZES = [
+    (1, 512),
+    (2, 512),
+    (2, 1024),
+    (4, 512),
+    (4, 1024),
+    (8, 512),
+    (8, 1024),
+    (2, 2048),
+    (16, 512),
+    (4, 2048),
+    (8, 2048),
+]
+GROUPS = [
+    dict(shape="3B", checkpointing=True, dtype="bfloat16", rank=16),
+    dict(shape="3B", checkpointing="unsloth", dtype="bfloat16", rank=16),
+    dict(shape="3B", checkpointing=False, dtype="bfloat16", rank=16),
+    dict(shape="1B", checkpointing=True, dtype="bfloat16", rank=16),
+    dict(shape="1B", checkpointing="unsloth", dtype="bfloat16", rank=16),
+    dict(shape="1B", checkpointing=False, dtype="bfloat16", rank=16),
+    dict(shape="3B", checkpointing=True, dtype="float16", rank=16),
+    dict(shape="3B", checkpointing=True, dtype="bfloat16", rank=64),
+    dict(shape="3B", checkpointing=True, dtype="bfloat16", rank=16, padded=True),
+]
+
+
+def measure(group: dict, folder: str) -> None:
+    """Print one JSON line for each size; stops at the first size that does not fit."""
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(T4_GIB * 2**30 / total)
+    dtype = getattr(torch, group["dtype"])
+    model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=2048, dtype=dtype, load_in_4bit=True)
+    loaded = torch.cuda.memory_allocated()
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=group["rank"],
+        lora_alpha=16,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        use_gradient_checkpointing=group["checkpointing"],
+        random_state=3407,
+    )
+    with_lora = torch.cuda.memory_allocated()
+    for batch, length in SIZES:
+        rows = Dataset.from_list(
+            [{"input_ids": list(range(10, 10 + length)), "labels": list(range(10, 10 + length))}] * batch * 3
+        )
+        settings = dict(
+            per_device_train_batch_size=batch, max_steps=3, learning_rate=1e-5, optim="adamw_8bit", max_length=2048
+        )
+        settings |= dict(fp16=group["dtype"] == "float16", bf16=group["dtype"] == "bfloat16", report_to="none")
+        settings |= dict(save_strategy="no", disable_tqdm=True, output_dir=tempfile.mkdtemp())
+        if group.get("padded"):
+            settings |= dict(padding_free=False)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        result = group | {"batch": batch, "length": length, "loaded": loaded, "with_lora": with_lora}
+        try:
+            trainer = SFTTrainer(
+                model=model, processing_class=tokenizer, train_dataset=rows, args=SFTConfig(**settings)
+            )
+            trainer.train()
+        except torch.OutOfMemoryError:
+            result["out_of_memory"] = True
+        result["peak_allocated"] = torch.cuda.max_memory_allocated()
+        result["peak_reserved"] = torch.cuda.max_memory_reserved()
+        result["after"] = torch.cuda.memory_allocated()
+        trainer = None
+        model.zero_grad(set_to_none=True)
+        print("RESULT " + json.dumps(result), flush=True)
+        if "out_of_memory" in result:
+            return
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("planner.jsonl"))
+    parser.add_argument("--side-by-side", type=int, default=9)
+    parser.add_argument("--seconds", type=int, default=300, help="a group's limit")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        measure(*json.loads(options.one))
+        return 0
+    with tempfile.TemporaryDirectory() as models:
+        for shape in sorted({group["shape"] for group in GROUPS}):
+            code = (
+                f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); from llama_shapes import save_model; "
+            )
+            subprocess.run([sys.executable, "-c", code + f"save_model({shape!r}, '{models}/{shape}')"], check=True)
+        processes = []
+        for number, group in enumerate(GROUPS):
+            own = pathlib.Path(models) / f"own{number}"
+            own.mkdir()
+            env = os.environ | {
+                "TORCHINDUCTOR_CACHE_DIR": f"{own}/inductor",
+                "UNSLOTH_COMPILE_LOCATION": f"{own}/unsloth",
+            }
+            command = ["timeout", str(options.seconds), sys.executable, __file__, "--one"]
+            log = open(own / "log", "w+")
+            command += [json.dumps([group, f"{models}/{group['shape']}"])]
+            processes.append((group, log, subprocess.Popen(command, stdout=log, stderr=log, cwd=own, env=env)))
+        with open(options.out, "w") as out:
+            for group, log, process in processes:
+                process.wait()
+                log.seek(0)
+                text = log.read()
+                found = [line[7:] for line in text.splitlines() if line.startswith("RESULT ")]
+                out.writelines(line + "\n" for line in found)
+                print(group, len(found), "sizes", "" if process.returncode == 0 else text[-300:], flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

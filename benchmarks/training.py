@@ -1,0 +1,298 @@
+"""Training speed and memory on a GPU, Llama 3.2's 1B and 3B shapes: the popular notebook's settings, plain
+Transformers + PEFT + TRL, and this series' settings.
+
+    python benchmarks/training.py [--shapes 1B 3B] [--dtypes bfloat16 float16] [--rows a b c] [--out FILE]
+
+Each row runs in a process of its own with empty compilation caches. Processes import their libraries side by side and
+then take turns, so that only one of them uses the GPU. The GPU's memory is capped to a T4's. A row is 60 steps from
+cold, then the first 20 of them again (their shapes are compiled by then: "settled"), then the held-out loss.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+PROCESS_START = time.perf_counter()
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+T4_GIB = 14.748
+LIMIT_SECONDS = 300
+STEPS, SETTLED_STEPS, EFFECTIVE_BATCH = 60, 20, 8
+COMMON = dict(
+    library="unsloth", batch=8, accumulation=1, checkpointing=True, args={}, env={}, lora={}, lengths="conversations"
+)
+ROWS = {
+    "a": (
+        "the popular notebook: 2 × 4, offloaded checkpointing",
+        dict(batch=2, accumulation=4, checkpointing="unsloth"),
+    ),
+    "b": ("plain Transformers + PEFT + TRL: 8 × 1", dict(library="hf")),
+    "c": ("this series: 8 × 1", dict()),
+}
+
+
+def make_rows(count: int, *, lengths: str, seed: int) -> list[dict]:
+    """Tokenised conversations: log-normal lengths (mean 512, at most 1,722 tokens), or all of one length ("1024").
+
+    Turns alternate: 30 tokens of a user, which are not trained, then 90 of an assistant. Tokens follow a noisy cycle,
+    so that a model with random weights has something to learn.
+    """
+    import numpy
+
+    random = numpy.random.default_rng(seed)
+    sigma = 0.6
+    rows = []
+    for _ in range(count):
+        drawn = random.lognormal(numpy.log(512) - sigma**2 / 2, sigma)
+        length = int(lengths) if lengths.isdigit() else int(min(max(drawn, 48), 1722))
+        tokens = 10 + (random.integers(0, 2000) + 7 * numpy.arange(length)) % 2000
+        noise = random.random(length) < 0.2
+        tokens = numpy.where(noise, 10 + random.integers(0, 2000, length), tokens)
+        trained = numpy.arange(length) % 120 >= 30
+        rows.append({"input_ids": tokens.tolist(), "labels": numpy.where(trained, tokens, -100).tolist()})
+    return rows
+
+
+def load(job: dict):
+    """The model with LoRA, as each library's own documentation says."""
+    import torch
+
+    dtype = getattr(torch, job["dtype"])
+    lora = dict(r=16, lora_alpha=16, lora_dropout=0, bias="none")
+    lora["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    if job["library"] == "unsloth":
+        from unsloth import FastLanguageModel
+
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            job["folder"], max_seq_length=2048, dtype=dtype, load_in_4bit=job.get("load_in_4bit", True)
+        )
+        model = FastLanguageModel.get_peft_model(
+            model, **lora, use_gradient_checkpointing=job["checkpointing"], random_state=3407, **job["lora"]
+        )
+        return model, tokenizer, None
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    options = dict(dtype=dtype, device_map={"": 0}, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(job["folder"], quantization_config=four_bit, **options)
+    return model, AutoTokenizer.from_pretrained(job["folder"]), LoraConfig(task_type="CAUSAL_LM", **lora)
+
+
+def measure(job: dict) -> dict:
+    """One row: see the module's docstring."""
+    import torch
+
+    if job["library"] == "unsloth":
+        import unsloth  # noqa: F401
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    import_s = time.perf_counter() - PROCESS_START
+    while not os.path.exists(job["go"]):
+        time.sleep(0.05)
+    signal.alarm(LIMIT_SECONDS)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(T4_GIB * 2**30 / total)
+    torch.set_float32_matmul_precision("high")
+    start = time.perf_counter()
+    steps, settled_steps = job.get("steps", STEPS), job.get("settled_steps", SETTLED_STEPS)
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.at = []
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if not self.at:
+                torch.cuda.synchronize()
+                self.at.append(time.perf_counter())
+
+        def on_step_end(self, args, state, control, **kwargs):
+            torch.cuda.synchronize()
+            self.at.append(time.perf_counter())
+
+    model, tokenizer, peft_config = load(job)
+    load_s = time.perf_counter() - start
+    rows = make_rows(steps * EFFECTIVE_BATCH, lengths=job["lengths"], seed=1)
+    if job.get("longest_first"):
+        rows.sort(key=lambda row: -len(row["input_ids"]))
+    held_out = make_rows(32, lengths=job["lengths"], seed=2)
+
+    def trainer_of(max_steps: int, clock: Clock):
+        settings = (
+            dict(
+                per_device_train_batch_size=job["batch"],
+                gradient_accumulation_steps=job["accumulation"],
+                max_steps=max_steps,
+                warmup_steps=5,
+                learning_rate=2e-4,
+                lr_scheduler_type="linear",
+                optim="adamw_8bit",
+                weight_decay=0.01,
+                fp16=job["dtype"] == "float16",
+                bf16=job["dtype"] == "bfloat16",
+                max_length=2048,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                seed=3407,
+                output_dir=job["scratch"],
+                disable_tqdm=True,
+                include_num_input_tokens_seen="non_padding",
+                gradient_checkpointing=bool(job["checkpointing"]),
+            )
+            | job["args"]
+        )
+        if job["library"] == "unsloth":
+            settings.pop("gradient_checkpointing")
+        given = dict(model=model if max_steps == steps else trainer.model, processing_class=tokenizer)
+        given |= dict(train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(held_out))
+        given |= dict(peft_config=peft_config if max_steps == steps else None, callbacks=[clock])
+        return SFTTrainer(**given, args=SFTConfig(**settings))
+
+    clock = Clock()
+    trainer = trainer_of(steps, clock)
+    train_start = time.perf_counter()
+    trainer.train()
+    torch.cuda.synchronize()
+    end = time.perf_counter()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    step_s = [later - earlier for earlier, later in zip(clock.at, clock.at[1:], strict=False)]
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    result = {
+        "import_s": import_s,
+        "load_s": load_s,
+        "cold_s": end - start,
+        "train_s": end - train_start,
+        "first_step_s": step_s[0],
+        "steps_s": [round(s, 3) for s in step_s],
+        "cold_tokens_per_s": tokens / (end - train_start),
+        "loss": sum(entry["loss"] for entry in log[-10:]) / len(log[-10:]),
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "padding_free": bool(trainer.args.padding_free),
+        "model": type(trainer.model).__name__,
+        "tokens_seen": int(trainer.state.num_input_tokens_seen),
+        "tokens": tokens,
+    }
+    counters = torch._dynamo.utils.counters
+    result["graphs"] = dict(counters["stats"])
+    if settled_steps:
+        clock = Clock()
+        again = trainer_of(settled_steps, clock)
+        again.train()
+        step_s = [later - earlier for earlier, later in zip(clock.at, clock.at[1:], strict=False)]
+        seen = [entry["num_input_tokens_seen"] for entry in again.state.log_history if "num_input_tokens_seen" in entry]
+        half = len(step_s) // 4
+        result["settled_s"] = sum(step_s[half:]) / len(step_s[half:])
+        result["settled_steps_s"] = [round(s, 3) for s in step_s]
+        result["settled_tokens_per_s"] = (seen[len(step_s) - 1] - seen[half - 1]) / sum(step_s[half:])
+        result["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    if job.get("profile"):
+        from torch.profiler import ProfilerActivity, profile
+
+        probe = trainer_of(3, Clock())
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
+            begin = time.perf_counter()
+            probe.train()
+            torch.cuda.synchronize()
+            wall = time.perf_counter() - begin
+        events = sorted(prof.key_averages(), key=lambda event: -event.self_device_time_total)
+        kernels = [event for event in events if event.self_device_time_total and not event.self_cpu_time_total]
+        result["profile"] = {
+            "wall_s": wall,
+            "gpu_s": sum(event.self_device_time_total for event in kernels) / 1e6,
+            "launches": sum(event.count for event in kernels),
+            "top": [(e.key[:70], round(e.self_device_time_total / 1e3, 1), e.count) for e in kernels[:14]],
+            "cpu_top": [
+                (e.key[:50], round(e.self_cpu_time_total / 1e3, 1), e.count)
+                for e in sorted(prof.key_averages(), key=lambda event: -event.self_cpu_time_total)[:12]
+            ],
+        }
+    if not job.get("skip_eval"):
+        result["held_out_loss"] = trainer.evaluate()["eval_loss"]
+    return result
+
+
+def run_jobs(jobs: list[dict], out: pathlib.Path, *, ahead: int = 4) -> list[dict]:
+    """Run jobs in order, each in a process of its own; the next few import meanwhile. Results also go to `out`."""
+    results, running, waiting = [], [], list(jobs)
+    with tempfile.TemporaryDirectory() as scratch, open(out, "a") as file:
+        while waiting or running:
+            while waiting and len(running) < ahead:
+                job = COMMON | waiting.pop(0)
+                own = pathlib.Path(tempfile.mkdtemp(dir=scratch))
+                job |= {"go": f"{own}/go", "scratch": str(own)}
+                env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{own}/inductor", "TRITON_CACHE_DIR": f"{own}/triton"}
+                env |= {"UNSLOTH_COMPILE_LOCATION": f"{own}/unsloth"} | job["env"]
+                log = open(own / "log", "w+")
+                command = [sys.executable, __file__, "--one", json.dumps(job)]
+                running.append((job, subprocess.Popen(command, stdout=log, stderr=log, cwd=own, env=env), log))
+            pathlib.Path(running[0][0]["go"]).touch()
+            for entry in [entry for entry in running[:1] if entry[1].poll() is not None]:
+                running.remove(entry)
+                job, process, log = entry
+                log.seek(0)
+                text = log.read()
+                job = {key: job[key] for key in job if key not in ("go", "scratch")}
+                if process.returncode:
+                    result = job | {"failed": text.strip().splitlines()[-1][:300], "log": text[-3000:]}
+                else:
+                    said = [
+                        line for line in text.splitlines() if "checkpoint_skip" in line or "padding" in line.lower()
+                    ]
+                    result = job | json.loads(text.splitlines()[-1]) | {"said": said[:4]}
+                results.append(result)
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+                keys = ("settled_s", "settled_tokens_per_s", "peak_reserved_gib", "first_step_s", "train_s", "cold_s")
+                figures = {key: round(result[key], 2) for key in keys if key in result}
+                print(result["name"], figures, result.get("failed", ""), flush=True)
+            time.sleep(0.2)
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["1B", "3B"])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS))
+    parser.add_argument("--jobs", help="a JSON file with jobs of your own instead")
+    parser.add_argument("--ahead", type=int, default=4)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("training.jsonl"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print("\n" + json.dumps(measure(json.loads(options.one))))
+        return 0
+    with tempfile.TemporaryDirectory() as models:
+        for shape in options.shapes:
+            code = (
+                f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); from llama_shapes import save_model; "
+            )
+            subprocess.run([sys.executable, "-c", code + f"save_model({shape!r}, '{models}/{shape}')"], check=True)
+        if options.jobs:
+            jobs = json.loads(pathlib.Path(options.jobs).read_text())
+        else:
+            jobs = [
+                ROWS[row][1] | {"name": f"{shape} {dtype} {row}", "shape": shape, "dtype": dtype}
+                for shape in options.shapes
+                for dtype in options.dtypes
+                for row in options.rows
+            ]
+        jobs = [{"dtype": "bfloat16"} | job | {"folder": f"{models}/{job['shape']}"} for job in jobs]
+        run_jobs(jobs, options.out, ahead=options.ahead)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

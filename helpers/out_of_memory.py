@@ -1,0 +1,156 @@
+"""Train through a batch that does not fit: find it before step 1, and split it wherever it turns up."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from helpers.errors import InputError
+from helpers.memory import track_memory
+
+
+class DoesNotFit(InputError):
+    """One conversation alone needs more memory than there is."""
+
+
+@dataclass
+class Fitting:
+    """How a run got by with its memory; complete once training has begun.
+
+    Attributes:
+        rehearsed_gib: the peak of the rehearsal: the longest conversations, trained and evaluated.
+        tokens_at_once: the largest micro-batch that still fits; None: all of them did.
+        splits: micro-batches that were split.
+    """
+
+    rehearsed_gib: float = 0.0
+    tokens_at_once: int | None = None
+    splits: int = 0
+
+
+@contextlib.contextmanager
+def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
+    """Inside this block `trainer.train()` rehearses its longest batches, and survives when memory runs out.
+
+    Before the first step the longest conversations are trained once and evaluated once, without any effect: gradients
+    are dropped and random numbers put back. A micro-batch that does not fit, there or later, is halved until it does;
+    the halves' gradients add up to the same step, because each is divided by the answer tokens of the whole step. So no
+    step is lost, and every later micro-batch of that size is split from the start. It says so when it happens.
+
+    Raises:
+        DoesNotFit: one conversation alone is too much.
+
+    Example:
+        >>> with fit_into_memory(trainer) as fitting:
+        ...     trainer.train()
+        >>> fitting.rehearsed_gib
+        3.66
+    """
+    from transformers import TrainerCallback
+
+    fitting, train_whole = Fitting(), trainer.training_step
+
+    def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None, *rest: Any, **named: Any) -> Any:
+        from unsloth.utils.token_budget import split_batch_by_token_budget
+
+        while True:
+            chunks = split_batch_by_token_budget(inputs, fitting.tokens_at_once)
+            kept = [(p, p.grad.clone()) for p in model.parameters() if p.grad is not None]
+            try:
+                losses = [train_whole(model, chunk, num_items_in_batch, *rest, **named) for chunk in chunks]
+                fitting.splits += len(chunks) > 1
+                return sum(losses)
+            except Exception as error:
+                if not is_out_of_memory(error) or num_items_in_batch is None:
+                    raise
+            _drop_gradients(model, kept)
+            largest = max(chunk["input_ids"].numel() for chunk in chunks)
+            if len(split_batch_by_token_budget(inputs, largest // 2)) == len(chunks):
+                raise DoesNotFit(
+                    f"a conversation of {largest} tokens",
+                    found="not enough memory to train on it alone",
+                    expected="room for the longest conversation",
+                    fix="set a smaller MAX_SEQ_LENGTH, a smaller model, or restart the session if other work fills it",
+                )
+            fitting.tokens_at_once = largest // 2
+            print(
+                f"Memory ran out at {largest:,} tokens at once: from here on at most {largest // 2:,}. No step is lost."
+            )
+
+    class Rehearsal(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            with track_memory("rehearsal") as stage:
+                _rehearse(trainer)
+            fitting.rehearsed_gib = stage.peak_reserved_gib
+
+    rehearsal = Rehearsal()
+    trainer.training_step = training_step
+    trainer.add_callback(rehearsal)
+    try:
+        yield fitting
+    finally:
+        trainer.remove_callback(rehearsal)
+        del trainer.training_step
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: the GPU's (CUDA, cuBLAS) or the machine's."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+def _rehearse(trainer: Any) -> None:
+    """Train and evaluate the longest rows, and leave everything as it was but the memory's high-water mark."""
+    import torch
+
+    args, model = trainer.args, trainer.model_wrapped
+    metrics = {
+        name: copy.deepcopy(vars(trainer)[name])
+        for name in ("_metrics", "_total_train_tokens")
+        if name in vars(trainer)
+    }
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        rows = _longest(trainer.train_dataset, args.per_device_train_batch_size)
+        answers = sum(label != -100 for row in rows for label in row["labels"][1:])
+        items = torch.tensor(answers, device=args.device)
+        model.train()
+        trainer.training_step(model, trainer.data_collator(rows), items)
+        _drop_gradients(model, [])
+        if trainer.eval_dataset is not None and args.eval_strategy != "no":
+            while True:
+                rows = _longest(trainer.eval_dataset, args.per_device_eval_batch_size)
+                try:
+                    trainer.prediction_step(model, trainer.data_collator(rows), prediction_loss_only=True)
+                    break
+                except Exception as error:
+                    if not is_out_of_memory(error) or args.per_device_eval_batch_size == 1:
+                        raise
+                _drop_gradients(model, [])
+                args.per_device_eval_batch_size //= 2
+                print(f"Memory ran out in the evaluation: from here on {args.per_device_eval_batch_size} at once.")
+        model.train()
+    vars(trainer).update(metrics)
+
+
+def _longest(dataset: Any, count: int) -> list[dict[str, Any]]:
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:count]
+    return [{name: dataset[row][name] for name in ("input_ids", "labels")} for row in order]
+
+
+def _drop_gradients(model: Any, kept: list[tuple[Any, Any]]) -> None:
+    """Throw away what an unfinished step left, put back what was there before it, and free the cache."""
+    import gc
+
+    import torch
+
+    model.zero_grad(set_to_none=True)
+    for parameter, gradient in kept:
+        parameter.grad = gradient
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,67 @@
+"""A plan for the memory, checked against what was measured; and a run that goes on when memory runs out."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.memory import PlanError, plan_batch, predict_peak
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+MEASURED = list(csv.DictReader((ROOT / "benchmarks/results/planner.csv").read_text().splitlines()))
+MODES = {"True": True, "False": False, "unsloth": "unsloth"}
+
+
+@pytest.fixture(scope="module")
+def configs():
+    from llama_shapes import llama_config
+
+    return {shape: llama_config(shape) for shape in ("1B", "3B")}
+
+
+def predicted(row, configs):
+    return predict_peak(
+        configs[row["shape"]],
+        tokens=int(row["batch"]) * int(row["length"]),
+        lora_rank=int(row["rank"]),
+        use_gradient_checkpointing=MODES[row["checkpointing"]],
+        compiled=row["padded"] == "True",
+    )
+
+
+def test_the_formula_is_within_a_tenth_of_every_measured_peak(configs):
+    fitting = [row for row in MEASURED if row["out_of_memory"] == "False"]
+    assert len(fitting) >= 12
+    for row in fitting:
+        assert predicted(row, configs) == pytest.approx(float(row["peak_reserved_gib"]), rel=0.1), row
+
+
+def test_what_ran_out_of_memory_was_predicted_to(configs):
+    failed = [row for row in MEASURED if row["out_of_memory"] == "True"]
+    assert failed
+    assert all(predicted(row, configs) > 14.748 for row in failed)
+
+
+def test_the_plan_keeps_the_effective_batch_and_the_fastest_that_fits(configs):
+    plan = plan_batch(configs["3B"], lengths=[1500] * 480, effective_batch_size=8, lora_rank=16, memory_gib=14.748)
+    assert all(option.micro_batch * option.accumulation == 8 for option in plan.options)
+    assert plan.chosen.fits and plan.chosen.predicted_gib <= plan.limit_gib < 14.748
+    assert plan.chosen.seconds == min(option.seconds for option in plan.options if option.fits)
+    assert not all(option.fits for option in plan.options)
+
+
+def test_less_memory_means_a_smaller_micro_batch_or_checkpointing(configs):
+    asked = dict(lengths=[1500] * 100, effective_batch_size=8, lora_rank=16)
+    small = plan_batch(configs["3B"], **asked, memory_gib=4.5).chosen
+    assert small.predicted_gib <= 4.05
+    with pytest.raises(PlanError, match="needed for it alone"):
+        plan_batch(configs["3B"], **asked, memory_gib=2.5)
+
+
+def test_padding_where_the_host_is_the_slower_one(configs):
+    asked = dict(lengths=[512] * 100, effective_batch_size=8, lora_rank=16, memory_gib=14.748)
+    assert plan_batch(configs["3B"], **asked, capability=(7, 5)).padding_free
+    fast = plan_batch(configs["3B"], **asked, capability=(9, 0))
+    assert fast.settings["padding_free"] is False and fast.settings["pad_to_multiple_of"] == 128
