@@ -20,7 +20,8 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# Empty means: the profile's own value. `RUN_DIR` is the folder through which the chapters hand their results on. Set
+# Empty means: the profile's own value. `PROFILE` is `"t4"` or `"cpu"`, and `"auto"` looks for a GPU. `MODEL_NAME` takes a
+# Hub repository or a folder, `MAX_SEQ_LENGTH` the most tokens that a conversation may have. `RUN_DIR` is the folder through which the chapters hand their results on. Set
 # `DRIVE_DIR` to a folder on a mounted Google Drive to keep a copy there, beyond the life of a Colab machine.
 
 # %% tags=["parameters"]

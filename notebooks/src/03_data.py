@@ -20,7 +20,9 @@
 
 # %% [markdown] lang="en"
 # `DATASET` takes the name of a Hub data set, or the path of a `.json` or `.jsonl` file of your own with one
-# `{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}` a row.
+# `{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}` a row. `MAX_STEPS` is how long
+# chapter 04 will train, and so how many rows are prepared. `PROFILE`, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `RUN_DIR` and
+# `DRIVE_DIR` are as in chapter 02; empty means the profile's own value.
 
 # %% tags=["parameters"]
 # @title Choices

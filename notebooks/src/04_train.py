@@ -19,6 +19,13 @@
 # %%
 # include: setup_cell.py
 
+# %% [markdown] lang="en"
+# Empty means: the profile's own value. `PROFILE`, `MODEL_NAME`, `DATASET` and `MAX_SEQ_LENGTH` are as in chapters 02 and
+# 03; `MAX_STEPS` and `LEARNING_RATE` say how long and how boldly to train. `RUN_DIR` is the folder through which the
+# chapters hand their results on, `DRIVE_DIR` a copy of it on a mounted Google Drive, and `HUB_REPO` a repository of yours
+# on the Hub, to take from it what neither of them has. `START_AFRESH` deletes an interrupted training run instead of
+# going on with it.
+
 # %% tags=["parameters"]
 # @title Choices
 PROFILE = "auto"  # @param ["auto", "t4", "cpu"]
@@ -30,6 +37,7 @@ LEARNING_RATE = None  # @param {type:"raw"}
 RUN_DIR = ""  # @param {type:"string"}
 DRIVE_DIR = ""  # @param {type:"string"}
 HUB_REPO = ""  # @param {type:"string"}
+START_AFRESH = False  # @param {type:"boolean"}
 
 # %%
 from helpers.handoff import open_run
@@ -102,7 +110,7 @@ print(f"{prompts[0][-1]['content']}\n→ {replies_before[0]}")
 # | `fp16`, `bf16` | Half precision, by what the device supports: a T4 has float16 only. |
 # | `max_length`, `dataset_text_field` | Where a row is cut off, and the column that holds its text. |
 # | `logging_steps`, `eval_steps` | A training loss for each step, and once, in the middle, the held-out loss. |
-# | `save_strategy="no"`, `report_to="none"` | No checkpoints of this short run; no account anywhere. `"tensorboard"` or `"wandb"` work too. |
+# | `save_strategy="no"`, `report_to="none"` | Checkpoints are saved by the clock instead (see Train); no account anywhere. `"tensorboard"` or `"wandb"` work too. |
 # | `seed` | The order of the rows. |
 
 # %%
@@ -124,6 +132,7 @@ precision = dict(fp16=not is_bfloat16_supported(), bf16=is_bfloat16_supported())
 data = dict(max_length=profile.max_seq_length, dataset_text_field="text", dataset_num_proc=1)
 evaluation = dict(eval_strategy="steps", eval_steps=profile.max_steps // 2 + 1)
 reporting = dict(logging_steps=1, save_strategy="no", report_to="none", seed=3407)
+reporting |= dict(include_num_input_tokens_seen="non_padding")
 settings = batch | steps | schedule | optimiser | precision | data | evaluation | reporting
 trainer = SFTTrainer(
     model=model,
@@ -195,24 +204,34 @@ show_masking(wrong_row, tokenizer=tokenizer)
 # them.
 
 # %%
-from helpers.training import check_evidence, frozen_checksum, loss_plot
+from helpers.training import check_evidence, frozen_checksum, held_out_losses, live_plot
 
 FastLanguageModel.for_training(model)
-plot = loss_plot(max_steps=profile.max_steps)
-loss_before = trainer.evaluate()["eval_loss"]
+held_out_before = held_out_losses(model, trainer.eval_dataset)
 frozen_before = frozen_checksum(model)
-print(f"Held-out loss before training: {loss_before:.3f}")
+held_out_before
 
 # %% [markdown] lang="en"
 # ## Train
 #
 # The picture grows with each step. The training loss jumps from batch to batch; the held-out loss is what counts.
+#
+# A free Colab machine may be taken away at any time. `Checkpoints` saves the run every five minutes, and when you press
+# Stop. Run the chapter again: an interrupted run goes on at the step where it was, a complete one is loaded and not
+# trained further, and one whose results are saved (below) makes room for a new one. `stop_on_divergence` ends a run whose
+# loss explodes or is no number.
 
 # %%
+from helpers.checkpoints import Checkpoints
+from helpers.divergence import stop_on_divergence
+
+plot = live_plot(folder=run.path / "curves")
+plot.record(0, {"eval_loss": held_out_before.loss})
 trainer.add_callback(plot)
-plot.held_out[0] = loss_before
-with track_memory("training") as training:
-    trainer.train()
+trainer.add_callback(stop_on_divergence())
+checkpoints = Checkpoints(trainer, mirror=run.mirror, start_afresh=START_AFRESH)
+with track_memory("training") as training, checkpoints as last_checkpoint:
+    trainer.train(resume_from_checkpoint=last_checkpoint)
 
 # %%
 from helpers.memory import MemoryReport
@@ -228,16 +247,15 @@ stage_table([load, training])
 # The held-out loss again, on the same conversations as before training. It is also the last point of the picture above.
 
 # %%
-loss_after = trainer.evaluate()["eval_loss"]
-print(f"Held-out loss: {loss_before:.3f} before training, {loss_after:.3f} after")
+held_out_after = held_out_losses(model, trainer.eval_dataset)
+held_out_after
 
 # %% [markdown] lang="en"
 # Four claims, each checked by a program. One that does not hold stops the chapter here.
 
 # %% tags=["nbval-check-output"]
-log = trainer.state.log_history
-losses = dict(loss_before=loss_before, loss_after=loss_after)
-evidence = check_evidence(model, log=log, frozen_before=frozen_before, **losses)
+log, losses = trainer.state.log_history, dict(before=held_out_before, after=held_out_after)
+evidence = check_evidence(model, log=log, frozen_before=frozen_before, **losses, float16=trainer.args.fp16)
 evidence.raise_if_failed()
 evidence
 
@@ -247,7 +265,8 @@ evidence
 # %%
 FastLanguageModel.for_inference(model)
 replies_after = batch_replies(model, tokenizer, prompts)
-compare_replies(prompts[:4], replies_before[:4], replies_after[:4])
+side_by_side = compare_replies(prompts[:4], replies_before[:4], replies_after[:4])
+side_by_side
 
 # %% [markdown] lang="en"
 # ## Count it
@@ -280,7 +299,7 @@ if not judged:
 # ## Save the adapter and the report
 #
 # `save_pretrained` writes the LoRA matrices alone, a few MB; the base model is loaded again beside them. The tokenizer
-# goes with them, because it holds the chat template.
+# goes with them, because it holds the chat template. `report.html` is the whole run on one page: open it or send it.
 
 # %% tags=["handoff"]
 with run.write("adapter", base_model=profile.model_name, template=facts["template"]) as folder:
@@ -289,20 +308,19 @@ with run.write("adapter", base_model=profile.model_name, template=facts["templat
 print(sorted(path.name for path in run.artefact("adapter").iterdir()))
 
 # %% tags=["handoff"]
-report = {
-    "held_out_loss": {"before": loss_before, "after": loss_after},
-    "house_style": styled,
-    "right_help": helped,
-    "steps": trainer.state.global_step,
-    "seconds": training.seconds,
-    "peak_reserved_gib": training.peak_reserved_gib,
-    "device": training.after.device,
-    "log": trainer.state.log_history,
-}
+from helpers.report import make_report, write_report
+
+chosen = dict(base_model=profile.model_name, dataset=profile.dataset, settings=lora_settings | settings)
+measured = dict(stages=[load, training], curves=plot.curves, mask_report=mask_report, evidence=evidence)
+compared = dict(replies=side_by_side, counted={"house_style": styled, "right_help": helped})
+report = make_report(trainer, **chosen, **measured, **compared, held_out=(held_out_before, held_out_after))
 run.write_json("report.json", report, base_model=profile.model_name)
+with run.write("report.html", base_model=profile.model_name) as page:
+    write_report(report, page)
+checkpoints.hand_over()  # from here on, running this chapter again trains anew
 
 # %%
-figure = f"held-out loss {loss_before:.2f} → {loss_after:.2f} in {training.seconds:.0f} s"
+figure = f"held-out loss {held_out_before.loss:.2f} → {held_out_after.loss:.2f} in {training.seconds:.0f} s"
 if judged:
     figure += f", house style {styled['before']:.0%} → {styled['after']:.0%}, right help {helped['after']:.0%}"
 print(f"Result: {figure}")
@@ -310,7 +328,7 @@ print(f"Result: {figure}")
 # %% [markdown] lang="en"
 # ## Where you are
 #
-# You have `adapter/` and `report.json` in the run folder, and know that the adapter is better on text that it never saw.
+# You have `adapter/`, `report.json` and `report.html` in the run folder, and know that the adapter is better on text that it never saw.
 #
 # On your own: set `MAX_STEPS` to 5 and see which claims still hold; change one letter of `response_part` and see what
 # `check_masking` says; set `LEARNING_RATE` to 0.1.

@@ -19,6 +19,12 @@
 # %%
 # include: setup_cell.py
 
+# %% [markdown] lang="en"
+# Empty means: the profile's own value. `MAX_NEW_TOKENS` is the longest reply. `RUN_DIR` is the folder with the adapter,
+# `DRIVE_DIR` a copy of it on a mounted Google Drive, and `HUB_REPO` a repository of yours on the Hub, to take from it what
+# neither of them has. `PROFILE`, `MODEL_NAME`, `DATASET`, `MAX_SEQ_LENGTH` and `MAX_STEPS` are those that the adapter is
+# trained with, should it have to be trained first.
+
 # %% tags=["parameters"]
 # @title Choices
 PROFILE = "auto"  # @param ["auto", "t4", "cpu"]

@@ -23,7 +23,9 @@
 # %% [markdown] lang="en"
 # `GGUF` names the quantised files to write; leave it empty to write none. `PUSH_TO` is empty: nothing leaves this machine.
 # Give `your-name/your-model` to publish the form in `PUSH_FORM` on the Hugging Face Hub; that needs a token with write
-# access in the environment variable `HF_TOKEN` (on Colab: the key icon, *Secrets*).
+# access in the environment variable `HF_TOKEN` (on Colab: the key icon, *Secrets*). `RUN_DIR`, `DRIVE_DIR` and `HUB_REPO`
+# say where the adapter is found, `PROFILE`, `MODEL_NAME`, `DATASET`, `MAX_SEQ_LENGTH` and `MAX_STEPS` with what it is
+# trained, should it have to be trained first: all as in chapter 05.
 
 # %% tags=["parameters"]
 # @title Choices
