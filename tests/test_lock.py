@@ -166,7 +166,7 @@ def test_a_clean_image_opens_no_issue(tmp_path):
     assert runner.step("Fetch the image's package list").returncode == 0
     done = runner.step("Check the lock against it")
     assert done.returncode == 0 and "the lock installs cleanly" in done.stdout
-    assert runner.output.read_text() == "conflicts=0\n"
+    assert runner.output.read_text() == "fits=true\n"
     assert STEPS["Open an issue"]["if"] == "steps.check.outputs.conflicts == '1'"
 
 

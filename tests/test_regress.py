@@ -144,7 +144,7 @@ def sanitized(text):
         ("1,204 tokens/s", "88.5 tokens/s"),
         ("2.48 GiB and 105 MiB", "3.1 GiB and 99 MiB"),
         ("on 2026-11-24 at 07:21:44", "on 2027-01-02 at 23:00:01"),
-        ("in /home/me/series/runs/cpu", "in /root/other/runs/cpu"),
+        ("in /home/me/series/runs/cpu", "in /home/other/runs/cpu"),
         ("<Thing at 0x7f3a2b4c5d6e>", "<Thing at 0x55aa55aa55aa>"),
         (
             "Map:  50%|█████     | 5/10 [00:01<00:01,  5.00 examples/s]",
@@ -182,7 +182,7 @@ def test_metrics_of_a_run(run_dir):
     assert values["04 loss, steps 7 to 8"] == 0.75
     assert (values["04 held-out loss, before"], values["04 house style, after"]) == (4.5, 1.0)
     assert (values["04 tokens trained"], values["04 tokens per second"]) == (4000.0, 250.0)
-    assert values["04 held-out loss fell"] is True
+    assert values["04 held-out loss fell by more than its uncertainty"] is True
     assert values["seconds, 03_data"] == 9.0
     assert values["02 weights, MiB"] > 50
     assert values["06 perplexity, in memory"] > 1
@@ -232,7 +232,7 @@ def test_bands(run_dir):
         "04 learning rate, step 2": 5e-2,
         "04 held-out loss, after": 0.4,
         "04 house style, after": math.nan,
-        "04 held-out loss fell": False,
+        "04 held-out loss fell by more than its uncertainty": False,
         "06 perplexity change, GGUF q8_0": 0.2,
         "06 verdict, merged": False,
     }.items():
@@ -273,11 +273,11 @@ def test_recording_keeps_a_good_run_alone(run_dir, tmp_path):
         for cell in notebook.cells:
             for output in cell.get("outputs", []):
                 data = output.get("data", {})
-                if "held-out loss fell: True" in data.get("text/plain", ""):
-                    data["text/plain"] = data["text/plain"].replace("fell: True", "fell: False")
+                if "held-out loss fell by more than its uncertainty: True" in data.get("text/plain", ""):
+                    data["text/plain"] = data["text/plain"].replace("uncertainty: True", "uncertainty: False")
 
     edit(run_dir, "04_train", claim_fails)
-    with pytest.raises(RegressError, match="held-out loss fell: found False"):
+    with pytest.raises(RegressError, match="held-out loss fell by more than its uncertainty: found False"):
         record(run_dir, baselines=tmp_path)
     (run_dir / "executed" / "06_save.ipynb").unlink()
     with pytest.raises(RegressError, match="06_save: found not executed"):
