@@ -167,7 +167,7 @@ def test_a_clean_image_opens_no_issue(tmp_path):
     done = runner.step("Check the lock against it")
     assert done.returncode == 0 and "the lock installs cleanly" in done.stdout
     assert runner.output.read_text() == "fits=true\n"
-    assert STEPS["Open an issue"]["if"] == "steps.check.outputs.conflicts == '1'"
+    assert STEPS["Open an issue"]["if"] == "${{ steps.check.outputs.fits == 'false' }}"
 
 
 @pytest.mark.parametrize(("open_issue", "call"), [("", "issue create --title"), ("7", "issue edit 7")])
@@ -175,7 +175,7 @@ def test_an_image_that_conflicts_opens_one_issue_with_the_table(tmp_path, open_i
     runner = Runner(tmp_path, "2026-05")
     runner.step("Fetch the image's package list")
     assert runner.step("Check the lock against it").returncode == 0, "the job goes on to the issue"
-    assert runner.output.read_text() == "conflicts=1\n"
+    assert runner.output.read_text() == "fits=false\n"
     done = runner.step("Open an issue", OPEN_ISSUE=open_issue)
     assert done.returncode == 0, done.stderr
     assert [line.startswith(call) for line in runner.calls.read_text().splitlines()] == [False, True]
