@@ -1,14 +1,11 @@
 """The lock itself, how it is made, and the workflow that watches Colab's image, step by step."""
 
-import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
-import yaml
 
 from helpers.errors import InputError
 from helpers.image import OVERRIDES, ROOT, public, read_freeze, read_lock, read_metadata, read_os_info, read_reasons
@@ -107,114 +104,3 @@ def test_a_wish_that_nothing_fulfils_shows_uvs_own_message(tmp_path):
     wanted.write_text("trl==0.29.1\ntrl==0.29.0\n")
     with pytest.raises(InputError, match="your requirements are unsatisfiable"):
         resolve(wanted, overrides=OVERRIDES, image={}, python="3.13", previous=tmp_path / "none.txt")
-
-
-# The workflow: its own steps, run by bash as a runner does. Only `gh` and the address of Google's repository are ours.
-
-WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "image-drift.yml").read_text(encoding="utf-8"))
-STEPS = {step.get("name"): step for step in WORKFLOW["jobs"]["drift"]["steps"]}
-GH = """#!/bin/sh
-echo "$*" >> "$CALLS"
-if [ "$1 $2" = "issue list" ]; then echo "$OPEN_ISSUE"; fi
-"""
-
-
-class Runner:
-    """One run of the job on an image of ours."""
-
-    def __init__(self, folder, month):
-        self.folder, self.calls, self.output = folder, folder / "calls.txt", folder / "output.txt"
-        upstream = folder / "upstream"
-        shutil.copytree(IMAGES / month, upstream)
-        git = ["git", "-C", str(upstream), "-c", "user.name=t", "-c", "user.email=t@localhost"]
-        for command in (["init", "-q"], ["add", "."], ["commit", "-qm", month]):
-            subprocess.run([*git, *command], check=True)
-        programs = folder / "bin"
-        programs.mkdir()
-        (programs / "gh").write_text(GH)
-        (programs / "gh").chmod(0o755)
-        self.output.touch()
-        self.calls.touch()
-        address = re.search(r"https://\S+", STEPS["Fetch the image's package list"]["run"])[0]
-        self.env = {
-            **os.environ,
-            "PATH": f"{programs}:{os.path.dirname(sys.executable)}:/usr/bin:/bin",
-            "RUNNER_TEMP": str(folder),
-            "GITHUB_OUTPUT": str(self.output),
-            "CALLS": str(self.calls),
-            "OPEN_ISSUE": "",
-            "FETCH": "",  # the package index is another test's affair
-            "GIT_CONFIG_COUNT": "1",
-            "GIT_CONFIG_KEY_0": f"url.file://{upstream}.insteadOf",
-            "GIT_CONFIG_VALUE_0": address,
-        }
-
-    def step(self, name, **env):
-        step = STEPS[name]
-        own = {key: value for key, value in step.get("env", {}).items() if "${{" not in value}
-        return subprocess.run(
-            ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
-            cwd=ROOT,
-            env={**self.env, **own, **env},
-            capture_output=True,
-            text=True,
-        )
-
-
-def test_a_clean_image_opens_no_issue(tmp_path):
-    runner = Runner(tmp_path, "2026-08")
-    assert runner.step("Fetch the image's package list").returncode == 0
-    done = runner.step("Check the lock against it")
-    assert done.returncode == 0 and "the lock installs cleanly" in done.stdout
-    assert runner.output.read_text() == "fits=true\n"
-    assert STEPS["Open an issue"]["if"] == "${{ steps.check.outputs.fits == 'false' }}"
-
-
-@pytest.mark.parametrize(("open_issue", "call"), [("", "issue create --title"), ("7", "issue edit 7")])
-def test_an_image_that_conflicts_opens_one_issue_with_the_table(tmp_path, open_issue, call):
-    runner = Runner(tmp_path, "2026-05")
-    runner.step("Fetch the image's package list")
-    assert runner.step("Check the lock against it").returncode == 0, "the job goes on to the issue"
-    assert runner.output.read_text() == "fits=false\n"
-    done = runner.step("Open an issue", OPEN_ISSUE=open_issue)
-    assert done.returncode == 0, done.stderr
-    assert [line.startswith(call) for line in runner.calls.read_text().splitlines()] == [False, True]
-    body = (tmp_path / "body.md").read_text()
-    assert (
-        len(re.findall("^CONFLICT ", body, re.MULTILINE)) == 2
-        and "finds 5.0.0" in body
-        and re.search(r"commit [0-9a-f]{7} of", body)
-    )
-
-
-def test_a_list_that_cannot_be_read_fails_the_job_and_opens_no_issue(tmp_path):
-    runner = Runner(tmp_path, "2026-08")
-    runner.step("Fetch the image's package list")
-    (tmp_path / "image" / "pip-freeze.gpu.txt").write_text("<html>not found</html>\n")
-    assert runner.step("Check the lock against it").returncode == 2
-    shutil.rmtree(tmp_path / "image")
-    assert runner.step("Check the lock against it").returncode == 2
-    crash = runner.step("Check the lock against it", PYTHONPATH=str(tmp_path), PYTHONHOME=str(tmp_path))
-    assert crash.returncode == 2, "a Python that does not even start ends with 1"
-    assert runner.output.read_text() == ""
-
-
-def test_the_check_needs_no_more_than_the_job_installs(tmp_path):
-    """In a bare environment with only the packages of the install step."""
-    pins = {pin.name: pin.version for pin in read_lock(ROOT / "requirements-local.txt")}
-    wanted = re.search(r"\^\((\S+?)\)==", STEPS["Install what the check needs"]["run"])[1].split("|")
-    assert set(wanted) <= set(pins)
-    code = (
-        "import importlib.abc, sys\n"
-        f"allowed = {{*sys.stdlib_module_names, 'helpers', *{wanted!r}}}\n"
-        "class Bare(importlib.abc.MetaPathFinder):\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        "        if name.split('.')[0] not in allowed and '_' != name[0]:\n"
-        "            raise ModuleNotFoundError(name)\n"
-        "sys.meta_path.insert(0, Bare())\n"
-        "from helpers.environment import main\n"
-        f"sys.exit(main(['--image', {str(IMAGE / 'pip-freeze.gpu.txt')!r}, '--json']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["ok"] is True
