@@ -128,7 +128,8 @@ def _training_metrics(report: Mapping[str, Any]) -> dict[str, float | bool]:
         if len(losses) == quarter:
             values[f"04 loss, steps {first} to {first + quarter - 1}"] = sum(losses) / quarter
     for name in ("held_out_loss", "house_style", "right_help"):
-        values |= {f"04 {_words(name)}, {when}": value for when, value in report.get(name, {}).items()}
+        said = report.get(name, {})  # intervals too, which are not judged
+        values |= {f"04 {_words(name)}, {when}": said[when] for when in ("before", "after") if when in said}
     tokens = max((entry.get("num_tokens", 0) for entry in logged.values()), default=0)
     if tokens:
         values |= {"04 tokens trained": tokens, "04 tokens per second": tokens / report["seconds"]}

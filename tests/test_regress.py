@@ -54,7 +54,8 @@ def run_dir(tmp_path):
         {"step": step, "loss": loss, "grad_norm": 1.0, "learning_rate": 1e-3 / step, "num_tokens": 500.0 * step}
         for step, loss in enumerate(LOSSES, 1)
     ]
-    report = {"held_out_loss": {"before": 4.5, "after": 0.5}, "house_style": {"before": 0.0, "after": 1.0}, "steps": 8}
+    held_out = {"before": 4.5, "after": 0.5, "fall_interval": [3.9, 4.1]}
+    report = {"held_out_loss": held_out, "house_style": {"before": 0.0, "after": 1.0}, "steps": 8}
     write_json(folder / "report.json", report | {"seconds": 16.0, "peak_reserved_gib": 2.0, "log": log})
     entry = {"base_model": "m", "versions": OF["versions"]}
     write_json(folder / "handoff.json", {"schema": 1, "artefacts": {"report.json": entry}})
