@@ -52,10 +52,8 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
     fitting, train_whole = Fitting(), trainer.training_step
 
     def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None, *rest: Any, **named: Any) -> Any:
-        from unsloth.utils.token_budget import split_batch_by_token_budget
-
         while True:
-            chunks = split_batch_by_token_budget(inputs, fitting.tokens_at_once)
+            chunks = _split(inputs, fitting.tokens_at_once)
             kept = [(p, p.grad.clone()) for p in model.parameters() if p.grad is not None]
             try:
                 losses = [train_whole(model, chunk, num_items_in_batch, *rest, **named) for chunk in chunks]
@@ -66,7 +64,7 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
                     raise
             _drop_gradients(model, kept)
             largest = max(chunk["input_ids"].numel() for chunk in chunks)
-            if len(split_batch_by_token_budget(inputs, largest // 2)) == len(chunks):
+            if len(_split(inputs, largest // 2)) == len(chunks):
                 raise DoesNotFit(
                     f"a conversation of {largest} tokens",
                     found="not enough memory to train on it alone",
@@ -134,6 +132,19 @@ def _rehearse(trainer: Any) -> None:
                 print(f"Memory ran out in the evaluation: from here on {args.per_device_eval_batch_size} at once.")
         model.train()
     vars(trainer).update(metrics)
+
+
+def _split(inputs: Any, tokens_at_once: int | None) -> list[Any]:
+    """A collated batch as parts of at most so many tokens, between conversations; a single one stays whole."""
+    if tokens_at_once is None:
+        return [inputs]
+    if "position_ids" in inputs or "packed_seq_lengths" in inputs:  # padding-free: (1, all tokens)
+        from unsloth.utils.token_budget import split_batch_by_token_budget  # imports on a GPU only, as such batches are
+
+        return split_batch_by_token_budget(inputs, tokens_at_once)
+    rows = max(1, tokens_at_once // inputs["input_ids"].shape[1])
+    starts = range(0, len(inputs["input_ids"]), rows)
+    return [{name: value[start : start + rows] for name, value in inputs.items()} for start in starts]
 
 
 def _longest(dataset: Any, count: int) -> list[dict[str, Any]]:

@@ -1,6 +1,9 @@
 """A plan for the memory, checked against what was measured; and a run that goes on when memory runs out."""
 
 import csv
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from helpers.memory import PlanError, plan_batch, predict_peak
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 MEASURED = list(csv.DictReader((ROOT / "benchmarks/results/planner.csv").read_text().splitlines()))
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 MODES = {"True": True, "False": False, "unsloth": "unsloth"}
 
 
@@ -65,3 +69,35 @@ def test_padding_where_the_host_is_the_slower_one(configs):
     assert plan_batch(configs["3B"], **asked, capability=(7, 5)).padding_free
     fast = plan_batch(configs["3B"], **asked, capability=(9, 0))
     assert fast.settings["padding_free"] is False and fast.settings["pad_to_multiple_of"] == 128
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    script, folder = ROOT / "tests" / "train_without_memory.py", tmp_path_factory.mktemp("memory")
+    done = subprocess.run([sys.executable, script, folder], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1]) | {"printed": done.stdout}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["split", "late"])
+def test_a_batch_that_does_not_fit_is_split_and_no_step_is_lost(trained, run):
+    whole, split = trained["whole"], trained[run]
+    assert split["steps"] == whole["steps"] == 6
+    # The halves' gradients are added in bfloat16, in another order: 3 significant digits.
+    assert split["losses"] == pytest.approx(whole["losses"], rel=0.01)
+    assert split["norms"] == pytest.approx(whole["norms"], rel=0.05)
+    assert (whole["splits"], whole["tokens_at_once"]) == (0, None)
+    assert split["splits"] > 3 and split["tokens_at_once"] <= 150
+    assert "No step is lost" in trained["printed"]
+
+
+@pytest.mark.slow
+def test_the_rehearsal_changes_nothing_and_is_measured(trained):
+    assert trained["whole"]["rehearsed_gib"] > 0
+    assert trained["late"]["losses"][:3] == trained["whole"]["losses"][:3]
+
+
+@pytest.mark.slow
+def test_one_conversation_that_does_not_fit_ends_the_run(trained):
+    assert "not enough memory to train on it alone" in trained["refused"]
