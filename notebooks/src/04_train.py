@@ -244,7 +244,9 @@ stage_table([load, training])
 # %% [markdown] lang="en"
 # ## Did it learn?
 #
-# The held-out loss again, on the same conversations as before training. It is also the last point of the picture above.
+# The held-out loss again, on the same conversations as before training. The last point of the picture differs a little: the
+# trainer averages over batches, this over the answers' tokens. The interval says how far it may lie off by the choice of
+# these conversations.
 
 # %%
 held_out_after = held_out_losses(model, trainer.eval_dataset)
