@@ -47,8 +47,8 @@ def encode_prompts(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -
 
 
 def count_tokens(tokenizer: Any, conversation: Sequence[Message]) -> int:
-    """How many tokens the prompt for a conversation has."""
-    return len(tokenizer(render_prompt(tokenizer, conversation), add_special_tokens=False).input_ids)
+    """How many tokens the prompt for a conversation has; it is only counted, so one that is too long is no mistake."""
+    return len(tokenizer(render_prompt(tokenizer, conversation), add_special_tokens=False, verbose=False).input_ids)
 
 
 def trim_conversation(

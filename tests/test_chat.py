@@ -142,6 +142,15 @@ def test_a_conversation_is_trimmed_by_whole_turns(shared_tokenizer):
     assert trim_conversation(tokenizer, LONG, max_seq_length=count_tokens(tokenizer, least) + 10, **fits) == (least, 4)
 
 
+def test_counting_a_conversation_that_is_too_long_warns_of_nothing(shared_tokenizer):
+    tokenizer = copy.deepcopy(shared_tokenizer("smollm2"))
+    tokenizer.model_max_length, warned = 8, "sequence-length-is-longer-than-the-specified-maximum"
+    assert count_tokens(tokenizer, LONG) > 8
+    assert warned not in tokenizer.deprecation_warnings
+    tokenizer(LONG[1]["content"])
+    assert warned in tokenizer.deprecation_warnings
+
+
 def test_a_question_that_does_not_fit_is_refused(shared_tokenizer):
     with pytest.raises(ChatError, match="the last question: found .* expected at most 20 in all"):
         trim_conversation(shared_tokenizer("smollm2"), LONG, max_seq_length=20, max_new_tokens=10)
