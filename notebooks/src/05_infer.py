@@ -163,6 +163,15 @@ with model.disable_adapter():
 compare_replies(questions, base, tuned, names=("base", "tuned"))
 
 # %% [markdown] lang="en"
+# If no reply differed, all you talk to would be the base model: the adapter is not active, or it learned nothing.
+
+# %%
+differing = sum(first != second for first, second in zip(base, tuned, strict=True))
+if differing == 0:
+    raise RuntimeError(f"All {len(tuned)} replies are the base model's. Run chapter 04 again, then this one.")
+print(f"{differing} of {len(tuned)} replies differ from the base model's")
+
+# %% [markdown] lang="en"
 # ## A second turn
 #
 # The model remembers nothing between calls. A conversation is a list that grows: append its answer, then your next
@@ -203,7 +212,6 @@ script = [questions[1][-1]["content"], "Thank you!"]
 box.show(script=script, save_to=run.path / "transcript.jsonl")
 
 # %%
-differing = sum(first != second for first, second in zip(base, tuned, strict=True))
 speed = f"{reply.tokens_per_second:.0f} tokens/s"
 print(f"Result: {differing} of {len(tuned)} held-out replies differ from the base model's, {speed}")
 
