@@ -143,7 +143,9 @@ class Checkpoints:
 
     Raises:
         CheckpointError: other settings than those of the interrupted run, a folder that another process trains in or
-            that cannot be written, a mirror that cannot be read, or a trainer that has trained already.
+            that cannot be written, a mirror that cannot be read, or a trainer that has trained already. In the block,
+            before the first step: `trainer.train` was not given what the block gave, and would train another run into
+            the folder.
 
     Example:
         >>> checkpoints = Checkpoints(trainer, mirror=run.mirror)
@@ -165,6 +167,7 @@ class Checkpoints:
         self.folder = Path(trainer.args.output_dir)
         self.mirror = Path(mirror) / self.folder.name if mirror else None
         self.run = ""
+        self.step = 0  # where training is to begin
         self.interrupted = False
 
     def __enter__(self) -> str | None:
@@ -172,6 +175,7 @@ class Checkpoints:
             stack.enter_context(_locked(self.folder))
             last = self._find_last()
             self.run = last.run if last else datetime.now(UTC).isoformat()
+            self.step = last.step if last else 0
             self._guard(stack)
             self._stack = stack.pop_all()
         return str(last.path) if last else None
@@ -384,9 +388,16 @@ def _ordered(sampler: Any, seed: int) -> Any:
 def _callback(checkpoints: Checkpoints, copier: "_Copier") -> Any:
     from transformers import TrainerCallback
 
+    trained = checkpoints.trainer.state.global_step
+
     class SaveByTheClock(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs) -> None:
             trainer = checkpoints.trainer
+            if state.global_step != checkpoints.step:
+                error = _not_passed_on(state.global_step, checkpoints)
+                state.global_step = max(state.global_step, trained)  # the model is still one that has trained so far
+                trainer.is_in_train = False
+                raise error
             if 0 < state.max_steps <= state.global_step:
                 # Transformers would train one more step before it looked. The other callbacks hear that it is over.
                 trainer.callback_handler.on_train_end(args, state, control)
@@ -406,6 +417,18 @@ def _callback(checkpoints: Checkpoints, copier: "_Copier") -> Any:
             copier.tell()
 
     return SaveByTheClock()
+
+
+def _not_passed_on(found: int, checkpoints: Checkpoints) -> CheckpointError:
+    """Training is about to begin at another step than that of the checkpoint that the block gave."""
+    given = f"step {checkpoints.step}, whose checkpoint" if checkpoints.step else "step 0, for which None"
+    return CheckpointError(
+        f"{checkpoints.folder}, trainer.train",
+        found=f"a start at step {found}",
+        expected=f"{given} was given to pass on",
+        fix="call trainer.train(resume_from_checkpoint=last) in `with checkpoints as last:`; to begin anew instead, "
+        "set START_AFRESH = True",
+    )
 
 
 class _Copier(contextlib.AbstractContextManager):

@@ -295,6 +295,35 @@ def test_a_complete_run_that_is_handed_over_makes_room(trainings, whole, tmp_pat
     assert trainings.run(folder, settings={"rank": 8}).code == 1  # complete, but not handed over
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_checkpoint_that_is_not_passed_on_is_refused(trainings, whole, folder):
+    before = contents(folder)
+    refused = trainings.run(folder, resume_from=None)
+    assert refused.code == 1 and refused.steps_done == 0
+    assert "found a start at step 0, expected step 6, whose checkpoint was given to pass on" in refused.output
+    assert contents(folder) == before
+    assert trainings.run(folder).result == whole
+
+
+def test_a_checkpoint_that_is_not_passed_on_can_still_be(trainings, whole, folder):
+    """In the same session, with the same trainer."""
+    assert trainings.run(folder, resume_from=None, again={}).result == whole
+
+
+def test_a_checkpoint_that_was_not_given_is_refused(trainings, folder):
+    """The weights are loaded by then, so that this trainer does not start at step 0 either."""
+    trainings.run(folder, hand_over=True)
+    before = contents(folder)
+    refused = trainings.run(folder, resume_from=True, again={"start_afresh": True})
+    assert refused.code == 1 and refused.steps_done == 0
+    assert "found a start at step 12, expected step 0, for which None was given" in refused.output
+    assert "found a model that has been trained for 12 steps" in refused.output
+    assert contents(folder) == before
+
+
 def test_a_full_disk_is_a_warning(trainings, whole, tmp_path):
     full = trainings.run(tmp_path, fill_at=4, interrupt_at=8)
     assert full.code == 130 and full.steps_done == 8

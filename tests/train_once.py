@@ -117,6 +117,7 @@ def run(
     again=None,
     hand_over=False,
     as_nobody=False,
+    resume_from="last",
 ):
     """Train as the chapter does.
 
@@ -131,11 +132,12 @@ def run(
         again: arguments of `Checkpoints` for a second `train` with the same trainer.
         hand_over: call it at the end.
         as_nobody: train as a user who may write nothing here.
+        resume_from: what to give to `train` instead of what `Checkpoints` gave.
     """
     import torch
     from transformers import TrainerCallback
 
-    from helpers.checkpoints import Checkpoints
+    from helpers.checkpoints import CheckpointError, Checkpoints
 
     class Happenings(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -156,10 +158,11 @@ def run(
         os.setuid(65534)
     try:
         with keeper as last:
-            trainer.train(resume_from_checkpoint=last)
-    except KeyboardInterrupt:
+            trainer.train(resume_from_checkpoint=last if resume_from == "last" else resume_from)
+    except (KeyboardInterrupt, CheckpointError) as error:
         if again is None:
             raise
+        print(error)
     if again is not None:
         interrupt_at = None
         keeper = Checkpoints(trainer, **again)
