@@ -22,6 +22,7 @@ SCORED_TOKENS = 64  # how much of each held-out answer is scored
 TOP_TOKENS = 100  # how many candidates a server is asked for at each scored token
 TIE = 0.5  # logits: bfloat16 rounds those of the best tokens, 16 to 32, to steps of 0.125, and every layer rounds too
 TIED_TOKENS = 8  # candidates that are looked at for a tie
+STYLE_CHANCE = 0.05  # house style is lost where chance alone gives so few replies that have it more seldom than this
 PERPLEXITY_LIMITS = {"q8_0": 0.01, "q4_k_m": 0.10}  # how far perplexity may be off; other quantised files: the latter
 
 
@@ -33,8 +34,8 @@ class Probe:
         replies: its greedy replies, one a conversation.
         log_probs: for each held-out answer, the log-probability of each of its tokens.
         distributions: the same for every token of the vocabulary, an array (tokens, vocabulary) an answer; or none.
-        rivals: for each of the first tokens of each reply, the best tokens in its place, {token: how many logits it is
-            from the one that was taken}; or none.
+        rivals: for each token of each reply, the best tokens in its place, {token: how many logits it is from the one
+            that was taken}; or none.
     """
 
     replies: tuple[str, ...]
@@ -79,7 +80,7 @@ def probe_model(
         distribution = _next_tokens(model, prompt_ids, answer_ids).log_softmax(-1)
         distributions.append(distribution.numpy())
         chosen.append(tuple(distribution[range(len(answer_ids)), answer_ids].tolist()))
-        rivals.append(_rivals(model, prompt_ids, first_tokens(tokenizer, reply)))
+        rivals.append(_rivals(model, prompt_ids, reply_tokens(tokenizer, reply)))
     return Probe(tuple(replies), tuple(chosen), tuple(distributions), tuple(rivals))
 
 
@@ -92,9 +93,9 @@ def _rivals(model: Any, prompt_ids: list[int], reply_ids: list[int]) -> tuple[di
     return tuple(dict(zip(*pair, strict=True)) for pair in zip(best.indices.tolist(), gaps, strict=True))
 
 
-def first_tokens(tokenizer: Any, reply: str) -> list[int]:
-    """The first token ids of a reply."""
-    return tokenizer(reply, add_special_tokens=False).input_ids[:FIRST_TOKENS]
+def reply_tokens(tokenizer: Any, reply: str) -> list[int]:
+    """The token ids of a reply, without the one that ended it."""
+    return tokenizer(reply, add_special_tokens=False).input_ids
 
 
 def _next_tokens(model: Any, prompt_ids: list[int], continuation: list[int]) -> Any:
@@ -290,6 +291,13 @@ class ExportReport:
     def ok(self) -> bool:
         return not any(check.faults for check in self.checks)
 
+    def raise_if_failed(self) -> None:
+        """Raises ExportError: a form misses a limit; the message names every form that does."""
+        if faults := [f"{check.form}: {fault}" for check in self.checks for fault in check.faults]:
+            fix = "do not use these files; save them again, or leave out of GGUF what loses too much"
+            expected = "forms that answer as the model in memory"
+            raise ExportError("saved forms", found="; ".join(faults), expected=expected, fix=fix)
+
     def _rows(self) -> tuple[list[str], list[list[str]]]:
         head = ["form", "same replies", "first tokens", "mean Δ", "largest Δ", "KL", "perplexity", "change"]
         rows = [["in memory", "", "", "", "", "", f"{self.perplexity:.4f}", ""]]
@@ -332,8 +340,8 @@ def compare_exports(
     """Hold every form against the model in memory.
 
     A form with rounded weights may change replies, and perplexity within `PERPLEXITY_LIMITS`; every other one must give
-    the same replies (but for near ties) and keep perplexity within 1 %. House style is lost when fewer replies have it
-    than in memory.
+    the same replies (but for near ties) and keep perplexity within 1 %. House style is lost when so few replies have it
+    that chance does not explain it, see `chance_of_so_few`.
 
     Args:
         reference: `probe_model` of the model in memory.
@@ -363,22 +371,35 @@ def compare_exports(
             )
         if not abs(change) <= limit:  # also when it is not a number
             faults.append(f"perplexity changed by {change:+.2%}, more than {limit:.0%}")
-        if styled is not None and kept < styled:
-            faults.append(f"{kept} replies in house style, {styled} in memory")
+        if styled is not None and chance_of_so_few(kept, styled, replies=len(probe.replies)) <= STYLE_CHANCE:
+            faults.append(f"{kept} replies in house style, {styled} in memory: more are lost than chance explains")
         mean, divergence = sum(pairs) / len(pairs), _divergence(reference, probe)
         row = (form, same, ties, len(probe.replies), first, mean, max(pairs), divergence)
         checks.append(ExportCheck(*row, probe.perplexity, change, kept, tuple(faults)))
     return ExportReport(tuple(checks), reference.perplexity, styled)
 
 
+def chance_of_so_few(kept: int, styled: int, *, replies: int) -> float:
+    """How often chance alone lets at most `kept` replies of a form have the style, when `styled` have it in memory.
+
+    Rounded weights turn a few close decisions, so a reply more or less in style says nothing about a form. This is
+    Fisher's exact test, one-sided: both have the same share, and of all ways to deal `styled + kept` replies in style
+    to two groups of `replies`, how many leave the form with so few? Fewer than 3 replies can never prove a loss.
+
+    Example: of 8 that all have it in memory, 5 may be left (0.1), not 4 (0.038); of 48, 44 (0.058), not 43 (0.028)
+    """
+    both = styled + kept
+    ways = sum(math.comb(replies, few) * math.comb(replies, both - few) for few in range(kept + 1))
+    return ways / math.comb(2 * replies, both)
+
+
 def _compare_replies(reference: Probe, replies: Sequence[str], tokenizer: Any) -> tuple[int, int, float]:
     """(same texts, texts that part at a near tie, share of the first tokens that are the same)."""
     same = ties = equal = total = 0
     for row, (expected, found) in enumerate(zip(reference.replies, replies, strict=True)):
-        ours, theirs = first_tokens(tokenizer, expected), first_tokens(tokenizer, found)
-        length = max(len(ours), len(theirs))
-        total += length
-        equal += sum(a == b for a, b in zip(ours, theirs, strict=False))
+        ours, theirs = reply_tokens(tokenizer, expected), reply_tokens(tokenizer, found)
+        total += min(max(len(ours), len(theirs)), FIRST_TOKENS)
+        equal += sum(a == b for a, b in zip(ours[:FIRST_TOKENS], theirs, strict=False))
         if expected == found:
             same += 1
             continue

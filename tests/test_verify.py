@@ -14,7 +14,9 @@ from helpers.export import ExportError
 from helpers.gguf import cached_llama_cpp, serve_gguf
 from helpers.smollm2 import GGUF_FILE, prepare_smollm2
 from helpers.verify import (
+    FIRST_TOKENS,
     Probe,
+    chance_of_so_few,
     check_rendering,
     compare_exports,
     held_out_answer,
@@ -152,6 +154,7 @@ def worse(by):
 def test_the_same_passes_and_is_shown():
     report = compared()
     assert report.ok
+    report.raise_if_failed()
     assert "MISSED" not in repr(report) and "2 of 2" in repr(report)
 
 
@@ -183,6 +186,8 @@ def test_what_misses_its_limit_is_said_loudly(form, changes, said):
     assert not report.ok
     assert re.search(f"MISSED, .*{said}", repr(report))
     assert "MISSED" in report._repr_html_()
+    with pytest.raises(ExportError, match=f"saved forms: found .*{said}"):
+        report.raise_if_failed()
 
 
 @pytest.mark.parametrize(
@@ -197,13 +202,35 @@ def test_rounded_weights_may_change_words(form, changes):
     assert compared(form, **changes).ok
 
 
-def test_lost_house_style_is_a_fault():
-    def ends_well(row, reply):
-        return reply.split()[-1:] == [("three", "six")[row]]
+@pytest.mark.parametrize(("word", "near_ties"), [("tied", 1), ("other", 0)])
+def test_replies_that_part_late_are_judged_too(word, near_ties):
+    """After the tokens whose share is shown."""
+    reply = " ".join(["one"] * (FIRST_TOKENS + 8))
+    reference = Probe((reply,), ((-0.5,),), (), (RIVALS[0][:1] * (FIRST_TOKENS + 8),))
+    found = replace(reference, replies=(reply.removesuffix("one") + word,))
+    check = compare_exports(reference, {"merged": found}, tokenizer=TOKENIZER).checks[0]
+    assert (check.same_replies, check.near_ties, check.same_first_tokens) == (0, near_ties, 1.0)
+    assert bool(check.faults) != bool(near_ties)
 
-    assert compared("GGUF q8_0", in_style=ends_well).ok
-    report = compared("GGUF q8_0", in_style=ends_well, replies=("one two thr", REPLIES[1]))
-    assert "MISSED, GGUF q8_0: 1 replies in house style, 2 in memory" in repr(report)
+
+@pytest.mark.parametrize(("kept", "ok"), [(8, True), (7, True), (5, True), (4, False), (0, False)])
+def test_house_style_may_vary_but_not_be_lost(kept, ok):
+    """Of 8 replies that all have it, chance may take some."""
+    styled = Probe(("in style",) * 8, ((-0.5,),) * 8)
+    form = replace(styled, replies=("in style",) * kept + ("not",) * (8 - kept))
+    options = dict(tokenizer=TOKENIZER, in_style=lambda row, reply: reply == "in style")
+    reference = replace(styled, rivals=(({}, {}),) * 8)
+    report = compare_exports(reference, {"GGUF q4_k_m": form}, **options)
+    assert report.ok == ok
+    assert (f"MISSED, GGUF q4_k_m: {kept} replies in house style, 8 in memory" in repr(report)) != ok
+
+
+def test_the_chance_of_so_few_is_fishers():
+    assert chance_of_so_few(4, 8, replies=8) == pytest.approx(495 / 12870)
+    assert chance_of_so_few(5, 8, replies=8) == pytest.approx(0.1)
+    assert chance_of_so_few(44, 48, replies=48) > 0.05 > chance_of_so_few(43, 48, replies=48)
+    assert chance_of_so_few(8, 8, replies=8) == 1
+    assert chance_of_so_few(0, 0, replies=8) == 1
 
 
 def test_divergence_is_kullback_leiblers():
