@@ -29,6 +29,7 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 LOGITS_AT_ONCE = 2**26  # numbers: 256 MiB in float32
 OVERFIT_TOLERANCE = 0.01  # of the best held-out loss; the trainer's average depends this much on how rows are batched
+RATE_TOLERANCE = 1e-6  # of the learning rate; a schedule's factor is exactly 1 at its peak
 BACK_OFF_STEPS = 10  # float16: 65536 halved ten times is 64
 
 
@@ -562,6 +563,7 @@ def check_evidence(
     before: HeldOutLosses,
     after: HeldOutLosses,
     float16: bool = False,
+    learning_rate: float | None = None,
 ) -> Evidence:
     """Did training do what it should, and only that?
 
@@ -573,12 +575,17 @@ def check_evidence(
     up to 10 of them at the start and single ones later. (Transformers replaces a loss that is not a number by the
     average before it logs it, unless `logging_nan_inf_filter=False`: the gradient norm is what tells.)
 
+    The highest learning rate of the log must be the one that was set, to `RATE_TOLERANCE`. With each step logged that
+    is exact for Transformers' schedules with warm-up: step k has the factor (k - 1) / warmup_steps, which is 1 at step
+    warmup_steps + 1, so a run must be longer than its warm-up. (Steps that float16 skips do not move the schedule.)
+
     Args:
         model: the trained PEFT model.
         log: `trainer.state.log_history`; with held-out losses in it, overfitting is named too.
         frozen_before: `frozen_checksum(model)` from before training.
         before, after: `held_out_losses` of the same rows.
         float16: whether it was trained in float16 (`trainer.args.fp16`).
+        learning_rate: the one that was chosen (not the trainer's own, which is what is checked); None makes no claim.
 
     Raises:
         EvidenceError: `before` and `after` are not of the same rows.
@@ -598,15 +605,20 @@ def check_evidence(
         f"{high:.3f}, {len(before.sums)} conversations); perplexity {before.perplexity:.2f} -> {after.perplexity:.2f}"
     )
     untouched = frozen_checksum(model) == frozen_before
-    return Evidence(
-        (
-            ("every LoRA matrix B left zero", f"{changed} of {total}", 0 < total == changed),
-            ("loss and gradient norm stayed finite", norms_seen, finite),
-            ("the base weights are untouched", "checksum over all frozen weights", untouched),
-            ("held-out loss fell by more than its uncertainty", fall, low > 0),
-        ),
-        describe_overfitting(log),
-    )
+    rows = []
+    if learning_rate is not None:  # first, because a wrong one explains what else may fail
+        rates = [float(entry["learning_rate"]) for entry in log if "learning_rate" in entry]
+        peak = max(rates, default=math.nan)
+        as_set = math.isclose(peak, learning_rate, rel_tol=RATE_TOLERANCE)
+        seen = f"up to {peak:.3g} in {len(rates)} logged steps, {learning_rate:.3g} was set"
+        rows.append(("the learning rate peaked where it was set", seen, as_set))
+    rows += [
+        ("every LoRA matrix B left zero", f"{changed} of {total}", 0 < total == changed),
+        ("loss and gradient norm stayed finite", norms_seen, finite),
+        ("the base weights are untouched", "checksum over all frozen weights", untouched),
+        ("held-out loss fell by more than its uncertainty", fall, low > 0),
+    ]
+    return Evidence(tuple(rows), describe_overfitting(log))
 
 
 def _may_be_skipped(skipped: Sequence[bool], float16: bool) -> bool:

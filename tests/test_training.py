@@ -220,6 +220,13 @@ trainer = Trainer(model, args, data_collator=DataCollatorForSeq2Seq(tokenizer), 
 print("RESULT", trainer.evaluate()["eval_loss"], held_out_losses(model, rows).loss)
 FastLanguageModel.for_inference(model)
 print("RESULT", held_out_losses(model, rows).loss, held_out_losses(model, rows, batch_size=1).loss)
+sys.path.insert(0, "tests")
+from train_once import make_chapter_trainer
+chapter = make_chapter_trainer(sys.argv[1], tokenizer)
+for _ in range(2):
+    rows = chapter.train_dataset
+    print("CHAPTER", chapter.evaluate(rows)["eval_loss"], held_out_losses(chapter.model, rows).loss)
+    chapter.train()
 """
 
 
@@ -227,9 +234,15 @@ print("RESULT", held_out_losses(model, rows).loss, held_out_losses(model, rows, 
 def test_held_out_losses_of_an_unsloth_model(tmp_path):
     command = [sys.executable, "-c", UNSLOTH, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
-    results = [float(x) for line in done.stdout.splitlines() if line.startswith("RESULT") for x in line.split()[1:]]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    results = [float(number) for kind, *rest in filter(None, lines) if kind == "RESULT" for number in rest]
     assert len(results) == 4, done.stderr[-2000:]
     assert results == pytest.approx([results[0]] * 4, rel=0.01) and 0.5 < results[0] < 8  # bfloat16 or float16
+    # The chapter's rows, in three batches of several lengths, before and after training.
+    pairs = [(float(line[1]), float(line[2])) for line in lines if line[:1] == ["CHAPTER"]]
+    assert len(pairs) == 2, done.stderr[-2000:]
+    for trainers, ours in pairs:
+        assert trainers == pytest.approx(ours, rel=0.01)
 
 
 # Their uncertainty
@@ -347,6 +360,34 @@ def test_float16_that_does_not_recover_is_found(model, norms):
 def test_float16_excuses_no_loss_that_is_not_finite(model):
     log = [{"loss": math.nan, "grad_norm": math.nan}, {"loss": 1.0, "grad_norm": 1.0}]
     assert failed(evidence_of(model, log=log, float16=True)) == [FINITE]
+
+
+RATE = "the learning rate peaked where it was set"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 30])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant_with_warmup"])
+def test_a_real_run_peaks_at_the_learning_rate_that_was_set(tmp_path, steps, schedule):
+    """With the chapter's warm-up, which is never as long as the run."""
+    given = dict(max_steps=steps, warmup_steps=min(5, steps // 4), lr_scheduler_type=schedule, learning_rate=2e-4)
+    trainer = small_trainer(tmp_path, **given)
+    trainer.train()
+    claims = dict(log=trainer.state.log_history, learning_rate=2e-4)
+    assert RATE not in failed(evidence_of(trainer.model, **claims))
+    assert RATE in failed(evidence_of(trainer.model, **claims | {"learning_rate": 2.001e-4}))
+
+
+@pytest.mark.parametrize("factor", [100, 0.01])
+def test_another_learning_rate_than_was_set_is_found(model, factor):
+    log = [entry | {"learning_rate": rate * factor} for entry, rate in zip(LOG, (5e-5, 1e-4), strict=False)]
+    assert failed(evidence_of(model, log=log, learning_rate=1e-4)) == [RATE]
+    assert RATE not in repr(evidence_of(model, log=log))
+    seen = next(seen for claim, seen, _ in evidence_of(model, log=log, learning_rate=1e-4).rows if claim == RATE)
+    assert seen == f"up to {1e-4 * factor:.3g} in 2 logged steps, 0.0001 was set"
+
+
+def test_a_log_without_a_learning_rate_is_found(model):
+    assert failed(evidence_of(model, learning_rate=1e-4)) == [RATE]
 
 
 def test_a_touched_base_weight_is_found(model):
