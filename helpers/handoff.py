@@ -197,9 +197,17 @@ def open_run(
         parameters: papermill parameters for the chapters that catch-up runs.
 
     Raises:
-        HandoffError: the folder cannot be written, or an artefact is nowhere to be had; it names the chapter to run.
+        HandoffError: the folder lies on Google Drive or cannot be written, or an artefact is nowhere to be had; then it
+            names the chapter to run.
     """
     folder = Path(path).expanduser().resolve()
+    if is_on_drive(folder):
+        raise HandoffError(
+            f"RUN_DIR {folder}",
+            found="a folder on Google Drive, which drops out now and then while training writes to it",
+            expected="a folder on the machine's own disk",
+            fix=f'set RUN_DIR = "{Path.home() / folder.name}" and DRIVE_DIR = "{folder}", which then keeps a copy',
+        )
     _check_writable(folder, setting="RUN_DIR")
     mirror = Path(drive).expanduser() if drive else None
     if mirror is not None:
@@ -265,6 +273,19 @@ def missing_chapters(run: Run, name: str) -> list[str]:
 def _refused(name: str, where: str, found: str, expected: str) -> HandoffError:
     chapter = PRODUCERS.get(name, "06_save")
     return HandoffError(where, found=found, expected=expected, fix=f"run chapter {chapter} (again) with this RUN_DIR")
+
+
+def is_on_drive(folder: Path) -> bool:
+    """Whether a folder (made or not, without symbolic links) lies on Google Drive.
+
+    Colab mounts it as the file system type `fuse.drive`, at any place; `/content/drive` counts before it is mounted
+    too. Other programs' types are called such as `fuse.google-drive-ocamlfuse`.
+    """
+    import psutil
+
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    on = next((mounts[parent] for parent in (folder, *folder.parents) if parent in mounts), "")
+    return "drive" in on or folder.is_relative_to("/content/drive")
 
 
 def _mount_drive(folder: Path) -> None:

@@ -8,9 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from helpers.handoff import MANIFEST, HandoffError, fingerprint, missing_chapters, open_run
+from helpers.handoff import MANIFEST, HandoffError, fingerprint, is_on_drive, missing_chapters, open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -144,6 +145,42 @@ def test_drive_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(HandoffError, match="DRIVE_DIR .*a folder that can be written"):
         open_run(tmp_path / "run", drive=tmp_path / "file" / "drive")
+
+
+@pytest.fixture
+def mounted(tmp_path, monkeypatch):
+    """This machine's mounts as they would be with the folder `my drive` as a Google Drive: returns that folder."""
+    drive, proc = tmp_path / "my drive", tmp_path / "proc"
+    (drive / "disk").mkdir(parents=True)
+    (proc / "self").mkdir(parents=True)
+    at = str(drive).replace(" ", "\\040")
+    lines = f"overlay / overlay rw 0 0\ndrive {at} fuse.drive rw,nosuid 0 0\n/dev/sda1 {at}/disk ext4 rw 0 0\n"
+    (proc / "self" / "mounts").write_text(lines)
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(proc))
+    return drive
+
+
+def test_a_run_folder_on_drive_is_refused(mounted, tmp_path):
+    (tmp_path / "link").symlink_to(mounted)
+    for folder in (mounted / "run", tmp_path / "link" / "run"):
+        with pytest.raises(HandoffError, match="RUN_DIR .*found a folder on Google Drive") as caught:
+            open_run(folder)
+        assert f'DRIVE_DIR = "{mounted / "run"}"' in str(caught.value)
+    assert not (mounted / "run").exists()
+
+
+def test_a_run_folder_beside_drive_with_its_copy_there(mounted, tmp_path):
+    write_adapter(open_run(tmp_path / "run", drive=mounted / "run"))
+    assert (mounted / "run" / "adapter" / "a.bin").exists()
+    open_run(mounted / "disk" / "run")  # another disk, mounted below
+
+
+@pytest.mark.parametrize(
+    ("folder", "on_drive"),
+    [("/content/drive/MyDrive/run", True), ("/content/drive", True), ("/content/drives/run", False), ("/", False)],
+)
+def test_colabs_place_for_drive_counts_before_it_is_mounted(folder, on_drive):
+    assert is_on_drive(Path(folder)) == on_drive
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": 99, "artefacts": {}}'])
