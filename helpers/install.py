@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import logging
 import os
 import shutil
 import subprocess
@@ -22,6 +23,13 @@ RESTART = {
     "colab": "Runtime > Restart session, then run this cell again",
     "kaggle": "Run > Restart & clear cell outputs, then run this cell again",
     "local": "restart the kernel, then run this cell again",
+}
+# What libraries warn of when Unsloth is imported and no reader can act on: {logger: part of the message}. Anything else
+# that these loggers say is shown.
+HARMLESS = {
+    "torchao.kernel.intmm": "Detected no triton",  # true of every CPU, and the series uses none of these kernels
+    "torch.utils._pytree": "Calling register_constant() on Enum subclasses is deprecated",  # by torchao, at its import
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # an optional kernel; it has its own
 }
 
 # Packages replaced after this process had imported them: `__version__` would tell too, but not every package has one.
@@ -150,13 +158,16 @@ def installer_command(requirements: Path) -> list[str]:
 def set_up(*, requirements: str | Path = "requirements-colab.txt") -> SetupReport:
     """Install the lock on Colab or Kaggle where something differs from it; on a local computer only look.
 
-    Only the lock's packages are touched (no dependency resolution), and their hashes are checked.
+    Only the lock's packages are touched (no dependency resolution), and their hashes are checked. From then on this
+    process does not show the `HARMLESS` warnings.
 
     Raises:
         InstallError: the installer failed (its whole output is printed first), or a package is missing on a local
             computer, where installing is left to `make setup`.
     """
     start = time.perf_counter()
+    for name in HARMLESS:
+        logging.getLogger(name).addFilter(_not_harmless)
     place = find_place()
     path = find_requirements(requirements)
     pins = read_lock(path)
@@ -187,6 +198,10 @@ def set_up(*, requirements: str | Path = "requirements-colab.txt") -> SetupRepor
     _replaced_while_loaded.update(loaded)
     changes = tuple(Change(pin.name, before[pin.name] or "none", pin.version, pin.reason) for pin in differs)
     return SetupReport(place, changes, present, installer, time.perf_counter() - start, stale_packages(pins))
+
+
+def _not_harmless(record: logging.LogRecord) -> bool:
+    return HARMLESS[record.name] not in record.getMessage()
 
 
 def _look(pins: Sequence[Pin], *, before: dict[str, str | None], differs: Sequence[Pin], present: int) -> SetupReport:

@@ -87,7 +87,7 @@ profile
 # ## Import Unsloth
 #
 # Unsloth patches Transformers, PEFT and TRL when it is imported, so it comes before them in every chapter. Without a GPU
-# it announces its CPU backend; a few libraries then mention kernels that only a GPU has, which does no harm.
+# it announces its CPU backend. The setup cell has silenced three warnings of other libraries that nobody can act on.
 
 # %%
 import unsloth

@@ -86,8 +86,8 @@ template_report.raise_if_failed()
 template_report
 
 # %% [markdown] lang="en"
-# Try it on a mistake: the template of another family. `get_chat_template` accepts it and says nothing. Put other names
-# in, such as `"chatml"`, `"zephyr"` or `"llama-3.1"`, and see which of them fit.
+# Try it on a mistake: the template of another family. `get_chat_template` accepts it; at most it remarks which token it
+# makes the end. Put other names in, such as `"chatml"`, `"zephyr"` or `"llama-3.1"`, and see which of them fit.
 
 # %% tags=["nbval-check-output"]
 wrong_template = "gemma"
