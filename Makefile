@@ -58,13 +58,23 @@ workflows:  # part of lint
 	@check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	@zizmor --offline --quiet --no-progress --persona pedantic .github
 	@jactionlint --profile pedantic --strict-exit
-	@shellcheck .github/*.sh
+	@shellcheck .github/*.sh .ci/run
 
 unit: model llama-cpp  ## run the tests
-	@pytest
+	@pytest -rs --durations=10  # what was skipped and why, and where the time went
 
-test: lint unit  ## lint, tests, and the whole series on the cpu profile
-	@python -m helpers.series --fresh -p PROFILE cpu -p RUN_DIR $(CURDIR)/$(TEST_RUN)
+test:  ## lint, tests, the whole series on the cpu profile and its regression; says what each took
+	@trap 'printf "\nmake test took\n$$took"' EXIT; \
+	timed() { \
+	  name=$$1; shift; start=$$(date +%s); "$$@"; status=$$?; \
+	  took="$$took$$(printf '%6d s  %s' $$(( $$(date +%s) - start )) $$name)$$([ $$status = 0 ] || echo ', FAILED')\n"; \
+	  [ $$status = 0 ] || exit 1; \
+	}; \
+	timed setup make --silent model llama-cpp; \
+	timed lint make --silent lint; \
+	timed tests make --silent unit; \
+	timed series python -m helpers.series --fresh -p PROFILE cpu -p RUN_DIR $(CURDIR)/$(TEST_RUN); \
+	timed regression python -m helpers.regress $(TEST_RUN) --nbval 03_data
 
 lock: $(READY)  ## resolve requirements-colab.txt against the image's freeze again
 	@python -m helpers.lock

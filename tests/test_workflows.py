@@ -26,6 +26,7 @@ def lint(folder):
 @pytest.fixture
 def project(tmp_path):
     shutil.copytree(ROOT / ".github", tmp_path / ".github")
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
     for path in ROOT.glob("requirements-*.txt"):  # a workflow names them, and the lint looks whether they are there
         shutil.copy(path, tmp_path)
     return tmp_path
@@ -177,3 +178,71 @@ def test_a_failing_gh_fails_the_step(gh, tmp_path):
 def test_an_asked_for_run_without_a_runner_says_so():
     done = run_step("t4.yml", "No runner")
     assert done.returncode == 1 and "T4_RUNNER" in done.stdout
+
+
+# `make test` and `.ci/run`, with a stand-in for every command that they call: the real ones take a quarter of an hour.
+
+COMMANDS = ("python", "ruff", "pytest", "check-jsonschema", "zizmor", "jactionlint", "shellcheck", "apt-get", "id")
+STAND_IN = """#!/bin/sh
+echo "called: ${0##*/} $*" >&2
+case "${0##*/} $*" in id*) echo 0 ;; $FAILS) exit 100 ;; esac
+"""
+
+
+@pytest.fixture
+def run_alone(tmp_path):
+    """Run a command in a folder with the Makefile, `.ci/run` and the stand-ins; `fails` is a pattern of what fails."""
+
+    def run(*command, fails="nothing"):
+        environment = {"PATH": f"{tmp_path / '.venv/bin'}:{tools}", "FAILS": fails, "HOME": str(tmp_path)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    (tmp_path / ".github").mkdir()
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements-local.txt").touch()
+    tools = tmp_path / "tools"  # and no Chromium
+    stand_ins = [tmp_path / ".venv" / "bin" / name for name in (*COMMANDS, "python3")]
+    stand_ins.append(tmp_path / ".venv-proof" / "bin" / "python")
+    for path in stand_ins:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(STAND_IN)
+        path.chmod(0o755)
+    tools.mkdir()
+    for name in ("sh", "bash", "env", "make", "date", "dirname"):
+        (tools / name).symlink_to(shutil.which(name))
+    (tmp_path / ".venv" / ".ready").touch()
+    return run
+
+
+def test_make_test_says_what_each_part_took(run_alone):
+    done = run_alone("make", "test")
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.partition("make test took\n")[2]
+    assert re.findall(r"^ +\d+ s  (.+)$", table, re.MULTILINE) == ["setup", "lint", "tests", "series", "regression"]
+    assert re.search(r"called: python -m helpers.series .* RUN_DIR /\S+/runs/test\n", done.stderr)
+
+
+def test_make_test_stops_at_the_first_part_that_fails(run_alone):
+    done = run_alone("make", "test", fails="pytest*")
+    assert done.returncode != 0
+    table = done.stdout.partition("make test took\n")[2]
+    assert re.findall(r"^ +\d+ s  (.+)$", table, re.MULTILINE) == ["setup", "lint", "tests, FAILED"]
+    assert "helpers.series" not in done.stderr
+
+
+def test_ci_installs_chromium_and_tests(run_alone):
+    done = run_alone(".ci/run")
+    assert done.returncode == 0, done.stderr
+    assert re.search("called: apt-get .*install .*chromium", done.stderr) and "NO CHROMIUM" not in done.stderr
+    assert done.stderr.index("requirements-proof.txt") < done.stderr.index("called: pytest")
+
+
+def test_ci_tests_without_chromium_where_it_cannot_be_had(run_alone):
+    done = run_alone(".ci/run", fails="apt-get*")
+    assert done.returncode == 0, done.stderr
+    assert "NO CHROMIUM" in done.stderr and "called: pytest" in done.stderr
+
+
+def test_ci_fails_where_a_test_fails(run_alone):
+    assert run_alone(".ci/run", fails="pytest*").returncode != 0
