@@ -3,9 +3,9 @@ Transformers + PEFT + TRL, and this series' settings.
 
     python benchmarks/training.py [--shapes 1B 3B] [--dtypes bfloat16 float16] [--rows a b c] [--out FILE]
 
-Each row runs in a process of its own with empty compilation caches. Processes import their libraries side by side and
-then take turns, so that only one of them uses the GPU. The GPU's memory is capped to a T4's. A row is 60 steps from
-cold, then the first 20 of them again (their shapes are compiled by then: "settled"), then the held-out loss.
+Each row runs in a process of its own with empty compilation caches. Some processes at a time import their libraries
+side by side; then, once all of these have, they take turns, so that only one of them uses the machine. The GPU's memory
+is capped to a T4's. A row is 60 steps from cold, the second half of which counts as settled, then the held-out loss.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 
 PROCESS_START = time.perf_counter()
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 T4_GIB = 14.748
 LIMIT_SECONDS = 300
-STEPS, SETTLED_STEPS, EFFECTIVE_BATCH = 60, 20, 8
+STEPS, EFFECTIVE_BATCH = 60, 8
 COMMON = dict(
     library="unsloth", batch=8, accumulation=1, checkpointing=True, args={}, env={}, lora={}, lengths="conversations"
 )
@@ -34,8 +35,9 @@ ROWS = {
         "the popular notebook: 2 × 4, offloaded checkpointing",
         dict(batch=2, accumulation=4, checkpointing="unsloth"),
     ),
-    "b": ("plain Transformers + PEFT + TRL: 8 × 1", dict(library="hf")),
-    "c": ("this series: 8 × 1", dict()),
+    # 8 × 1 does not fit: the logits of a long batch alone are over 3 GiB.
+    "b": ("plain Transformers + PEFT + TRL: 4 × 2", dict(library="hf", batch=4, accumulation=2)),
+    "c": ("this series: as plan_batch chooses", dict(planned=True, env={"UNSLOTH_BLOCK_COMPILE": "0"})),
 }
 
 
@@ -98,14 +100,27 @@ def measure(job: dict) -> dict:
     from trl import SFTConfig, SFTTrainer
 
     import_s = time.perf_counter() - PROCESS_START
+    pathlib.Path(job["go"]).with_name("ready").touch()
     while not os.path.exists(job["go"]):
         time.sleep(0.05)
     signal.alarm(LIMIT_SECONDS)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(T4_GIB * 2**30 / total)
     torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(job.get("cudnn", True))
     start = time.perf_counter()
-    steps, settled_steps = job.get("steps", STEPS), job.get("settled_steps", SETTLED_STEPS)
+    steps = job.get("steps", STEPS)
+    rows = make_rows(steps * EFFECTIVE_BATCH, lengths=job["lengths"], seed=1)
+    if job.get("planned"):
+        from transformers import AutoConfig
+
+        from helpers.memory import plan_batch
+
+        lengths, config = [len(row["input_ids"]) for row in rows], AutoConfig.from_pretrained(job["folder"])
+        card = dict(memory_gib=T4_GIB, capability=torch.cuda.get_device_capability())
+        plan = plan_batch(config, lengths=lengths, effective_batch_size=EFFECTIVE_BATCH, lora_rank=16, **card)
+        job |= dict(checkpointing=plan.chosen.use_gradient_checkpointing, batch=plan.chosen.micro_batch)
+        job |= dict(accumulation=plan.chosen.accumulation, args=plan.settings | job["args"])
 
     class Clock(TrainerCallback):
         def __init__(self):
@@ -122,7 +137,6 @@ def measure(job: dict) -> dict:
 
     model, tokenizer, peft_config = load(job)
     load_s = time.perf_counter() - start
-    rows = make_rows(steps * EFFECTIVE_BATCH, lengths=job["lengths"], seed=1)
     if job.get("longest_first"):
         rows.sort(key=lambda row: -len(row["input_ids"]))
     held_out = make_rows(32, lengths=job["lengths"], seed=2)
@@ -141,6 +155,7 @@ def measure(job: dict) -> dict:
                 fp16=job["dtype"] == "float16",
                 bf16=job["dtype"] == "bfloat16",
                 max_length=2048,
+                per_device_eval_batch_size=2,
                 logging_steps=1,
                 save_strategy="no",
                 report_to="none",
@@ -167,8 +182,11 @@ def measure(job: dict) -> dict:
     end = time.perf_counter()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     step_s = [later - earlier for earlier, later in zip(clock.at, clock.at[1:], strict=False)]
-    tokens = sum(len(row["input_ids"]) for row in rows)
+    tokens, half = sum(len(row["input_ids"]) for row in rows), steps // 2
+    seen, settled_s = [entry["num_input_tokens_seen"] for entry in log], sum(step_s[half:])
     result = {
+        "settled_s": settled_s / (steps - half),
+        "settled_tokens_per_s": (seen[-1] - seen[half - 1]) / settled_s,
         "import_s": import_s,
         "load_s": load_s,
         "cold_s": end - start,
@@ -180,23 +198,14 @@ def measure(job: dict) -> dict:
         "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
         "padding_free": bool(trainer.args.padding_free),
+        "predicted_gib": plan.chosen.predicted_gib if job.get("planned") else None,
+        "ran": [job["batch"], job["accumulation"], job["checkpointing"], job["args"]],
         "model": type(trainer.model).__name__,
         "tokens_seen": int(trainer.state.num_input_tokens_seen),
         "tokens": tokens,
     }
     counters = torch._dynamo.utils.counters
     result["graphs"] = dict(counters["stats"])
-    if settled_steps:
-        clock = Clock()
-        again = trainer_of(settled_steps, clock)
-        again.train()
-        step_s = [later - earlier for earlier, later in zip(clock.at, clock.at[1:], strict=False)]
-        seen = [entry["num_input_tokens_seen"] for entry in again.state.log_history if "num_input_tokens_seen" in entry]
-        half = len(step_s) // 4
-        result["settled_s"] = sum(step_s[half:]) / len(step_s[half:])
-        result["settled_steps_s"] = [round(s, 3) for s in step_s]
-        result["settled_tokens_per_s"] = (seen[len(step_s) - 1] - seen[half - 1]) / sum(step_s[half:])
-        result["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     if job.get("profile"):
         from torch.profiler import ProfilerActivity, profile
 
@@ -224,41 +233,44 @@ def measure(job: dict) -> dict:
 
 
 def run_jobs(jobs: list[dict], out: pathlib.Path, *, ahead: int = 4) -> list[dict]:
-    """Run jobs in order, each in a process of its own; the next few import meanwhile. Results also go to `out`."""
-    results, running, waiting = [], [], list(jobs)
+    """Run jobs in order, each in a process of its own, and append the results to `out`."""
+    results = []
     with tempfile.TemporaryDirectory() as scratch, open(out, "a") as file:
-        while waiting or running:
-            while waiting and len(running) < ahead:
-                job = COMMON | waiting.pop(0)
-                own = pathlib.Path(tempfile.mkdtemp(dir=scratch))
-                job |= {"go": f"{own}/go", "scratch": str(own)}
-                env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{own}/inductor", "TRITON_CACHE_DIR": f"{own}/triton"}
-                env |= {"UNSLOTH_COMPILE_LOCATION": f"{own}/unsloth"} | job["env"]
-                log = open(own / "log", "w+")
-                command = [sys.executable, __file__, "--one", json.dumps(job)]
-                running.append((job, subprocess.Popen(command, stdout=log, stderr=log, cwd=own, env=env), log))
-            pathlib.Path(running[0][0]["go"]).touch()
-            for entry in [entry for entry in running[:1] if entry[1].poll() is not None]:
-                running.remove(entry)
-                job, process, log = entry
+        for begin in range(0, len(jobs), ahead):
+            running = [start(COMMON | job, scratch) for job in jobs[begin : begin + ahead]]
+            while not all(
+                pathlib.Path(job["go"]).with_name("ready").exists() or process.poll() is not None
+                for job, process, _ in running
+            ):
+                time.sleep(0.2)
+            for job, process, log in running:
+                pathlib.Path(job["go"]).touch()
+                process.wait()
                 log.seek(0)
                 text = log.read()
-                job = {key: job[key] for key in job if key not in ("go", "scratch")}
+                result = {key: job[key] for key in job if key not in ("go", "scratch")}
                 if process.returncode:
-                    result = job | {"failed": text.strip().splitlines()[-1][:300], "log": text[-3000:]}
+                    result |= {"failed": text.strip().splitlines()[-1][:300], "log": text[-3000:]}
                 else:
-                    said = [
-                        line for line in text.splitlines() if "checkpoint_skip" in line or "padding" in line.lower()
-                    ]
-                    result = job | json.loads(text.splitlines()[-1]) | {"said": said[:4]}
+                    result |= json.loads(text.splitlines()[-1])
                 results.append(result)
                 file.write(json.dumps(result) + "\n")
                 file.flush()
-                keys = ("settled_s", "settled_tokens_per_s", "peak_reserved_gib", "first_step_s", "train_s", "cold_s")
-                figures = {key: round(result[key], 2) for key in keys if key in result}
+                keys = ("settled_s", "settled_tokens_per_s", "peak_reserved_gib", "first_step_s", "cold_s")
+                figures = {key: round(result[key], 2) for key in (*keys, "held_out_loss") if key in result}
                 print(result["name"], figures, result.get("failed", ""), flush=True)
-            time.sleep(0.2)
     return results
+
+
+def start(job: dict, scratch: str) -> tuple[dict, subprocess.Popen, typing.IO]:
+    """A process that imports its libraries and waits for the file `job["go"]`."""
+    own = pathlib.Path(tempfile.mkdtemp(dir=scratch))
+    job |= {"go": f"{own}/go", "scratch": str(own)}
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{own}/inductor", "TRITON_CACHE_DIR": f"{own}/triton"}
+    env |= {"UNSLOTH_COMPILE_LOCATION": f"{own}/unsloth"} | job["env"]
+    log = open(own / "log", "w+")
+    command = [sys.executable, __file__, "--one", json.dumps(job)]
+    return job, subprocess.Popen(command, stdout=log, stderr=log, cwd=own, env=env), log
 
 
 def main() -> int:
@@ -267,7 +279,8 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
     parser.add_argument("--rows", nargs="+", default=list(ROWS))
     parser.add_argument("--jobs", help="a JSON file with jobs of your own instead")
-    parser.add_argument("--ahead", type=int, default=4)
+    parser.add_argument("--models", help="a folder to keep the random models in")
+    parser.add_argument("--ahead", type=int, default=6, help="processes that import at the same time")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("training.jsonl"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -275,7 +288,10 @@ def main() -> int:
         print("\n" + json.dumps(measure(json.loads(options.one))))
         return 0
     with tempfile.TemporaryDirectory() as models:
+        models = options.models or models
         for shape in options.shapes:
+            if pathlib.Path(models, shape, "tokenizer_config.json").exists():
+                continue
             code = (
                 f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); from llama_shapes import save_model; "
             )
