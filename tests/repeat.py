@@ -124,9 +124,7 @@ def as_markdown(results: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any
     versions = ", ".join(f"{name} {version}" for name, version in of["versions"].items())
     dates = sorted({result["date"] for result in results})
     others = sum(result["another_cpu"] for result in results)
-    another = (
-        f" {others} of them were computed as on another CPU (`{'='.join(*ANOTHER_CPU.items())}`)." if others else ""
-    )
+    another = f" Computed as on another CPU: {others} (`{'='.join(*ANOTHER_CPU.items())}`)." if others else ""
     lines = [
         "# Repeatability of chapter 04",
         "",

@@ -83,7 +83,7 @@ def test_a_run_that_fails_or_belongs_elsewhere_does_not_pass():
 
 def test_the_table_says_how_much_of_a_band_is_used():
     text = as_markdown([result(after=1.98), result(after=2.05) | {"another_cpu": True}], BASELINE)
-    assert "2 of 2 runs lie in all bands. 1 of them were computed as on another CPU" in text
+    assert "2 of 2 runs lie in all bands. Computed as on another CPU: 1 (`ONEDNN" in text
     assert "| 04 held-out loss, after | 1.98 | 2.05 | 1.9 … 2.1 | 50 % |" in text
     assert "| 04 steps | 8 | 8 | 8 | exact |" in text and "| 04 it learned | True | True | True |  |" in text
     assert "tokens per second" not in text and "02 weights" not in text  # not judged; not of this chapter
