@@ -294,7 +294,7 @@ class ExportReport:
     def raise_if_failed(self) -> None:
         """Raises ExportError: a form misses a limit; the message names every form that does."""
         if faults := [f"{check.form}: {fault}" for check in self.checks for fault in check.faults]:
-            fix = "do not use these files; save them again, or leave out of GGUF what loses too much"
+            fix = "save again, write other GGUF types, or train longer: what has hardly learned suffers from rounding"
             expected = "forms that answer as the model in memory"
             raise ExportError("saved forms", found="; ".join(faults), expected=expected, fix=fix)
 
@@ -340,8 +340,9 @@ def compare_exports(
     """Hold every form against the model in memory.
 
     A form with rounded weights may change replies, and perplexity within `PERPLEXITY_LIMITS`; every other one must give
-    the same replies (but for near ties) and keep perplexity within 1 %. House style is lost when so few replies have it
-    that chance does not explain it, see `chance_of_so_few`.
+    the same replies (but for near ties) and keep perplexity within 1 %. Perplexity misses its limit when the change is
+    beyond it by more than twice its standard error, for the scored tokens are few. House style is lost when so few
+    replies have it that chance does not explain it, see `chance_of_so_few`.
 
     Args:
         reference: `probe_model` of the model in memory.
@@ -357,7 +358,7 @@ def compare_exports(
     for form, probe in probes.items():
         same, ties, first = _compare_replies(reference, probe.replies, tokenizer)
         pairs = [
-            abs(ours - theirs)
+            ours - theirs
             for ours_of_answer, theirs_of_answer in zip(reference.log_probs, probe.log_probs, strict=True)
             for ours, theirs in zip(ours_of_answer, theirs_of_answer, strict=True)
         ]
@@ -369,12 +370,14 @@ def compare_exports(
             faults.append(
                 f"{len(probe.replies) - same - ties} of {len(probe.replies)} replies differ by more than a tie"
             )
-        if not abs(change) <= limit:  # also when it is not a number
+        mean = sum(pairs) / len(pairs)  # the log of the change of perplexity
+        spread = 2 * math.sqrt(sum((pair - mean) ** 2 for pair in pairs)) / len(pairs)
+        if not (mean - spread <= math.log1p(limit) and mean + spread >= math.log1p(-limit)):  # or no number
             faults.append(f"perplexity changed by {change:+.2%}, more than {limit:.0%}")
         if styled is not None and chance_of_so_few(kept, styled, replies=len(probe.replies)) <= STYLE_CHANCE:
             faults.append(f"{kept} replies in house style, {styled} in memory: more are lost than chance explains")
-        mean, divergence = sum(pairs) / len(pairs), _divergence(reference, probe)
-        row = (form, same, ties, len(probe.replies), first, mean, max(pairs), divergence)
+        sizes, divergence = [abs(pair) for pair in pairs], _divergence(reference, probe)
+        row = (form, same, ties, len(probe.replies), first, sum(sizes) / len(sizes), max(sizes), divergence)
         checks.append(ExportCheck(*row, probe.perplexity, change, kept, tuple(faults)))
     return ExportReport(tuple(checks), reference.perplexity, styled)
 

@@ -225,6 +225,16 @@ def test_house_style_may_vary_but_not_be_lost(kept, ok):
     assert (f"MISSED, GGUF q4_k_m: {kept} replies in house style, 8 in memory" in repr(report)) != ok
 
 
+@pytest.mark.parametrize(("tokens", "ok"), [(8, True), (4000, False)])
+def test_a_change_of_perplexity_may_be_chance_where_few_tokens_were_scored(tokens, ok):
+    """12 % worse on average, but by -0.26 to +0.5 a token."""
+    few = replace(REFERENCE, log_probs=((-1.0,) * tokens,))
+    form = replace(few, log_probs=((-1.5, -0.74) * (tokens // 2),))
+    report = compare_exports(few, {"GGUF q4_k_m": form}, tokenizer=TOKENIZER)
+    assert report.checks[0].perplexity_change == pytest.approx(math.expm1(0.12))
+    assert report.ok == ok
+
+
 def test_the_chance_of_so_few_is_fishers():
     assert chance_of_so_few(4, 8, replies=8) == pytest.approx(495 / 12870)
     assert chance_of_so_few(5, 8, replies=8) == pytest.approx(0.1)
