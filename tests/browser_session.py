@@ -36,6 +36,7 @@ FRONT_ENDS = {
         " && Jupyter.notebook.kernel.is_connected() && Jupyter.notebook.kernel_busy === false",
     },
 }
+PROMPTS = """css => [...document.querySelectorAll(css.prompt)].map(e => e.textContent.replace(/[^0-9*]/g, ""))"""
 LOOK = """css => ({
     prompts: [...document.querySelectorAll(css.prompt)].map(e => e.innerText.replace(/[^0-9*]/g, "")),
     errors: [...document.querySelectorAll(css.error)].map(e => e.innerText).filter(text => text.includes("Traceback")),
@@ -53,8 +54,8 @@ NEWEST_IN_VIEW = """() => {
 MARKUP_TOOK_EFFECT = """() => ({executed: window.hacked === 1, rendered: !!document.querySelector("#bold")})"""
 
 
-def wait_until(look, found, what):
-    """What `look` gives at each change, until `found` likes it."""
+def wait_until(look, found, what, pause=0.02):
+    """What `look` gives at each change, until `found` likes it; `pause` seconds between two looks."""
     seen, deadline = [look()], time.monotonic() + WAIT_SECONDS
     while not found(seen[-1]):
         if time.monotonic() > deadline:
@@ -62,7 +63,7 @@ def wait_until(look, found, what):
         now = look()
         if now != seen[-1]:
             seen.append(now)
-        time.sleep(0.02)
+        time.sleep(pause)
     return seen
 
 
@@ -76,11 +77,14 @@ def run_all(page, front_end):
         page.locator("li[data-command='runmenu:run-all']").click()
     else:
         page.evaluate("() => Jupyter.notebook.execute_all_cells()")
-    prompts = wait_until(
-        lambda: page.evaluate(LOOK, css)["prompts"], lambda now: now[0] not in ("", "*") and "*" not in now, "run all"
+    # Seldom: a look takes time that the kernel could have on a machine with few cores.
+    wait_until(
+        lambda: page.evaluate(PROMPTS, css),
+        lambda now: now[0] not in ("", "*") and "*" not in now,
+        "run all",
+        pause=0.5,
     )
     page.wait_for_timeout(1000)  # the last outputs are drawn after the last prompt
-    return prompts[-1]
 
 
 def history(page):

@@ -2,7 +2,7 @@
 
 JupyterLab, with ipywidgets 8, opens all six chapters. The classic notebook opens chapters 03 and 05 with the kernel
 that Colab has (ipykernel 6.17, IPython 7.34, ipywidgets 7.7). Both open a notebook full of faults, to show that these
-are seen. All are copies with their recorded outputs cleared; the `cpu` profile, few rows and few steps.
+are seen. All are copies with their recorded outputs cleared; the `cpu` profile, few rows, few steps, no GGUF files.
 """
 
 import json
@@ -27,7 +27,8 @@ SERIES, TOOLS = ROOT / ".venv" / "bin", ROOT / ".venv-proof" / "bin"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SCREENSHOTS = ROOT / "runs" / "browser"
 TOKEN = "proof"
-FEW_STEPS, FEW_TOKENS, FEW_ROWS = 4, 40, {"train": 16, "held_out": 4}
+FEW_TOKENS, FEW_ROWS = 16, {"train": 16, "held_out": 4}
+FEW_STEPS = 16  # after 4, a merge's rounding alone moved perplexity by 3 %, more than chapter 06 lets pass
 
 pytestmark = [
     pytest.mark.slow,
@@ -66,7 +67,7 @@ def tree(tmp_path_factory):
     rows = [json.loads(line) for line in (ROOT / "notebooks/data/support_conversations.jsonl").open(encoding="utf-8")]
     few = [row for split, count in FEW_ROWS.items() for row in [r for r in rows if r["split"] == split][:count]]
     (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few), encoding="utf-8")
-    parameters = {"PROFILE": "cpu", "DATASET": str(folder / "few.jsonl"), "MAX_STEPS": FEW_STEPS, "GGUF": "q8_0"}
+    parameters = {"PROFILE": "cpu", "DATASET": str(folder / "few.jsonl"), "MAX_STEPS": FEW_STEPS, "GGUF": ""}
     parameters |= {"MAX_NEW_TOKENS": FEW_TOKENS, "RUN_DIR": str(folder / "run")}
     for chapter in CHAPTERS:
         prepare(folder / "notebooks" / f"{chapter}.ipynb", parameters)
@@ -166,7 +167,8 @@ def test_a_chapter_runs_to_its_end_and_shows_all(request, front_end, chapter):
     shown = [out.get("data", {}) for cell in recorded.cells if cell.cell_type == "code" for out in cell.outputs]
     assert len(saw["prompts"]) == 2 + sum(cell.cell_type == "code" for cell in recorded.cells)
     assert len(saw["images"]) >= sum("image/png" in data for data in shown) and all(saw["images"])
-    assert len(saw["tables"]) >= sum("<table" in data.get("text/html", "") for data in shown) and all(saw["tables"])
+    tables = sum("<table" in data.get("text/html", "") for data in shown) - (chapter == "06_save")  # no GGUF files here
+    assert len(saw["tables"]) >= tables and all(saw["tables"])
 
 
 @pytest.mark.parametrize("chapter", ["03_data", "05_infer"])
