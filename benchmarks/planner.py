@@ -1,6 +1,6 @@
 """Peak memory on a GPU against the planner's prediction (`helpers.memory.predict_peak`), over many configurations.
 
-    python benchmarks/planner.py [--out FILE]
+    python benchmarks/planner.py [--eager-only] [--out FILE]
 
 Nothing is timed, so several processes share the GPU, each capped to a T4's memory. A configuration is three steps of
 rows of one length; the peak is the allocator's, over all three.
@@ -44,7 +44,14 @@ GROUPS = [
     dict(shape="3B", checkpointing=True, dtype="float16", rank=16),
     dict(shape="3B", checkpointing=True, dtype="bfloat16", rank=64),
     dict(shape="3B", checkpointing=True, dtype="bfloat16", rank=16, padded=True),
+    # As chapter 04 trains: nothing compiled first.
+    dict(shape="3B", checkpointing=True, dtype="float16", rank=16, padded=True, eager=True),
+    dict(shape="3B", checkpointing="unsloth", dtype="float16", rank=16, padded=True, eager=True),
+    dict(shape="1B", checkpointing=True, dtype="float16", rank=16, padded=True, eager=True),
+    dict(shape="1B", checkpointing=False, dtype="bfloat16", rank=64, padded=True, eager=True),
+    dict(shape="1B", checkpointing=True, dtype="bfloat16", rank=16, eager=True),
 ]
+EAGER = {"UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_FUSED_LINEAR_TRITON": "0"}
 
 
 def measure(group: dict, folder: str) -> None:
@@ -103,7 +110,7 @@ def measure(group: dict, folder: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("planner.jsonl"))
-    parser.add_argument("--side-by-side", type=int, default=9)
+    parser.add_argument("--eager-only", action="store_true")
     parser.add_argument("--seconds", type=int, default=300, help="a group's limit")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -117,13 +124,15 @@ def main() -> int:
             )
             subprocess.run([sys.executable, "-c", code + f"save_model({shape!r}, '{models}/{shape}')"], check=True)
         processes = []
-        for number, group in enumerate(GROUPS):
+        groups = [group for group in GROUPS if group.get("eager") or not options.eager_only]
+        for number, group in enumerate(groups):
             own = pathlib.Path(models) / f"own{number}"
             own.mkdir()
             env = os.environ | {
                 "TORCHINDUCTOR_CACHE_DIR": f"{own}/inductor",
                 "UNSLOTH_COMPILE_LOCATION": f"{own}/unsloth",
             }
+            env |= EAGER if group.get("eager") else {}
             command = ["timeout", str(options.seconds), sys.executable, __file__, "--one"]
             log = open(own / "log", "w+")
             command += [json.dumps([group, f"{models}/{group['shape']}"])]

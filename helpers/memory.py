@@ -196,6 +196,7 @@ def predict_peak(
     lora_rank: int,
     use_gradient_checkpointing: bool | str,
     compiled: bool = False,
+    triton_loss: bool = False,
     load_in_4bit: bool = True,
 ) -> float:
     """The most memory that a training step reserves, in GiB, for a Llama-like model with LoRA on all seven matrices.
@@ -206,6 +207,7 @@ def predict_peak(
         lora_rank: LoRA's r.
         use_gradient_checkpointing: False, True or "unsloth".
         compiled: Unsloth compiles each layer, as it does for padded batches unless UNSLOTH_BLOCK_COMPILE=0.
+        triton_loss: the loss runs in Triton kernels, as it does unless UNSLOTH_FUSED_LINEAR_TRITON=0.
         load_in_4bit: NF4 with double quantisation; else 16 bits.
 
     With H the hidden size, I the intermediate size, L layers, V the vocabulary, T tokens, and W = 2HI bytes (one MLP
@@ -215,7 +217,8 @@ def predict_peak(
                    et al. 2023, arXiv:2305.14314) + 10.1 a LoRA parameter (4 itself, 4 its gradient, 2 8-bit AdamW)
         kept       T * L * 2H with checkpointing (each layer's input; Chen et al. 2016, arXiv:1604.06174), T * 8H when
                    it is offloaded, T * L * (4I + 15.8H) without
-        loss       T * 5H + 3W + 4V for each of up to 512 tokens: the logits come in chunks
+        loss       T * 5H + 3W + V for each of up to 606 tokens (V = 128,256) * 25, or, with Triton's kernels, 3.4: the
+                   logits come in chunks of 512 * 151,936 numbers (unsloth_zoo/fused_losses/fused_linear.py)
         one layer  T * (6.3I + 14.8H) + 5.3W, again while its gradient is taken (compiled, it is half as much more)
 
         peak = 1.02 * (fixed + kept + max(loss, one layer))
@@ -236,7 +239,8 @@ def predict_peak(
     else:
         kept = (4 if use_gradient_checkpointing == "unsloth" else layers) * 2 * hidden
         layer_factor = 1.5 if compiled else 1.0
-    loss = tokens * 5 * hidden + 3 * matrix + min(tokens, 512) * vocabulary * 4
+    logits = min(tokens, 512) * vocabulary * 4 if triton_loss else min(tokens * vocabulary, 512 * 151_936) * 25
+    loss = tokens * 5 * hidden + 3 * matrix + logits
     layer = tokens * layer_factor * (6.3 * intermediate + 14.8 * hidden) + (2.2 if compiled else 5.3) * matrix
     return 1.02 * (fixed + tokens * kept + max(loss, layer)) / GIB
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from helpers.errors import InputError
-from helpers.memory import track_memory
+from helpers.memory import Stage, track_memory
 
 
 class DoesNotFit(InputError):
@@ -19,12 +19,12 @@ class Fitting:
     """How a run got by with its memory; complete once training has begun.
 
     Attributes:
-        rehearsed_gib: the peak of the rehearsal: the longest conversations, trained and evaluated.
+        rehearsal: the seconds and the memory of the rehearsal: the longest conversations, trained and evaluated.
         tokens_at_once: the largest micro-batch that still fits; None: all of them did.
         splits: micro-batches that were split.
     """
 
-    rehearsed_gib: float = 0.0
+    rehearsal: Stage | None = None
     tokens_at_once: int | None = None
     splits: int = 0
 
@@ -44,7 +44,7 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
     Example:
         >>> with fit_into_memory(trainer) as fitting:
         ...     trainer.train()
-        >>> fitting.rehearsed_gib
+        >>> fitting.rehearsal.peak_reserved_gib
         3.66
     """
     from transformers import TrainerCallback
@@ -78,9 +78,8 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
 
     class Rehearsal(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            with track_memory("rehearsal") as stage:
+            with track_memory("rehearsal of the longest") as fitting.rehearsal:
                 _rehearse(trainer)
-            fitting.rehearsed_gib = stage.peak_reserved_gib
 
     rehearsal = Rehearsal()
     trainer.training_step = training_step

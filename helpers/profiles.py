@@ -28,8 +28,8 @@ class Profile:
         model_name: a Hub repository or a folder with a Hugging Face model.
         dataset: a Hub data set or a .json/.jsonl file in ShareGPT format.
         max_seq_length: tokens a conversation may have.
-        per_device_train_batch_size, gradient_accumulation_steps: their product is the effective batch.
-        use_gradient_checkpointing: False, True, or "unsloth" (offloaded).
+        effective_batch_size: conversations that a step averages over.
+        use_gradient_checkpointing: False, True, or "unsloth" (offloaded); chapter 04 plans it anew.
         max_steps: optimiser steps.
         learning_rate: the peak learning rate.
         eval_rows: held-out conversations that are never trained on.
@@ -43,8 +43,7 @@ class Profile:
     model_name: str
     dataset: str
     max_seq_length: int
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
+    effective_batch_size: int
     use_gradient_checkpointing: bool | str
     max_steps: int
     learning_rate: float
@@ -52,11 +51,6 @@ class Profile:
     reply_rows: int
     run_dir: Path
     overridden: tuple[str, ...] = ()
-
-    @property
-    def effective_batch_size(self) -> int:
-        """Conversations a step."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
     def train_rows(self) -> int:
@@ -83,8 +77,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "model_name": "unsloth/Llama-3.2-3B-Instruct",
         "dataset": "mlabonne/FineTome-100k",
         "max_seq_length": 2048,
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 1,
+        "effective_batch_size": 8,
         "use_gradient_checkpointing": True,
         "max_steps": 60,
         "learning_rate": 2e-4,
@@ -95,8 +88,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "model_name": SMOLLM2,
         "dataset": str(ROOT / "notebooks" / "data" / "support_conversations.jsonl"),
         "max_seq_length": 256,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
+        "effective_batch_size": 4,
         "use_gradient_checkpointing": False,
         "max_steps": 72,
         "learning_rate": 4e-3,

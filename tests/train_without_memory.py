@@ -33,7 +33,7 @@ def train(folder, tokenizer, *, most, from_step=0):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     seen = dict(losses=losses, norms=norms, steps=trainer.state.global_step, splits=fitting.splits)
-    return seen | dict(tokens_at_once=fitting.tokens_at_once, rehearsed_gib=fitting.rehearsed_gib)
+    return seen | dict(tokens_at_once=fitting.tokens_at_once, rehearsed_gib=fitting.rehearsal.peak_reserved_gib)
 
 
 def main(folder):

@@ -51,34 +51,64 @@ run = open_run(profile.run_dir, needs=needs, drive=DRIVE_DIR, hub=HUB_REPO, para
 profile
 
 # %% [markdown] lang="en"
-# ## Model, LoRA and data, as prepared
+# ## The data, as prepared
 #
-# The calls of chapter 02 with the settings that it handed on, and the rows and the tokenizer of chapter 03.
+# The rows of chapter 03. Before Unsloth is imported, two of its switches are set: it would compile the layers and the
+# loss first, for the better part of a minute. A run of thousands of steps wins that back, one of 60 does not.
 
 # %%
-from unsloth import FastLanguageModel  # before transformers, peft and trl: it patches them
+import os
 
-from helpers.memory import stage_table, track_memory
-
-with track_memory("load in 4-bit and add LoRA") as load:
-    model, _ = FastLanguageModel.from_pretrained(
-        model_name=model_source(profile.model_name),
-        max_seq_length=profile.max_seq_length,
-        dtype=None,
-        load_in_4bit=True,
-    )
-    lora_settings = run.read_json("lora.json", base_model=profile.model_name)["lora"]
-    model = FastLanguageModel.get_peft_model(model, **lora_settings)
-
-# %%
+os.environ.update(UNSLOTH_BLOCK_COMPILE="0", UNSLOTH_FUSED_LINEAR_TRITON="0")  # delete this line for a long run
 from datasets import load_from_disk
-from transformers import AutoTokenizer
+from unsloth import FastLanguageModel  # before transformers, peft and trl: it patches them
 
 dataset_folder = run.artefact("dataset", base_model=profile.model_name)
 train_dataset = load_from_disk(dataset_folder)["train"]
 eval_dataset = load_from_disk(dataset_folder)["held_out"]
-tokenizer = AutoTokenizer.from_pretrained(dataset_folder / "tokenizer")
 print(f"{len(train_dataset)} conversations to train on, {len(eval_dataset)} held out")
+
+# %% [markdown] lang="en"
+# ## What fits, and what is fastest
+#
+# A step averages over `effective_batch_size` conversations. They can go through the model all at once (a large
+# *micro-batch*) or in turns whose gradients add up (*accumulation*): the result is the same, the memory and the time
+# are not. *Gradient checkpointing* is the other choice: recompute what the backward pass needs (`True`), keep it
+# (`False`), or move it to main memory (`"unsloth"`). `plan_batch` predicts the peak of each option from the model's
+# configuration and from the longest conversations of *these* data, and takes the fastest that leaves a tenth of the
+# memory free.
+
+# %%
+from transformers import AutoConfig, AutoTokenizer
+
+from helpers.memory import plan_batch
+
+tokenizer = AutoTokenizer.from_pretrained(dataset_folder / "tokenizer")
+lora_settings = run.read_json("lora.json", base_model=profile.model_name)["lora"]
+model_folder = model_source(profile.model_name)
+token_ids = tokenizer(train_dataset["text"], truncation=True, max_length=profile.max_seq_length)["input_ids"]
+asked = dict(effective_batch_size=profile.effective_batch_size, lora_rank=lora_settings["r"])
+plan = plan_batch(AutoConfig.from_pretrained(model_folder), lengths=[len(ids) for ids in token_ids], **asked)
+plan
+
+# %% [markdown] lang="en"
+# ## Load the model and add LoRA
+#
+# The calls of chapter 02 with the settings that it handed on, but for the checkpointing, which the plan decides.
+
+# %%
+from helpers.memory import stage_table, track_memory
+
+with track_memory("load in 4-bit") as load:
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=model_folder,
+        max_seq_length=profile.max_seq_length,
+        dtype=None,
+        load_in_4bit=True,
+    )
+with track_memory("add LoRA") as add_lora:
+    lora_settings |= {"use_gradient_checkpointing": plan.chosen.use_gradient_checkpointing}
+    model = FastLanguageModel.get_peft_model(model, **lora_settings)
 
 # %% [markdown] lang="en"
 # ## Ask before training
@@ -100,8 +130,9 @@ print(f"{prompts[0][-1]['content']}\n→ {replies_before[0]}")
 #
 # | setting | why |
 # |---|---|
-# | `per_device_train_batch_size` × `gradient_accumulation_steps` | The effective batch: how many conversations one step averages over. One large batch is faster than several small ones; accumulate when it does not fit. |
+# | `per_device_train_batch_size` × `gradient_accumulation_steps` | The plan's micro-batch and accumulation. |
 # | `train_sampling_strategy="group_by_length"` | Put conversations of similar length into one batch: less padding to compute. |
+# | `padding_free`, `pad_to_multiple_of` | Conversations of a batch one after the other in one long row, or side by side, filled up to a few fixed widths, each of which a GPU has to prepare for once. |
 # | `max_steps` | Optimiser steps. To go through all rows instead, leave it out and set `num_train_epochs`. |
 # | `warmup_steps` | The learning rate climbs from 0 over the first steps, while the optimiser's averages are still poor. |
 # | `learning_rate`, `lr_scheduler_type` | The peak, and `linear` decay to 0 at the end. 2e-4 is usual for LoRA; a 135M model takes more. |
@@ -117,12 +148,7 @@ print(f"{prompts[0][-1]['content']}\n→ {replies_before[0]}")
 from trl import SFTConfig, SFTTrainer
 from unsloth import is_bfloat16_supported
 
-batch = dict(
-    per_device_train_batch_size=profile.per_device_train_batch_size,
-    gradient_accumulation_steps=profile.gradient_accumulation_steps,
-    per_device_eval_batch_size=8,
-    train_sampling_strategy="group_by_length",
-)
+batch = plan.settings | dict(per_device_eval_batch_size=8)
 steps = dict(max_steps=profile.max_steps, warmup_steps=min(5, profile.max_steps // 4))
 schedule = dict(learning_rate=profile.learning_rate, lr_scheduler_type="linear")
 optimiser = dict(optim="adamw_8bit", weight_decay=0.01)
@@ -219,27 +245,34 @@ held_out_before
 # A free Colab machine may be taken away at any time. `Checkpoints` saves the run every five minutes, and when you press
 # Stop. Run the chapter again: an interrupted run goes on at the step where it was, a complete one is loaded and not
 # trained further, and one whose results are saved (below) makes room for a new one. `stop_on_divergence` ends a run whose
-# loss explodes or is no number.
+# loss explodes or is no number. `fit_into_memory` trains and evaluates on the longest conversations once before the first
+# step, without effect, so that a run that is too large fails now and not at step 57; and where memory does run out, it
+# splits the micro-batch, loses no step, and says so.
 
 # %%
 from helpers.checkpoints import Checkpoints
 from helpers.divergence import stop_on_divergence
+from helpers.out_of_memory import fit_into_memory
 
 plot = live_plot(folder=run.path / "curves")
 plot.record(0, {"eval_loss": held_out_before.loss})
 trainer.add_callback(plot)
 trainer.add_callback(stop_on_divergence())
 checkpoints = Checkpoints(trainer, mirror=run.mirror, start_afresh=START_AFRESH)
-with track_memory("training") as training, checkpoints as last_checkpoint:
+with track_memory("training") as training, checkpoints as last_checkpoint, fit_into_memory(trainer) as fitting:
     trainer.train(resume_from_checkpoint=last_checkpoint)
 
+# %% [markdown] lang="en"
+# Time and memory of the training, then of every stage against the size of the card. *Reserved* is what PyTorch has taken
+# from it, and what has to fit; the plan predicted the highest.
+
 # %%
+from helpers.figures import draw_stages
 from helpers.memory import MemoryReport
 
-MemoryReport(training)
-
-# %%
-stage_table([load, training])
+stages = [load, add_lora, fitting.rehearsal, training]
+print(MemoryReport(training))
+display(stage_table(stages), draw_stages(stages))
 
 # %% [markdown] lang="en"
 # ## Did it learn?
@@ -253,11 +286,14 @@ held_out_after = held_out_losses(model, trainer.eval_dataset)
 held_out_after
 
 # %% [markdown] lang="en"
-# Four claims, each checked by a program. One that does not hold stops the chapter here.
+# Five claims, each checked by a program. One that does not hold stops the chapter here.
 
 # %% tags=["nbval-check-output"]
 log, losses = trainer.state.log_history, dict(before=held_out_before, after=held_out_after)
-evidence = check_evidence(model, log=log, frozen_before=frozen_before, **losses, float16=trainer.args.fp16)
+chosen_rate = dict(learning_rate=profile.learning_rate)
+evidence = check_evidence(
+    model, log=log, frozen_before=frozen_before, **losses, **chosen_rate, float16=trainer.args.fp16
+)
 evidence.raise_if_failed()
 evidence
 
@@ -313,7 +349,7 @@ print(sorted(path.name for path in run.artefact("adapter").iterdir()))
 from helpers.report import make_report, write_report
 
 chosen = dict(base_model=profile.model_name, dataset=profile.dataset, settings=lora_settings | settings)
-measured = dict(stages=[load, training], curves=plot.curves, mask_report=mask_report, evidence=evidence)
+measured = dict(stages=stages, curves=plot.curves, mask_report=mask_report, evidence=evidence)
 compared = dict(replies=side_by_side, counted={"house_style": styled, "right_help": helped})
 report = make_report(trainer, **chosen, **measured, **compared, held_out=(held_out_before, held_out_after))
 run.write_json("report.json", report, base_model=profile.model_name)
