@@ -9,7 +9,7 @@ export UNSLOTH_DISABLE_STATISTICS ?= 1
 TEST_RUN := runs/test
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model llama-cpp notebooks run regress record faults lint workflows unit test lock drift drift-tools \
+.PHONY: help setup model llama-cpp notebooks run regress record repeat faults lint workflows unit test lock drift drift-tools \
 	colab-rehearsal kaggle colab proof-tools location clean
 
 help:  ## list the targets
@@ -45,6 +45,9 @@ record: run  ## run, then keep the outputs in the committed notebooks and the RE
 	@cp runs/cpu/executed/measured.json notebooks/measured.json
 	@python notebooks/build.py --outputs-from runs/cpu/executed
 	@python -m helpers.regress runs/cpu --record
+
+repeat: model notebooks  ## train chapter 04 twenty times: what the runs use of their bands; RUNS=5 for fewer
+	@python tests/repeat.py $(if $(RUNS),--runs $(RUNS))
 
 faults: model llama-cpp notebooks  ## break the stack in 22 ways and show what notices (about half an hour)
 	@python tests/faults.py

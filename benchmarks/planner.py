@@ -56,10 +56,12 @@ EAGER = {"UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_FUSED_LINEAR_TRITON": "0"}
 
 def measure(group: dict, folder: str) -> None:
     """Print one JSON line for each size; stops at the first size that does not fit."""
+    from unsloth import FastLanguageModel  # before trl, whose trainer it patches
+
+    # isort: split
     import torch
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
-    from unsloth import FastLanguageModel
 
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(T4_GIB * 2**30 / total)
@@ -110,7 +112,8 @@ def measure(group: dict, folder: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("planner.jsonl"))
-    parser.add_argument("--eager-only", action="store_true")
+    parser.add_argument("--eager-only", action="store_true", help="only as chapter 04 trains: nothing compiled first")
+    parser.add_argument("--models", help="a folder to keep the random models in")
     parser.add_argument("--seconds", type=int, default=300, help="a group's limit")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -118,7 +121,10 @@ def main() -> int:
         measure(*json.loads(options.one))
         return 0
     with tempfile.TemporaryDirectory() as models:
+        models = options.models or models
         for shape in sorted({group["shape"] for group in GROUPS}):
+            if pathlib.Path(models, shape, "tokenizer_config.json").exists():
+                continue
             code = (
                 f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); from llama_shapes import save_model; "
             )
@@ -127,7 +133,7 @@ def main() -> int:
         groups = [group for group in GROUPS if group.get("eager") or not options.eager_only]
         for number, group in enumerate(groups):
             own = pathlib.Path(models) / f"own{number}"
-            own.mkdir()
+            own.mkdir(exist_ok=True)
             env = os.environ | {
                 "TORCHINDUCTOR_CACHE_DIR": f"{own}/inductor",
                 "UNSLOTH_COMPILE_LOCATION": f"{own}/unsloth",

@@ -9,6 +9,7 @@ is capped to a T4's. A row is 60 steps from cold, the second half of which count
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -37,7 +38,10 @@ ROWS = {
     ),
     # 8 × 1 does not fit: the logits of a long batch alone are over 3 GiB.
     "b": ("plain Transformers + PEFT + TRL: 4 × 2", dict(library="hf", batch=4, accumulation=2)),
-    "c": ("this series: as plan_batch chooses", dict(planned=True, env={"UNSLOTH_BLOCK_COMPILE": "0"})),
+    "c": (
+        "this series: as plan_batch chooses, nothing compiled first, longest batch rehearsed",
+        dict(planned=True, env={"UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_FUSED_LINEAR_TRITON": "0"}),
+    ),
 }
 
 
@@ -115,6 +119,7 @@ def measure(job: dict) -> dict:
         from transformers import AutoConfig
 
         from helpers.memory import plan_batch
+        from helpers.out_of_memory import fit_into_memory
 
         lengths, config = [len(row["input_ids"]) for row in rows], AutoConfig.from_pretrained(job["folder"])
         card = dict(memory_gib=T4_GIB, capability=torch.cuda.get_device_capability())
@@ -177,7 +182,11 @@ def measure(job: dict) -> dict:
     clock = Clock()
     trainer = trainer_of(steps, clock)
     train_start = time.perf_counter()
-    trainer.train()
+    if "cap_gib" in job:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(job["cap_gib"] * 2**30 / total)
+    with fit_into_memory(trainer) if job.get("planned") else contextlib.nullcontext() as fitting:
+        trainer.train()
     torch.cuda.synchronize()
     end = time.perf_counter()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -199,6 +208,10 @@ def measure(job: dict) -> dict:
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
         "padding_free": bool(trainer.args.padding_free),
         "predicted_gib": plan.chosen.predicted_gib if job.get("planned") else None,
+        "splits": fitting.splits if fitting else None,
+        "tokens_at_once": fitting.tokens_at_once if fitting else None,
+        "rehearsal_s": fitting.rehearsal.seconds if fitting else None,
+        "losses": [entry["loss"] for entry in log],
         "ran": [job["batch"], job["accumulation"], job["checkpointing"], job["args"]],
         "model": type(trainer.model).__name__,
         "tokens_seen": int(trainer.state.num_input_tokens_seen),

@@ -217,17 +217,18 @@ def predict_peak(
                    et al. 2023, arXiv:2305.14314) + 10.1 a LoRA parameter (4 itself, 4 its gradient, 2 8-bit AdamW)
         kept       T * L * 2H with checkpointing (each layer's input; Chen et al. 2016, arXiv:1604.06174), T * 8H when
                    it is offloaded, T * L * (4I + 15.8H) without
-        loss       T * 5H + 3W + V for each of up to 606 tokens (V = 128,256) * 25, or, with Triton's kernels, 3.4: the
-                   logits come in chunks of 512 * 151,936 numbers (unsloth_zoo/fused_losses/fused_linear.py)
+        loss       T * 5H + 3W + 29.7V for each token of a chunk (4V with Triton's kernels): the logits come in chunks
+                   of 512 tokens or more (`fused_linear_rows` in unsloth_zoo/fused_losses/fused_linear.py)
         one layer  T * (6.3I + 14.8H) + 5.3W, again while its gradient is taken (compiled, it is half as much more)
 
         peak = 1.02 * (fixed + kept + max(loss, one layer))
 
-    Form after those sources; the factors are fitted to 91 measured configurations of Llama 3.2 1B and 3B (one H100
-    capped to a T4's memory, Unsloth 2026.10.9, 2026-11-24; benchmarks/results/planner.csv), none of which is off by
-    more than 5 %. `python benchmarks/planner.py` measures them again.
+    Form after those sources; the factors are fitted to 91 measured configurations of Llama 3.2 1B and 3B with Triton's
+    loss (one H100 capped to a T4's memory, Unsloth 2026.10.9, 2026-11-24; benchmarks/results/planner.csv), none of
+    which is off by more than 5 %, and the loss without Triton to the runs in benchmarks/results/training.csv.
+    `python benchmarks/planner.py` measures them again.
 
-    Example: 3B, 8 conversations of 512 tokens, rank 16, True -> 3.68 (measured: 3.66)
+    Example: 3B, 8 conversations of 1,792 tokens, rank 16, True -> 6.94 (measured: 6.94)
     """
     hidden, intermediate, layers, vocabulary, attention, kv = _shape(config)
     lora = lora_rank * layers * (2 * (hidden + attention) + 2 * (hidden + kv) + 3 * (hidden + intermediate))
@@ -239,8 +240,8 @@ def predict_peak(
     else:
         kept = (4 if use_gradient_checkpointing == "unsloth" else layers) * 2 * hidden
         layer_factor = 1.5 if compiled else 1.0
-    logits = min(tokens, 512) * vocabulary * 4 if triton_loss else min(tokens * vocabulary, 512 * 151_936) * 25
-    loss = tokens * 5 * hidden + 3 * matrix + logits
+    chunk = min(tokens, max(512, 2 ** int(math.log2(512 * 151_936 / vocabulary))))
+    loss = tokens * 5 * hidden + 3 * matrix + chunk * vocabulary * (4 if triton_loss else 29.7)
     layer = tokens * layer_factor * (6.3 * intermediate + 14.8 * hidden) + (2.2 if compiled else 5.3) * matrix
     return 1.02 * (fixed + tokens * kept + max(loss, layer)) / GIB
 

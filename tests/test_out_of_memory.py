@@ -32,6 +32,7 @@ def predicted(row, configs):
         lora_rank=int(row["rank"]),
         use_gradient_checkpointing=MODES[row["checkpointing"]],
         compiled=row["padded"] == "True",
+        triton_loss=True,
     )
 
 
