@@ -59,8 +59,8 @@ def test_the_plan_keeps_the_effective_batch_and_the_fastest_that_fits(configs):
 
 def test_less_memory_means_a_smaller_micro_batch_or_checkpointing(configs):
     asked = dict(lengths=[1500] * 100, effective_batch_size=8, lora_rank=16)
-    small = plan_batch(configs["3B"], **asked, memory_gib=4.5).chosen
-    assert small.predicted_gib <= 4.05
+    small = plan_batch(configs["3B"], **asked, memory_gib=5.5).chosen
+    assert small.predicted_gib <= 4.95
     with pytest.raises(PlanError, match="needed for it alone"):
         plan_batch(configs["3B"], **asked, memory_gib=2.5)
 
