@@ -19,6 +19,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from in_turns import make_models  # noqa: E402
+
 T4_GIB = 14.748
 # (batch, tokens of each row)
 SIZES = [
@@ -120,20 +122,13 @@ def main() -> int:
     if options.one:
         measure(*json.loads(options.one))
         return 0
-    with tempfile.TemporaryDirectory() as models:
-        models = options.models or models
-        for shape in sorted({group["shape"] for group in GROUPS}):
-            if pathlib.Path(models, shape, "tokenizer_config.json").exists():
-                continue
-            code = (
-                f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); from llama_shapes import save_model; "
-            )
-            subprocess.run([sys.executable, "-c", code + f"save_model({shape!r}, '{models}/{shape}')"], check=True)
+    groups = [group for group in GROUPS if group.get("eager") or not options.eager_only]
+    with tempfile.TemporaryDirectory() as folder:
+        models = make_models(sorted({group["shape"] for group in groups}), options.models or folder)
         processes = []
-        groups = [group for group in GROUPS if group.get("eager") or not options.eager_only]
         for number, group in enumerate(groups):
-            own = pathlib.Path(models) / f"own{number}"
-            own.mkdir(exist_ok=True)
+            own = pathlib.Path(folder) / f"own{number}"
+            own.mkdir()
             env = os.environ | {
                 "TORCHINDUCTOR_CACHE_DIR": f"{own}/inductor",
                 "UNSLOTH_COMPILE_LOCATION": f"{own}/unsloth",
@@ -141,7 +136,7 @@ def main() -> int:
             env |= EAGER if group.get("eager") else {}
             command = ["timeout", str(options.seconds), sys.executable, __file__, "--one"]
             log = open(own / "log", "w+")
-            command += [json.dumps([group, f"{models}/{group['shape']}"])]
+            command += [json.dumps([group, models[group["shape"]]])]
             processes.append((group, log, subprocess.Popen(command, stdout=log, stderr=log, cwd=own, env=env)))
         with open(options.out, "w") as out:
             for group, log, process in processes:

@@ -11,26 +11,24 @@ is capped to a T4's. A row is 60 steps from cold, the second half of which count
 import argparse
 import contextlib
 import json
-import os
 import pathlib
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-import typing
 
 PROCESS_START = time.perf_counter()
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from in_turns import make_models, run_in_turns, wait_for_turn  # noqa: E402
+
 T4_GIB = 14.748
 LIMIT_SECONDS = 300
 STEPS, EFFECTIVE_BATCH = 60, 8
-COMMON = dict(
-    library="unsloth", batch=8, accumulation=1, checkpointing=True, args={}, env={}, lora={}, lengths="conversations"
-)
+COMMON = dict(library="unsloth", dtype="bfloat16", batch=8, accumulation=1, checkpointing=True)
+COMMON |= dict(args={}, env={}, lora={}, lengths="conversations")
 ROWS = {
     "a": (
         "the popular notebook: 2 × 4, offloaded checkpointing",
@@ -104,9 +102,7 @@ def measure(job: dict) -> dict:
     from trl import SFTConfig, SFTTrainer
 
     import_s = time.perf_counter() - PROCESS_START
-    pathlib.Path(job["go"]).with_name("ready").touch()
-    while not os.path.exists(job["go"]):
-        time.sleep(0.05)
+    wait_for_turn(job)
     signal.alarm(LIMIT_SECONDS)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(T4_GIB * 2**30 / total)
@@ -245,47 +241,6 @@ def measure(job: dict) -> dict:
     return result
 
 
-def run_jobs(jobs: list[dict], out: pathlib.Path, *, ahead: int = 4) -> list[dict]:
-    """Run jobs in order, each in a process of its own, and append the results to `out`."""
-    results = []
-    with tempfile.TemporaryDirectory() as scratch, open(out, "a") as file:
-        for begin in range(0, len(jobs), ahead):
-            running = [start(COMMON | job, scratch) for job in jobs[begin : begin + ahead]]
-            while not all(
-                pathlib.Path(job["go"]).with_name("ready").exists() or process.poll() is not None
-                for job, process, _ in running
-            ):
-                time.sleep(0.2)
-            for job, process, log in running:
-                pathlib.Path(job["go"]).touch()
-                process.wait()
-                log.seek(0)
-                text = log.read()
-                result = {key: job[key] for key in job if key not in ("go", "scratch")}
-                if process.returncode:
-                    result |= {"failed": text.strip().splitlines()[-1][:300], "log": text[-3000:]}
-                else:
-                    result |= json.loads(text.splitlines()[-1])
-                results.append(result)
-                file.write(json.dumps(result) + "\n")
-                file.flush()
-                keys = ("settled_s", "settled_tokens_per_s", "peak_reserved_gib", "first_step_s", "cold_s")
-                figures = {key: round(result[key], 2) for key in (*keys, "held_out_loss") if key in result}
-                print(result["name"], figures, result.get("failed", ""), flush=True)
-    return results
-
-
-def start(job: dict, scratch: str) -> tuple[dict, subprocess.Popen, typing.IO]:
-    """A process that imports its libraries and waits for the file `job["go"]`."""
-    own = pathlib.Path(tempfile.mkdtemp(dir=scratch))
-    job |= {"go": f"{own}/go", "scratch": str(own)}
-    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{own}/inductor", "TRITON_CACHE_DIR": f"{own}/triton"}
-    env |= {"UNSLOTH_COMPILE_LOCATION": f"{own}/unsloth"} | job["env"]
-    log = open(own / "log", "w+")
-    command = [sys.executable, __file__, "--one", json.dumps(job)]
-    return job, subprocess.Popen(command, stdout=log, stderr=log, cwd=own, env=env), log
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["1B", "3B"])
@@ -300,15 +255,8 @@ def main() -> int:
     if options.one:
         print("\n" + json.dumps(measure(json.loads(options.one))))
         return 0
-    with tempfile.TemporaryDirectory() as models:
-        models = options.models or models
-        for shape in options.shapes:
-            if pathlib.Path(models, shape, "tokenizer_config.json").exists():
-                continue
-            code = (
-                f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); from llama_shapes import save_model; "
-            )
-            subprocess.run([sys.executable, "-c", code + f"save_model({shape!r}, '{models}/{shape}')"], check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        models = make_models(options.shapes, options.models or folder)
         if options.jobs:
             jobs = json.loads(pathlib.Path(options.jobs).read_text())
         else:
@@ -318,8 +266,13 @@ def main() -> int:
                 for dtype in options.dtypes
                 for row in options.rows
             ]
-        jobs = [{"dtype": "bfloat16"} | job | {"folder": f"{models}/{job['shape']}"} for job in jobs]
-        run_jobs(jobs, options.out, ahead=options.ahead)
+        jobs = [COMMON | job | {"folder": models[job["shape"]]} for job in jobs]
+        for job, result in run_in_turns(__file__, jobs, ahead=options.ahead):
+            with open(options.out, "a") as file:
+                file.write(json.dumps(job | result) + "\n")
+            keys = ("settled_s", "settled_tokens_per_s", "peak_reserved_gib", "first_step_s", "cold_s", "held_out_loss")
+            figures = {key: round(result[key], 2) for key in keys if key in result}
+            print(job["name"], figures, result.get("failed", ""), flush=True)
     return 0
 
 

@@ -107,7 +107,7 @@ draw_lora(out_features=query.out_features, in_features=query.in_features, rank=1
 # | `lora_alpha` | 16 | The detour is scaled by α / r, here 1. Raise it together with `r`. |
 # | `lora_dropout` | 0 | No random zeros in the detour. At 0 Unsloth can use its fused kernels. |
 # | `bias` | `"none"` | Llama's linear layers have no biases to train. |
-# | `use_gradient_checkpointing` | the profile's | Recompute activations in the backward pass instead of keeping them: less memory for more time. `"unsloth"` also moves them to main memory, which is slower still and saves the most. |
+# | `use_gradient_checkpointing` | the profile's | Recompute activations in the backward pass instead of keeping them: less memory for more time. `"unsloth"` also moves them to main memory, which is slower still and saves the most. Chapter 04 chooses it anew, by the memory and the data that there are. |
 # | `random_state` | 3407 | Seeds $A$, so that your run can be repeated. |
 # | `use_rslora` | `False` | *Rank-stabilised* LoRA scales by α / √r, for ranks far above 16. |
 # | `loftq_config` | `None` | LoftQ starts $A$ and $B$ so that they repair the error of quantisation; it needs the 16-bit weights, which do not fit here. |

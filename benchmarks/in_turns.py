@@ -1,0 +1,67 @@
+"""Jobs in processes of their own that import their libraries side by side and then use the GPU one after the other."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def run_in_turns(script: str, jobs: Sequence[dict], *, ahead: int = 6) -> Iterator[tuple[dict, dict]]:
+    """Run `script --one JOB` for each job; yields (job, what its last line of output said) in order.
+
+    Each process has empty compilation caches and a folder `job["scratch"]` of its own, and calls `wait_for_turn(job)`
+    when it has imported what it needs. Groups of `ahead` processes import side by side, and only when all of a group
+    have does its first one go, so that nobody is timed while others import. A job that fails yields {"failed": …}.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        for begin in range(0, len(jobs), ahead):
+            group = [_start(script, job, tempfile.mkdtemp(dir=scratch)) for job in jobs[begin : begin + ahead]]
+            while not all(
+                pathlib.Path(job["scratch"], "ready").exists() or run.poll() is not None for job, run in group
+            ):
+                time.sleep(0.2)
+            for job, process in group:
+                pathlib.Path(job["scratch"], "go").touch()
+                process.wait()
+                said = pathlib.Path(job["scratch"], "log").read_text(errors="replace").strip().splitlines() or [""]
+                yield job, {"failed": said[-1][:300]} if process.returncode else json.loads(said[-1])
+
+
+def wait_for_turn(job: dict) -> None:
+    """In the process of a job: say that everything is imported, and wait until the others are done."""
+    pathlib.Path(job["scratch"], "ready").touch()
+    while not _has(job, "go"):
+        time.sleep(0.05)
+
+
+def make_models(shapes: Sequence[str], folder: str) -> dict[str, str]:
+    """{shape: folder of a model of random weights}; what `folder` has already is kept."""
+    for shape in shapes:
+        if not pathlib.Path(folder, shape, "tokenizer_config.json").exists():
+            code = f"from llama_shapes import save_model; save_model({shape!r}, {f'{folder}/{shape}'!r})"
+            subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "benchmarks")
+    return {shape: f"{folder}/{shape}" for shape in shapes}
+
+
+def _has(job: dict, mark: str) -> bool:
+    return pathlib.Path(job["scratch"], mark).exists()
+
+
+def _start(script: str, job: dict, own: str) -> tuple[dict, subprocess.Popen[Any]]:
+    job = job | {"scratch": own}
+    caches = {
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+        "TRITON_CACHE_DIR": "triton",
+        "UNSLOTH_COMPILE_LOCATION": "unsloth",
+    }
+    env = os.environ | {name: f"{own}/{folder}" for name, folder in caches.items()} | job.get("env", {})
+    with open(f"{own}/log", "w") as log:
+        command = [sys.executable, script, "--one", json.dumps(job)]
+        return job, subprocess.Popen(command, stdout=log, stderr=log, cwd=own, env=env)
