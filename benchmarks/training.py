@@ -1,7 +1,7 @@
 """Training speed and memory on a GPU, Llama 3.2's 1B and 3B shapes: the popular notebook's settings, plain
 Transformers + PEFT + TRL, and this series' settings.
 
-    python benchmarks/training.py [--shapes 1B 3B] [--dtypes bfloat16 float16] [--rows a b c] [--out FILE]
+    python benchmarks/training.py [--out FILE]     (--help: shapes, types, rows and lengths)
 
 Each row runs in a process of its own with empty compilation caches. Some processes at a time import their libraries
 side by side; then, once all of these have, they take turns, so that only one of them uses the machine. The GPU's memory
@@ -246,6 +246,8 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", default=["1B", "3B"])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
     parser.add_argument("--rows", nargs="+", default=list(ROWS))
+    parser.add_argument("--lengths", default="conversations", help="or one length, such as 1024")
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--jobs", help="a JSON file with jobs of your own instead")
     parser.add_argument("--models", help="a folder to keep the random models in")
     parser.add_argument("--ahead", type=int, default=6, help="processes that import at the same time")
@@ -261,7 +263,9 @@ def main() -> int:
             jobs = json.loads(pathlib.Path(options.jobs).read_text())
         else:
             jobs = [
-                ROWS[row][1] | {"name": f"{shape} {dtype} {row}", "shape": shape, "dtype": dtype}
+                ROWS[row][1]
+                | {"name": f"{shape} {dtype} {row}", "shape": shape, "dtype": dtype}
+                | {"lengths": options.lengths, "steps": options.steps}
                 for shape in options.shapes
                 for dtype in options.dtypes
                 for row in options.rows
