@@ -63,8 +63,9 @@ workflows:  # part of lint
 	@jactionlint --profile pedantic --strict-exit
 	@shellcheck .github/*.sh .ci/run
 
+# Two files at once, with one thread each; then what was skipped, and the slowest.
 unit: model llama-cpp  ## run the tests
-	@pytest -rs --durations=10  # what was skipped and why, and where the time went
+	@OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -rs --durations=10
 
 test:  ## lint, tests, the whole series on the cpu profile and its regression; says what each took
 	@trap 'printf "\nmake test took\n$$took"' EXIT; \
