@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def choose_profile(name: str = "auto", **overrides: Any) -> Profile:
         overrides: any field of `Profile`; None and "" mean the profile's own value. Numbers may come as text.
 
     Raises:
-        ProfileError: an unknown profile or setting, a value of the wrong kind, or a number below 1.
+        ProfileError: an unknown profile or setting, a value of the wrong kind, or a number that is not above 0.
 
     Example:
         >>> choose_profile("cpu", max_steps=5).max_steps
@@ -166,7 +167,7 @@ def _read_as(key: str, value: Any, default: Any) -> Any:
     """A reader's value in the type of the profile's own value."""
     where = key.upper()
     if isinstance(default, Path):
-        return Path(value).expanduser().resolve()
+        return Path(str(value)).expanduser().resolve()  # papermill makes a number of `-p RUN_DIR 5`
     if isinstance(default, str):
         return str(value)
     if key == "use_gradient_checkpointing":
@@ -179,7 +180,7 @@ def _read_as(key: str, value: Any, default: Any) -> Any:
         number = type(default)(str(value))
     except ValueError:
         number = 0
-    if isinstance(value, bool) or not number > 0:
+    if isinstance(value, bool) or not 0 < number < math.inf:
         raise ProfileError(where, found=repr(value), expected=kind, fix=f"set {where} to {kind}, such as {default}")
     return number
 
@@ -189,6 +190,7 @@ def model_source(model_name: str) -> str:
 
     Raises:
         ProfileError: the folder holds no model, or the Hub has no such repository or cannot be reached.
+        SmolLM2Error: the `cpu` profile's own model cannot be prepared.
     """
     if model_name == SMOLLM2:
         from helpers.smollm2 import prepare_smollm2
@@ -218,7 +220,8 @@ def data_source(dataset: str) -> dict[str, str]:
         {"path": "json", "data_files": FILE} for a .json or .jsonl file, {"path": NAME} for a Hub data set.
 
     Raises:
-        ProfileError: the file is missing, empty, not JSON(L) or not ShareGPT, or the Hub cannot give the data set.
+        ProfileError: the file is missing, empty, not UTF-8, not JSON(L) or not ShareGPT; or the Hub cannot give the
+            data set.
     """
     if not dataset.endswith((".json", ".jsonl")):
         require_hub(dataset, setting="DATASET", repo_type="dataset")
@@ -227,19 +230,24 @@ def data_source(dataset: str) -> dict[str, str]:
     where, fix = f"DATASET {file}", "give a file with one ShareGPT conversation a line"
     if not file.is_file():
         raise ProfileError(where, found="no such file", expected="a .json or .jsonl file", fix="correct the path")
-    text = file.read_text(encoding="utf-8", errors="replace").strip()
-    if not text:
-        raise ProfileError(where, found="an empty file", expected="conversations", fix=fix)
-    first_line = text.splitlines()[0]
     try:
-        rows = json.loads(text) if text[0] == "[" else [json.loads(line) for line in text.splitlines() if line.strip()]
+        text = file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        found = f"a byte that is not UTF-8, at {error.start}"
+        raise ProfileError(where, found=found, expected="text in UTF-8", fix="save the file as UTF-8") from None
+    if text in ("", "[]"):
+        raise ProfileError(where, found="an empty file", expected="conversations", fix=fix)
+    lines = text.split("\n")  # splitlines would also split at U+2028 and U+0085, which may stand inside a text
+    try:
+        rows = json.loads(text) if text[0] == "[" else [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
         raise ProfileError(where, found=f"not JSON ({error})", expected="JSON or JSON Lines", fix=fix) from None
     expected = 'rows like {"conversations": [{"from": "human", "value": "…"}, …]}'
     for number, row in enumerate(rows, 1):
         turns = row.get("conversations") if isinstance(row, dict) else None
         if not (isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)):
-            raise ProfileError(f"{where}, row {number}", found=first_line[:80], expected=expected, fix=fix)
+            found = json.dumps(row, ensure_ascii=False)[:80]
+            raise ProfileError(f"{where}, row {number}", found=found, expected=expected, fix=fix)
     return {"path": "json", "data_files": str(file)}
 
 

@@ -38,6 +38,10 @@ def test_auto_says_why():
     assert "CUDA GPU" in choose_profile("auto").why
 
 
+def test_a_run_folder_may_look_like_a_number():
+    assert choose_profile("cpu", run_dir=5).run_dir.name == "5"
+
+
 def test_rows_needed():
     assert choose_profile("cpu", max_steps=3, effective_batch_size=8).train_rows == 24
 
@@ -54,6 +58,7 @@ def test_rows_needed():
         ("cpu", {"learning_rate": "fast"}, "LEARNING_RATE: found 'fast'"),
         ("cpu", {"learning_rate": float("nan")}, "LEARNING_RATE: found nan"),
         ("cpu", {"learning_rate": 0}, "LEARNING_RATE: found 0"),
+        ("cpu", {"learning_rate": "inf"}, "LEARNING_RATE: found 'inf'"),
         ("cpu", {"use_gradient_checkpointing": "maybe"}, "USE_GRADIENT_CHECKPOINTING: found 'maybe'"),
         ("cpu", {"steps": 5}, "setting: found steps"),
     ],
@@ -84,24 +89,33 @@ def test_folder_that_is_a_model(tmp_path):
         (None, "no such file"),
         ("", "an empty file"),
         ("  \n", "an empty file"),
+        ("[]", "an empty file"),
+        (b'{"conversations": "caf\xe9"}', "a byte that is not UTF-8, at 22"),
         ("hello", "not JSON"),
         ('{"conversations": [', "not JSON"),
         ('{"text": "hello"}', "row 1"),
         ('{"conversations": "hello"}', "row 1"),
         ('{"conversations": []}', "row 1"),
-        (json.dumps(SHAREGPT) + '\n{"conversations": ["hello"]}', "row 2"),
+        (json.dumps(SHAREGPT) + '\n{"conversations": ["hello"]}', 'row 2: found {"conversations": ["hello"]}'),
         ("[1, 2]", "row 1"),
     ],
 )
 def test_data_files_that_cannot_be_used(tmp_path, content, said):
     file = tmp_path / "data.jsonl"
     if content is not None:
-        file.write_text(content)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ProfileError) as caught:
         data_source(str(file))
     assert said in str(caught.value)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
+    file = tmp_path / "transcript.jsonl"
+    row = {"conversations": [{"from": "human", "value": "one\u2028two\u0085three"}]}
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")  # as the chat box writes it
+    assert data_source(str(file)) == {"path": "json", "data_files": str(file)}
 
 
 @pytest.mark.parametrize("text", [json.dumps(SHAREGPT), json.dumps([SHAREGPT, SHAREGPT])], ids=["lines", "array"])
