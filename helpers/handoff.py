@@ -53,7 +53,7 @@ def hash_files(path: Path) -> dict[str, str]:
     """{name relative to the artefact: sha256} of one file or of every file below a folder."""
     if path.is_file():
         return {path.name: sha256_of(path)}
-    return {str(file.relative_to(path)): sha256_of(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    return {file.relative_to(path).as_posix(): sha256_of(file) for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 def fingerprint(text: str) -> str:
@@ -150,9 +150,9 @@ class Run:
         if self.mirror is not None:
             _copy_artefact(self.path, self.mirror, name, entry)
 
-    def write_json(self, name: str, content: Mapping[str, Any], *, base_model: str, template: str = "") -> Path:
+    def write_json(self, name: str, content: Mapping[str, Any], *, base_model: str) -> Path:
         """`write` for a JSON file; returns its path."""
-        with self.write(name, base_model=base_model, template=template) as path:
+        with self.write(name, base_model=base_model) as path:
             path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return self.path / name
 
@@ -168,11 +168,11 @@ class Run:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             schema = content["schema"]
+            if schema == SCHEMA_VERSION:
+                return dict(content["artefacts"])
         except (ValueError, KeyError, TypeError) as error:
             raise HandoffError(str(path), found="not a hand-off file", expected="JSON", fix=fix) from error
-        if schema != SCHEMA_VERSION:
-            raise HandoffError(str(path), found=f"schema {schema}", expected=f"schema {SCHEMA_VERSION}", fix=fix)
-        return content["artefacts"]
+        raise HandoffError(str(path), found=f"schema {schema}", expected=f"schema {SCHEMA_VERSION}", fix=fix)
 
 
 def open_run(

@@ -183,7 +183,7 @@ def test_colabs_place_for_drive_counts_before_it_is_mounted(folder, on_drive):
     assert is_on_drive(Path(folder)) == on_drive
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 99, "artefacts": {}}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": 1}', '{"schema": 1, "artefacts": 5}', '{"schema": 99}'])
 def test_unreadable_manifest(run, content):
     (run.path / MANIFEST).write_text(content)
     with pytest.raises(HandoffError, match="handoff.json"):
