@@ -108,7 +108,7 @@ def read_curves(path: str | Path) -> list[dict[str, float | None]]:
             raise ValueError(header)
         rows = [[float(value) if value else None for value in line] for line in lines]
         return [{"step": int(step)} | dict(zip(MEASURES, values, strict=True)) for step, *values in rows]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:
         found = error.strerror if isinstance(error, OSError) else "another kind of file"
         raise CurvesError(str(path), found=found, expected="the curves of a run", fix=fix) from None
 
@@ -425,7 +425,7 @@ def fall_interval(before: HeldOutLosses, after: HeldOutLosses) -> tuple[float, f
     return bootstrap_interval(falls, before.tokens)
 
 
-def held_out_losses(model: Any, dataset: Any, *, batch_size: int = 8, dtype: Any = None) -> HeldOutLosses:
+def held_out_losses(model: Any, dataset: Any, *, batch_size: int = 8) -> HeldOutLosses:
     """Measure a model on the answers of conversations that it was not trained on, one by one.
 
     `loss` equals the trainer's `eval_loss` where that sees all rows in one batch. With several, Transformers averages
@@ -440,8 +440,6 @@ def held_out_losses(model: Any, dataset: Any, *, batch_size: int = 8, dtype: Any
         model: a causal language model, plain, PEFT or Unsloth; its mode is restored.
         dataset: rows with `input_ids` and `labels`, -100 where a token is no part of an answer.
         batch_size: conversations at once; similar lengths are grouped to save padding.
-        dtype: what to compute in; by default the type of the model's output layer. Give `torch.float16` or
-            `torch.bfloat16` for a float32 model that is trained in mixed precision.
 
     Raises:
         EvidenceError: there are no rows, no labels, or no answer tokens in any row.
@@ -459,7 +457,7 @@ def held_out_losses(model: Any, dataset: Any, *, batch_size: int = 8, dtype: Any
         raise EvidenceError("held-out rows", found=found, expected="rows with labels on the answers", fix=fix)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head, device = base.get_output_embeddings(), next(base.parameters()).device
-    dtype = dtype or head.weight.dtype
+    dtype = head.weight.dtype
     half = torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.float16, torch.bfloat16))
     sums, tokens = [0.0] * len(rows), [sum(label != -100 for label in labels[1:]) for _, labels in rows]
     order = sorted(range(len(rows)), key=lambda number: len(rows[number][0]))

@@ -37,6 +37,7 @@ TOKENS = (4, 2, 6, 3)
 BEFORE = HeldOutLosses((8.4, 4.2, 12.1, 5.9), TOKENS)
 AFTER = HeldOutLosses((4.1, 2.2, 5.8, 3.1), TOKENS)
 PNG = b"\x89PNG"
+ENDLESS = Curves((), 0).as_csv() + "inf,,,,,,,\n"
 
 
 def small_model(**settings):
@@ -156,9 +157,7 @@ def test_held_out_losses_in_half_precision(kind):
     dtype, rows = getattr(torch, kind), small_rows()
     exact = held_out_losses(small_model(), rows)
     whole = held_out_losses(small_model().to(dtype), rows)
-    mixed = held_out_losses(small_model(), rows, dtype=dtype)
     assert whole.loss == pytest.approx(exact.loss, rel=0.02) and whole.loss != exact.loss
-    assert mixed.loss == pytest.approx(exact.loss, rel=0.02) and mixed.loss != exact.loss
 
 
 def test_held_out_losses_of_a_model_that_caps_its_logits():
@@ -491,7 +490,7 @@ def test_curves_as_files(tmp_path):
     assert draw_curves(infinite)
 
 
-@pytest.mark.parametrize("content", ["step\n1\n", "a picture", "step,loss\nx,2\n", None])
+@pytest.mark.parametrize("content", ["step\n1\n", "a picture", "step,loss\nx,2\n", "x" * 200_000, ENDLESS, None])
 def test_curves_that_are_none(tmp_path, content):
     if content is not None:
         (tmp_path / "curves.csv").write_text(content)
