@@ -1,17 +1,14 @@
 """Around an export: does it fit, does the adapter fit its base, which files stay, how they are published."""
 
 import json
-import os
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from helpers.errors import InputError
-from helpers.gguf import SECRETS
 from helpers.tables import html_table, text_table
 
 GIB = 2**30
@@ -211,16 +208,14 @@ def list_files(folder: str | Path) -> FileList:
 
 
 def hub_token() -> str:
-    """The Hugging Face token, from the environment or Colab's secrets; it is never printed.
+    """The Hugging Face token, from the environment, `hf auth login` or Colab's secrets; it is never printed.
 
     Raises:
         ExportError: there is none.
     """
-    token = next((os.environ[name] for name in SECRETS if os.environ.get(name)), "")
-    if not token and "google.colab" in sys.modules:
-        from google.colab import userdata
+    from huggingface_hub import get_token
 
-        token = userdata.get("HF_TOKEN")
+    token = get_token()
     if not token:
         fix = "create one with write access in your Hub settings and store it there"
         raise ExportError("HF_TOKEN", found="no token", expected="one in the environment or Colab's secrets", fix=fix)

@@ -235,11 +235,14 @@ def test_the_token_comes_from_the_environment(monkeypatch):
     assert hub_token() == "from-the-environment"
 
 
-def test_no_token_is_said_without_a_traceback(monkeypatch):
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN"):
+def test_the_token_is_the_one_that_hf_auth_login_wrote_or_its_lack_is_said(monkeypatch, tmp_path):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     with pytest.raises(ExportError, match="HF_TOKEN: found no token"):
         hub_token()
+    (tmp_path / "token").write_text("from-the-file\n")
+    assert hub_token() == "from-the-file"
 
 
 SECRET = "hf_" + "neverShowThis" * 2
