@@ -155,9 +155,7 @@ def hub_files(folder: str | Path, *, card: str, base_model: str) -> dict[str, Pa
     return files
 
 
-def publish(
-    folder: str | Path, *, repository: str, card: str, base_model: str, token: str, private: bool = True
-) -> str:
+def publish(folder: str | Path, *, repository: str, card: str, base_model: str, token: str) -> str:
     """Upload a verified artefact to the Hub in one commit; returns the commit's address.
 
     Args:
