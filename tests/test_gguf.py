@@ -54,15 +54,6 @@ def test_a_file_that_is_no_model_is_refused_with_the_servers_words(tmp_path):
         pass
 
 
-def test_a_port_that_is_taken_is_refused(tmp_path):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(GgufError, match=f"port {port}: found a program on it"), serve_gguf("x.gguf", port=port):
-            pass
-
-
 def program(folder, text):
     path = folder / "llama-server"
     path.write_text(f"#!/bin/sh\n{text}\n")
