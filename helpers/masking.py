@@ -469,12 +469,15 @@ def _quote(text: str, *, from_end: bool, width: int = 60) -> str:
     return repr(short)
 
 
-def show_masking(row: Mapping, *, tokenizer, ignore_index: int = -100) -> "MaskView":
+def show_masking(row: Mapping, *, tokenizer) -> "MaskView":
     """One row as text, trained tokens apart from masked ones; in a notebook in colour, with ids as tool-tips.
 
     Args:
-        row: `input_ids` and `labels`, lists of one length.
+        row: `input_ids` and `labels`, lists of one length; -100 is masked.
         tokenizer: the one that made the ids.
+
+    Raises:
+        RowsError: there are no labels, or not as many as ids.
 
     Example:
         >>> print(show_masking(trainer.train_dataset[0], tokenizer=tokenizer))
@@ -493,7 +496,7 @@ def show_masking(row: Mapping, *, tokenizer, ignore_index: int = -100) -> "MaskV
             expected="one label a token",
             fix="pass a whole row",
         )
-    trained = [label != ignore_index for label in labels]
+    trained = [label != -100 for label in labels]
     pieces: list[_Piece] = []
     data = b""
     first = 0

@@ -85,13 +85,13 @@ class RemoteError(InputError):
     """The service's command is missing or failed, or nothing came back."""
 
 
-def make_bundle(root: Path = ROOT) -> bytes:
+def make_bundle() -> bytes:
     """The files of `SENT`, as they are now, as a tar.xz; notebooks without their outputs."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:xz") as bundle:
-        for path in sorted(path for pattern in SENT for path in root.glob(pattern) if path.is_file()):
+        for path in sorted(path for pattern in SENT for path in ROOT.glob(pattern) if path.is_file()):
             content = _without_outputs(path) if path.suffix == ".ipynb" else path.read_bytes()
-            entry = tarfile.TarInfo(path.relative_to(root).as_posix())
+            entry = tarfile.TarInfo(path.relative_to(ROOT).as_posix())
             entry.size = len(content)
             bundle.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
