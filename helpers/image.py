@@ -74,7 +74,6 @@ class ImageReport:
     torch: str
     added: tuple[Change, ...]
     changed: tuple[Change, ...]
-    removed: tuple[Change, ...]
     conflicts: tuple[Conflict, ...]
     accepted: tuple[Conflict, ...]
     unread: int
@@ -88,14 +87,14 @@ class ImageReport:
         rows = [["CONFLICT", c.package, f"asks for {c.requires}, finds {c.found}", ""] for c in self.conflicts]
         rows += [
             [kind, c.package, f"{c.before} -> {c.after}", c.reason]
-            for kind in ("added", "changed", "removed")
+            for kind in ("added", "changed")
             for c in getattr(self, kind)
         ]
         rows += [["accepted", c.package, f"asks for {c.requires}, finds {c.found}", c.accepted] for c in self.accepted]
         return rows
 
     def _verdict(self) -> str:
-        counts = ", ".join(f"{len(getattr(self, kind))} {kind}" for kind in ("added", "changed", "removed"))
+        counts = ", ".join(f"{len(getattr(self, kind))} {kind}" for kind in ("added", "changed"))
         verdict = "installs cleanly" if self.ok else f"does not install cleanly: {len(self.conflicts)} conflicts"
         note = (
             f" Of {self.unread} of the image's packages it is not known whether they need another version of a package "
@@ -355,7 +354,6 @@ def compare_image(
         torch=image.get("torch") or "none",
         added=tuple(c for c in changes if c.before == "none"),
         changed=tuple(c for c in changes if c.before not in ("none", c.after)),
-        removed=(),  # pip and uv never remove a package when told to install without dependencies
         conflicts=tuple(c for c, reason in reasons.items() if not reason),
         accepted=tuple(Conflict(c.package, c.requires, c.found, reason) for c, reason in reasons.items() if reason),
         unread=unread,
