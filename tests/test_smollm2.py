@@ -12,6 +12,7 @@ import zipfile
 import pytest
 
 from helpers import smollm2
+from helpers.handoff import sha256_of
 from helpers.smollm2 import MANIFEST, NAME, SmolLM2Error, is_prepared, prepare_smollm2
 
 AWKWARD = [
@@ -128,7 +129,7 @@ def fake_folder(path):
     path.mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):
         (path / name).write_text(f"{name} as it was made")
-    files = {file.name: smollm2._sha256(file) for file in path.iterdir()}
+    files = {file.name: sha256_of(file) for file in path.iterdir()}
     manifest = {"recipe": smollm2.RECIPE, "source_sha256": smollm2.GGUF_SHA256, "files": files}
     (path / MANIFEST).write_text(json.dumps(manifest))
     return path
@@ -189,7 +190,7 @@ def test_a_killed_preparation_leaves_nothing_and_the_next_one_works_after_unslot
     assert is_prepared(tmp_path / NAME)
     assert not list(tmp_path.glob(f".{NAME}.partial-*"))
     same = ("tokenizer.json", "config.json", "model.safetensors")
-    assert all(smollm2._sha256(tmp_path / NAME / n) == smollm2._sha256(prepare_smollm2() / n) for n in same)
+    assert all(sha256_of(tmp_path / NAME / n) == sha256_of(prepare_smollm2() / n) for n in same)
 
 
 def test_another_gguf_is_refused(tmp_path, monkeypatch):
