@@ -81,7 +81,7 @@ def collect_metrics(run_dir: str | Path) -> Metrics:
     Chapters that did not run leave out what is theirs.
 
     Raises:
-        RegressError: the folder holds no run of `helpers.series`.
+        RegressError: the folder holds no run of `helpers.series`, or a file of it is half-written.
     """
     run_dir = Path(run_dir)
     measured = _read_json(run_dir / "executed" / "measured.json")
@@ -176,17 +176,25 @@ def read_table(text: str) -> list[dict[str, str]]:
 
 
 def cell_texts(executed: Path) -> list[tuple[bool, str]]:
-    """(whether it is compared, what it showed as text) for each code cell of an executed notebook; [] without one."""
+    """(whether it is compared, what it showed as text) for each code cell of an executed notebook; [] without one.
+
+    Raises:
+        RegressError: it is no notebook, or half of one.
+    """
     import nbformat
 
     if not executed.is_file():
         return []
+    try:
+        cells = nbformat.read(executed, as_version=4).cells
+    except ValueError:
+        raise _half_written(executed) from None
     return [
         (
             "nbval-check-output" in cell.metadata.get("tags", []),
             "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs),
         )
-        for cell in nbformat.read(executed, as_version=4).cells
+        for cell in cells
         if cell.cell_type == "code"
     ]
 
@@ -195,8 +203,16 @@ def _search(pattern: str, texts: list[tuple[bool, str]]) -> re.Match[str] | None
     return next((found for _, text in texts if (found := re.search(pattern, text, re.MULTILINE))), None)
 
 
+def _half_written(path: Path) -> RegressError:
+    fix = "run the series again"
+    return RegressError(str(path), found="no JSON, or half of it", expected="what a whole run wrote", fix=fix)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        raise _half_written(path) from None
 
 
 def band(name: str, was: float | bool) -> tuple[float, float] | None:
@@ -430,7 +446,7 @@ def check_run(run_dir: str | Path, *, baselines: Path = BASELINES) -> Verdict:
     """Compare and judge a run; writes `metrics.json` and `reports/` into its folder.
 
     Raises:
-        RegressError: the folder holds no run.
+        RegressError: the folder holds no run, or half-written files.
     """
     run_dir = Path(run_dir).resolve()
     metrics = collect_metrics(run_dir)

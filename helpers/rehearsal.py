@@ -21,6 +21,8 @@ from pathlib import Path
 from helpers.errors import InputError
 from helpers.image import METADATA, public, read_freeze, read_lock, read_metadata, read_os_info, requirement_name
 from helpers.lock import IMAGE, LOCK, ROOT, find_uv
+from helpers.regress import cell_texts
+from helpers.series import read_result
 from helpers.tables import text_table
 
 CHAPTERS = ("01_install", "02_load_and_lora", "03_data", "04_train")
@@ -136,17 +138,6 @@ def write_setup_notebook(path: Path) -> None:
     nbformat.write(v4.new_notebook(cells=cells), path)
 
 
-def read_outputs(path: Path) -> list[str]:
-    """The text that each code cell of an executed notebook shows."""
-    import nbformat
-
-    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-    return [
-        "\n".join(out.get("text") or out.get("data", {}).get("text/plain", "") for out in cell.outputs)
-        for cell in cells
-    ]
-
-
 def rehearse(folder: Path, *, chapters: Sequence[str]) -> list[list[object]]:
     """All steps, in `folder`; one row (step, seconds, what was seen) each."""
     rows: list[list[object]] = []
@@ -171,7 +162,7 @@ def rehearse(folder: Path, *, chapters: Sequence[str]) -> list[list[object]]:
     start = time.perf_counter()
     write_setup_notebook(folder / "setup.ipynb")
     run([*papermill, folder / "setup.ipynb", folder / "setup.out.ipynb"], what="setup cell", env=environment)
-    first, second, preflight = read_outputs(folder / "setup.out.ipynb")
+    first, second, preflight = (text for _, text in cell_texts(folder / "setup.out.ipynb"))
     print(first, second, preflight, sep="\n\n")
     if "nothing to install" not in second or "RESTART" in first:
         raise RehearsalError(
@@ -190,8 +181,7 @@ def rehearse(folder: Path, *, chapters: Sequence[str]) -> list[list[object]]:
         source = content / "llama-3.2-unsloth-t4" / "notebooks" / f"{chapter}.ipynb"
         out = folder / f"{chapter}.ipynb"
         run([*papermill, source, out, "-p", "PROFILE", "cpu"], what=chapter, env=environment)
-        results = re.findall(r"^Result: (.+)$", "\n".join(read_outputs(out)), flags=re.MULTILINE)
-        step(chapter, start, results[-1] if results else "ran to its end")
+        step(chapter, start, read_result(out) or "ran to its end")
     return rows
 
 

@@ -205,6 +205,15 @@ def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert "make run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["report.json", "executed/measured.json", "executed/04_train.ipynb"])
+def test_a_half_written_file_is_refused(run_dir, name, capsys):
+    whole = (run_dir / name).read_text(encoding="utf-8")
+    (run_dir / name).write_text(whole[: len(whole) // 2], encoding="utf-8")
+    with pytest.raises(RegressError, match=f"{name}: found no JSON, or half of it"):
+        collect_metrics(run_dir)
+    assert main([str(run_dir)]) == 2
+
+
 def test_a_table_is_read_back():
     headers, rows = ["form", "replies", "verdict"], [["in memory", "", ""], ["GGUF q8_0", "8 of 8", "ok"]]
     text = text_table(headers, rows) + "\nMISSED, merged: a sentence that is no row"
