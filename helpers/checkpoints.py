@@ -34,6 +34,7 @@ from typing import Any
 
 from helpers.errors import InputError
 from helpers.handoff import hash_files
+from helpers.training import replace_file
 
 MANIFEST = "manifest.json"
 HANDED_OVER = "handed_over"
@@ -190,7 +191,7 @@ class Checkpoints:
         """Note that the run's result is saved elsewhere: the next run starts at step 0 instead of loading this one."""
         for folder in filter(None, (self.folder, self.mirror)):
             try:
-                (folder / HANDED_OVER).write_text(self.run, encoding="utf-8")
+                replace_file(folder / HANDED_OVER, self.run.encode())
             except OSError as error:
                 print(f"{folder}: could not note that this run is handed over ({error}); it would be loaded once more.")
 

@@ -258,8 +258,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         parameters = read_parameter_file(options.f) if options.f else {}
-        parameters |= {name: read_value(value) for name, value in options.p}
-        check_parameters(options.chapters, parameters)
+        check_parameters(CHAPTERS, parameters)  # a file is for the series, whatever part of it runs now
+        typed = {name: read_value(value) for name, value in options.p}
+        check_parameters(options.chapters, typed)
+        parameters |= typed
         profile = choose_profile(parameters.get("PROFILE", "auto"), run_dir=parameters.get("RUN_DIR"))
     except InputError as error:
         print(error, file=sys.stderr)

@@ -107,6 +107,21 @@ def test_unknown_parameters_are_an_error():
     check_parameters(["04_train"], {"MAX_STEPS": 5})
 
 
+def test_a_file_of_parameters_is_for_the_series_and_a_typed_one_for_the_chapters_named(chapters, tmp_path, capsys):
+    notebook = nbformat.read(chapters / "03_data.ipynb", 4)
+    notebook.cells[0].source = "PROFILE = ''\nRUN_DIR = ''"
+    notebook.cells[1].source = "print('Result: reached')"
+    nbformat.write(notebook, chapters / "03_data.ipynb")
+    file = tmp_path / "parameters.yaml"
+    file.write_text(f"PROFILE: cpu\nSTEPS: 2\nRUN_DIR: {tmp_path / 'run'}\n")
+    assert main(["03_data", "-f", str(file)]) == 0
+    assert main(["03_data", "-f", str(file), "-p", "STEPS", "2"]) == 2
+    assert "found STEPS" in capsys.readouterr().err
+    file.write_text("PROFILE: cpu\nSTEP: 2\n")
+    assert main(["03_data", "-f", str(file)]) == 2
+    assert "found STEP," in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("text", "value"), [("60", 60), ("1e-4", 1e-4), ("true", True), ("cpu", "cpu"), ("", "")])
 def test_values_from_a_command_line(text, value):
     assert read_value(text) == value

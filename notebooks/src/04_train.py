@@ -264,13 +264,15 @@ with track_memory("training") as training, checkpoints as last_checkpoint, fit_i
 
 # %% [markdown] lang="en"
 # Time and memory of the training, then of every stage against the size of the card. *Reserved* is what PyTorch has taken
-# from it, and what has to fit; the plan predicted the highest.
+# from it, and what has to fit. On a GPU compare the training's peak with the plan's prediction; without one the figures
+# are those of this process, Python and its libraries included.
 
 # %%
 from helpers.figures import draw_stages
 from helpers.memory import MemoryReport
 
-stages = [load, add_lora, fitting.rehearsal, training]
+rehearsed = [fitting.rehearsal] if fitting.rehearsal else []  # none where a complete run was only loaded
+stages = [load, add_lora, *rehearsed, training]
 print(MemoryReport(training))
 display(stage_table(stages), draw_stages(stages))
 
