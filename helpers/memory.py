@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from helpers.errors import InputError
@@ -28,6 +28,8 @@ HOST_SECONDS = 0.005
 OFFLOAD_BYTES_PER_SECOND = 12e9  # PCIe 3, 16 lanes, as reached
 WIDTHS = 7  # of padded batches: each new one costs the GPU's libraries a second once, fewer waste more padding
 
+_open_peaks: list[list[float]] = []  # GiB, of the `track_memory` blocks that have not ended; a list of one item each
+
 
 @dataclass(frozen=True)
 class MemoryStats:
@@ -39,7 +41,7 @@ class MemoryStats:
         total_gib: the card's (or the machine's) memory.
         allocated_gib: held by tensors (CPU: resident memory of the process).
         reserved_gib: taken from the driver by PyTorch, tensors and cache (CPU: the same as allocated).
-        peak_reserved_gib: the most that was reserved since the process or the last `track_memory` began.
+        peak_reserved_gib: the most that was reserved since the process or the last `track_memory` began (CPU: now).
     """
 
     device: str
@@ -52,7 +54,7 @@ class MemoryStats:
 
 @dataclass
 class Stage:
-    """What `track_memory` measured; complete once its block has ended. Seconds are wall time, memory is in GiB."""
+    """What `track_memory` measured; `after` is None until its block has ended. Seconds are wall time, memory is GiB."""
 
     label: str
     seconds: float = 0.0
@@ -146,7 +148,7 @@ def track_memory(label: str) -> Iterator[Stage]:
     """Measure a block: its seconds and its peak memory.
 
     On a GPU the allocator's peak is reset when the block begins; without one the process is sampled every 20 ms, so a
-    shorter spike can be missed.
+    shorter spike can be missed. Blocks may lie inside each other: the outer one's peak counts all that was in it.
 
     Example:
         with track_memory("loading the model") as load:
@@ -158,9 +160,12 @@ def track_memory(label: str) -> Iterator[Stage]:
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.synchronize()
+        for outer in _open_peaks:  # the reset would make the blocks around this one forget theirs
+            outer[0] = max(outer[0], memory_stats().peak_reserved_gib)
         torch.cuda.reset_peak_memory_stats()
     stage = Stage(label, before=memory_stats())
     peak, done = [stage.before.reserved_gib], threading.Event()
+    _open_peaks.append(peak)
 
     def sample() -> None:
         while not done.wait(SAMPLE_SECONDS):
@@ -179,9 +184,9 @@ def track_memory(label: str) -> Iterator[Stage]:
         done.set()
         if sampler:
             sampler.join()
+        _open_peaks[:] = [each for each in _open_peaks if each is not peak]
         now = memory_stats()
-        highest = now.peak_reserved_gib if gpu else max(peak[0], now.reserved_gib)
-        stage.after = MemoryStats(now.device, now.is_gpu, now.total_gib, now.allocated_gib, now.reserved_gib, highest)
+        stage.after = replace(now, peak_reserved_gib=max(peak[0], now.peak_reserved_gib))
 
 
 def stage_table(stages: Sequence[Stage]) -> StageTable:
@@ -227,6 +232,9 @@ def predict_peak(
     loss (one H100 capped to a T4's memory, Unsloth 2026.10.9, 2026-11-24; benchmarks/results/planner.csv), none of
     which is off by more than 5 %, and the loss without Triton to the runs in benchmarks/results/training.csv.
     `python benchmarks/planner.py` measures them again.
+
+    Raises:
+        PlanError: the configuration is not that of a Llama-like model.
 
     Example: 3B, 8 conversations of 1,792 tokens, rank 16, True -> 6.94 (measured: 6.94)
     """
@@ -341,7 +349,7 @@ def plan_batch(
 
     Args:
         config: the model's configuration.
-        lengths: tokens of each conversation that will be trained.
+        lengths: tokens of each conversation that will be trained, 1 or more.
         effective_batch_size: conversations a step averages over.
         lora_rank, load_in_4bit: see `predict_peak`.
         memory_gib: what this process may use; None: what is free on the GPU and what PyTorch holds already. Without a
@@ -355,7 +363,8 @@ def plan_batch(
     host is what takes the time, since padded batches need fewer launches; elsewhere it is wasted.
 
     Raises:
-        PlanError: not even one conversation at a time fits.
+        PlanError: not even one conversation at a time fits, a number makes no sense, or the configuration is not that
+            of a Llama-like model.
 
     Example:
         >>> plan_batch(config, lengths=lengths, effective_batch_size=8, lora_rank=16).settings
@@ -363,9 +372,14 @@ def plan_batch(
     """
     import torch
 
-    if not lengths or effective_batch_size < 1:
-        found = f"{len(lengths)} conversations, an effective batch of {effective_batch_size}"
-        raise PlanError("plan_batch", found=found, expected="at least one of each", fix="check the data set")
+    for where, wrong, found, expected in (
+        ("lengths", not lengths, "no conversations", "at least one"),
+        ("lengths", min(lengths, default=1) < 1, "a conversation without tokens", "1 token or more in each"),
+        ("effective_batch_size", effective_batch_size < 1, str(effective_batch_size), "1 or more"),
+        ("memory_gib", memory_gib is not None and not memory_gib > 0, str(memory_gib), "more than 0"),
+    ):
+        if wrong:
+            raise PlanError(where, found=found, expected=expected, fix="correct it, or check the data set")
     device = "a T4 (there is no GPU here)"
     if memory_gib is None and torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
@@ -419,6 +433,14 @@ def plan_batch(
 
 def _shape(config: Any) -> tuple[int, int, int, int, int, int]:
     """(hidden, intermediate, layers, vocabulary, width of the queries, width of the keys)."""
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    if missing := [name for name in (*needed, "vocab_size") if not getattr(config, name, None)]:
+        raise PlanError(
+            type(config).__name__,
+            found=f"a configuration without {', '.join(missing)}",
+            expected="one of a Llama-like model",
+            fix="choose such a model, or set the batch by hand (of a model that sees, try config.get_text_config())",
+        )
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
         config.hidden_size,

@@ -31,6 +31,18 @@ def test_a_peak_that_is_gone_at_the_end_still_counts():
         assert stage.peak_reserved_gib > stage.after.reserved_gib + 0.2
 
 
+def test_a_peak_in_a_block_inside_counts_for_the_one_around_it():
+    with track_memory("outer") as outer:
+        held = bytearray(300 * 2**20)
+        time.sleep(0.2)
+        del held
+        with track_memory("inner") as inner:
+            pass
+    assert outer.peak_reserved_gib >= inner.peak_reserved_gib
+    if not outer.after.is_gpu:
+        assert outer.added_gib > 0.2 > inner.added_gib
+
+
 def test_an_error_in_the_block_passes_through():
     with pytest.raises(KeyError), track_memory("fails") as stage:
         raise KeyError
