@@ -9,9 +9,11 @@ from typing import Any
 from helpers.errors import InputError
 from helpers.memory import Stage, track_memory
 
+REHEARSAL = "rehearsal of the longest"
+
 
 class DoesNotFit(InputError):
-    """One conversation alone needs more memory than there is."""
+    """One conversation alone needs more memory than there is, or a batch that does not fit cannot be split."""
 
 
 @dataclass
@@ -19,12 +21,13 @@ class Fitting:
     """How a run got by with its memory; complete once training has begun.
 
     Attributes:
-        rehearsal: the seconds and the memory of the rehearsal: the longest conversations, trained and evaluated.
+        rehearsal: the seconds and the memory of the rehearsal: the longest conversations, trained and evaluated. No
+            seconds where there was nothing left to train.
         tokens_at_once: the largest micro-batch that still fits; None: all of them did.
         splits: micro-batches that were split.
     """
 
-    rehearsal: Stage | None = None
+    rehearsal: Stage
     tokens_at_once: int | None = None
     splits: int = 0
 
@@ -38,8 +41,12 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
     the halves' gradients add up to the same step, because each is divided by the answer tokens of the whole step. So no
     step is lost, and every later micro-batch of that size is split from the start. It says so when it happens.
 
+    Args:
+        trainer: a Transformers or TRL trainer; its rows hold `input_ids` (and `labels`, or its collator makes them).
+
     Raises:
-        DoesNotFit: one conversation alone is too much.
+        DoesNotFit: one conversation alone is too much, or a batch is and the trainer does not count the step's answer
+            tokens (its `num_items_in_batch` is None), without which the halves would add up to another step.
 
     Example:
         >>> with fit_into_memory(trainer) as fitting:
@@ -49,28 +56,32 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
     """
     from transformers import TrainerCallback
 
-    fitting, train_whole = Fitting(), trainer.training_step
+    with track_memory(REHEARSAL) as nothing:  # stands where a run is complete, so that nothing is rehearsed
+        pass
+    fitting, train_whole = Fitting(nothing), trainer.training_step
 
     def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None, *rest: Any, **named: Any) -> Any:
         while True:
-            chunks = _split(inputs, fitting.tokens_at_once)
+            chunks = _split(inputs, None if num_items_in_batch is None else fitting.tokens_at_once)
             kept = [(p, p.grad.clone()) for p in model.parameters() if p.grad is not None]
             try:
                 losses = [train_whole(model, chunk, num_items_in_batch, *rest, **named) for chunk in chunks]
                 fitting.splits += len(chunks) > 1
                 return sum(losses)
             except Exception as error:
-                if not is_out_of_memory(error) or num_items_in_batch is None:
+                if not is_out_of_memory(error):
                     raise
             _drop_gradients(model, kept)
+            if num_items_in_batch is None:
+                raise DoesNotFit(
+                    "training",
+                    found="a batch that does not fit, of a trainer that does not count the answer tokens of a step",
+                    expected="a batch that fits, or num_items_in_batch, by which it could be split",
+                    fix="set a smaller per_device_train_batch_size",
+                )
             largest = max(chunk["input_ids"].numel() for chunk in chunks)
             if len(_split(inputs, largest // 2)) == len(chunks):
-                raise DoesNotFit(
-                    f"a conversation of {largest} tokens",
-                    found="not enough memory to train on it alone",
-                    expected="room for the longest conversation",
-                    fix="set a smaller MAX_SEQ_LENGTH, a smaller model, or restart the session if other work fills it",
-                )
+                raise _alone(largest, "train on")
             fitting.tokens_at_once = largest // 2
             print(
                 f"Memory ran out at {largest:,} tokens at once: from here on at most {largest // 2:,}. No step is lost."
@@ -78,7 +89,7 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
 
     class Rehearsal(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            with track_memory("rehearsal of the longest") as fitting.rehearsal:
+            with track_memory(REHEARSAL) as fitting.rehearsal:
                 _rehearse(trainer)
 
     rehearsal = Rehearsal()
@@ -99,6 +110,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
+def _alone(tokens: int, what: str) -> DoesNotFit:
+    return DoesNotFit(
+        f"a conversation of {tokens} tokens",
+        found=f"not enough memory to {what} it alone",
+        expected="room for the longest conversation",
+        fix="set a smaller MAX_SEQ_LENGTH, a smaller model, or restart the session if other work fills it",
+    )
+
+
 def _rehearse(trainer: Any) -> None:
     """Train and evaluate the longest rows, and leave everything as it was but the memory's high-water mark."""
     import torch
@@ -112,21 +132,24 @@ def _rehearse(trainer: Any) -> None:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         rows = _longest(trainer.train_dataset, args.per_device_train_batch_size)
-        answers = sum(label != -100 for row in rows for label in row["labels"][1:])
-        items = torch.tensor(answers, device=args.device)
+        batches, items = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, args.device)
         model.train()
-        trainer.training_step(model, trainer.data_collator(rows), items)
+        trainer.current_gradient_accumulation_steps = 1  # the trainer sets it for each step, and not before the first
+        trainer.training_step(model, batches[0], items)
         _drop_gradients(model, [])
         if trainer.eval_dataset is not None and args.eval_strategy != "no":
+            model.eval()  # as the trainer's own loop does, and prediction_step alone does not
             while True:
                 rows = _longest(trainer.eval_dataset, args.per_device_eval_batch_size)
                 try:
                     trainer.prediction_step(model, trainer.data_collator(rows), prediction_loss_only=True)
                     break
                 except Exception as error:
-                    if not is_out_of_memory(error) or args.per_device_eval_batch_size == 1:
+                    if not is_out_of_memory(error):
                         raise
                 _drop_gradients(model, [])
+                if args.per_device_eval_batch_size == 1:
+                    raise _alone(len(rows[0]["input_ids"]), "evaluate")
                 args.per_device_eval_batch_size //= 2
                 print(f"Memory ran out in the evaluation: from here on {args.per_device_eval_batch_size} at once.")
         model.train()
@@ -149,7 +172,8 @@ def _split(inputs: Any, tokens_at_once: int | None) -> list[Any]:
 def _longest(dataset: Any, count: int) -> list[dict[str, Any]]:
     lengths = [len(ids) for ids in dataset["input_ids"]]
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:count]
-    return [{name: dataset[row][name] for name in ("input_ids", "labels")} for row in order]
+    rows = [dataset[row] for row in order]
+    return [{name: row[name] for name in ("input_ids", "labels") if name in row} for row in rows]
 
 
 def _drop_gradients(model: Any, kept: list[tuple[Any, Any]]) -> None:

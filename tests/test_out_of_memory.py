@@ -3,13 +3,16 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_training import small_rows, small_trainer
 
-from helpers.memory import PlanError, plan_batch, predict_peak
+from helpers.memory import PlanError, plan_batch, predict_peak, stage_table
+from helpers.out_of_memory import DoesNotFit, fit_into_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -65,11 +68,101 @@ def test_less_memory_means_a_smaller_micro_batch_or_checkpointing(configs):
         plan_batch(configs["3B"], **asked, memory_gib=2.5)
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (dict(lengths=[]), "lengths: found no conversations"),
+        (dict(lengths=[512, 0]), "lengths: found a conversation without tokens"),
+        (dict(effective_batch_size=0), "effective_batch_size: found 0"),
+        (dict(memory_gib=0), "memory_gib: found 0"),
+        (dict(memory_gib=-3.5), "memory_gib: found -3.5"),
+        (dict(memory_gib=float("nan")), "memory_gib: found nan"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(configs, asked, said):
+    with pytest.raises(PlanError) as caught:
+        plan_batch(configs["3B"], **(dict(lengths=[512], effective_batch_size=8, lora_rank=16) | asked))
+    assert str(caught.value).startswith(said)
+
+
+def test_a_model_of_another_kind_is_refused():
+    from transformers import GPT2Config
+
+    with pytest.raises(PlanError, match="GPT2Config: found a configuration without intermediate_size, num_key_value"):
+        plan_batch(GPT2Config(), lengths=[512], effective_batch_size=8, lora_rank=16)
+
+
 def test_padding_where_the_host_is_the_slower_one(configs):
     asked = dict(lengths=[512] * 100, effective_batch_size=8, lora_rank=16, memory_gib=14.748)
     assert plan_batch(configs["3B"], **asked, capability=(7, 5)).padding_free
     fast = plan_batch(configs["3B"], **asked, capability=(9, 0))
     assert fast.settings["padding_free"] is False and fast.settings["pad_to_multiple_of"] == 128
+
+
+def plain_trainer(folder, *, most, when=lambda model: model.training, **settings):
+    """A small model and Transformers' own trainer, in which more than `most` tokens at once do not fit."""
+    import torch
+    from datasets import Dataset
+    from transformers import set_seed
+
+    set_seed(1)
+    trainer = small_trainer(folder, per_device_train_batch_size=4, **settings)
+    trainer.train_dataset, trainer.eval_dataset = (Dataset.from_list(rows) for rows in (small_rows(16), small_rows(4)))
+
+    def refuse(model, args, given):
+        if when(model) and given["input_ids"].numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    return trainer
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_halves_add_up_to_the_same_step(tmp_path):
+    whole, split = plain_trainer(tmp_path, most=1000), plain_trainer(tmp_path, most=50)
+    for trainer, splits in ((whole, False), (split, True)):
+        with fit_into_memory(trainer) as fitting:
+            trainer.train()
+        assert bool(fitting.splits) == splits and (fitting.tokens_at_once is None) != splits
+        assert fitting.rehearsal.seconds > 0
+    assert losses_of(split) == pytest.approx(losses_of(whole), rel=1e-3)
+
+
+def test_a_trainer_that_does_not_count_its_tokens_is_refused_not_split(tmp_path):
+    trainer = plain_trainer(tmp_path, most=50)
+    trainer.model_accepts_loss_kwargs = False
+    with pytest.raises(DoesNotFit, match="does not count the answer tokens of a step"), fit_into_memory(trainer):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_such_a_trainer_trains_where_everything_fits(tmp_path):
+    trainer = plain_trainer(tmp_path, most=1000)
+    trainer.model_accepts_loss_kwargs = False
+    with fit_into_memory(trainer) as fitting:
+        trainer.train()
+    assert trainer.state.global_step == 4 and not fitting.splits
+
+
+def test_an_evaluation_that_does_not_fit_is_split_or_refused(tmp_path, capsys):
+    asked = dict(when=lambda model: not model.training, eval_strategy="steps", eval_steps=2)
+    trainer = plain_trainer(tmp_path, most=50, **asked)
+    with fit_into_memory(trainer):
+        trainer.train()
+    assert trainer.args.per_device_eval_batch_size < 4
+    assert "ran out in the evaluation" in capsys.readouterr().out
+    trainer = plain_trainer(tmp_path, most=5, **asked)
+    with pytest.raises(DoesNotFit, match="not enough memory to evaluate it alone"), fit_into_memory(trainer):
+        trainer.train()
+
+
+def test_where_nothing_is_trained_the_rehearsal_took_no_time(tmp_path):
+    with fit_into_memory(plain_trainer(tmp_path, most=1000)) as fitting:
+        pass  # as where a complete run is loaded
+    assert re.search(r"rehearsal of the longest +0\.0 ", repr(stage_table([fitting.rehearsal])))
 
 
 @pytest.fixture(scope="module")
