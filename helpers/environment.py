@@ -335,7 +335,8 @@ def find_token() -> str:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if os.environ.get(name):
             return f"environment variable {name}"
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    home = Path(os.environ.get("HF_HOME", cache / "huggingface"))
     if Path(os.environ.get("HF_TOKEN_PATH", home / "token")).is_file():
         return "the file that `hf auth login` wrote"
     return "the Colab secret HF_TOKEN, if you have made one" if find_place() == "colab" else "nowhere yet"

@@ -349,6 +349,16 @@ def test_a_gated_model_needs_a_token_which_is_never_shown(hub, monkeypatch, tmp_
     assert "hf_secret" not in repr(EnvironmentReport(tuple(rows)))
 
 
+def test_the_token_file_is_looked_for_where_the_hubs_client_does(hub, monkeypatch, tmp_path):
+    assert find_token() == "nowhere yet"
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert find_token() == "nowhere yet"
+    (tmp_path / "cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / "cache" / "huggingface" / "token").write_text("hf_secret")
+    assert find_token() == "the file that `hf auth login` wrote"
+
+
 def test_a_model_that_does_not_exist_is_a_row(hub):
     row = row_of(check_hub("no/model"), "token")
     assert row.verdict == "warn" and "does not show no/model (status 401)" in row.found
