@@ -19,10 +19,11 @@
 # ## What you are about to do
 #
 # A **large language model** (LLM) reads text as a row of *tokens* (words and pieces of words) and predicts the next one.
-# Trained on much of the internet it knows a language and many facts; an *Instruct* model such as Llama 3.2 was then
-# taught to answer. It still does not know your products, your tone or your format.
+# What it predicts depends on its *weights*, billions of numbers, which training changes a little at a time. Trained on
+# much of the internet it knows a language and many facts; an *Instruct* model such as Llama 3.2 was then taught to
+# answer. It still does not know your products, your tone or your format.
 #
-# **Fine-tuning** continues that training on your own examples, a few hundred conversations are often enough, until the
+# **Fine-tuning** continues that training on your own examples (a few hundred conversations are often enough) until the
 # model answers the way they do. Compared with a long prompt it costs nothing at each request, and it can teach behaviour
 # that is hard to describe.
 #
@@ -30,23 +31,27 @@
 # weights frozen in **4 bits** each, and train a few small extra matrices beside them (**LoRA**, chapter 02).
 #
 # **Unsloth** does that with less memory and time than the standard libraries: attention that never writes the whole
-# attention matrix to memory (the idea of FlashAttention), quantised weights, and hand-written kernels that fuse several
-# steps into one. How much it gains depends on the card and the shapes. One comparison: an H100, Llama-3.2-3B's shape,
-# batches of 2 × 4 rows of 1,024 tokens, Unsloth 2026.10.9: 1.28 s a step and 2.80 GiB, against 2.02 s and 4.49 GiB for
-# plain Transformers, PEFT and TRL.
+# attention matrix to memory (the idea of FlashAttention), *quantised* weights (stored in fewer bits), and hand-written
+# *kernels* (programs for the GPU) that do several steps in one. How much it gains depends on the card and the shapes. One
+# comparison: an H100 GPU, Llama-3.2-3B's shape, 8 rows of 1,024 tokens a step, 2 at a time, Unsloth 2026.10.9: 1.28 s a
+# step and 2.80 GiB, against 2.02 s and 4.49 GiB for the standard libraries, Transformers, PEFT and TRL.
 
 # %% [markdown] lang="en"
 # ## Set up
 #
 # The next cell opens every chapter, because on Colab every notebook gets a machine of its own. It installs what
 # `requirements-colab.txt` lists, changes nothing else, and says what it changed. The second time it does nothing.
+#
+# The outputs below a cell, before you run it, were recorded without a GPU. A T4 trains a larger model on other
+# conversations, so its figures and answers are others.
 
 # %%
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
 # Choices are made in one cell. `"auto"` takes the `t4` profile where a CUDA GPU is present and `cpu` otherwise. An empty
-# `MODEL_NAME` means the profile's own model; give another to see whether it needs a token.
+# `MODEL_NAME` means the profile's own model; give another one's name on the Hugging Face Hub, where models and data sets
+# are published, to see whether it needs an access token.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -75,7 +80,8 @@ environment.raise_if_failed()
 # ## See the profile
 #
 # A profile is a set of choices that the same cells run with. Any of them can be overridden in a chapter's *Choices*
-# cell. On a laptop the series trains SmolLM2-135M, a small chat model of the same architecture as Llama.
+# cell. On a laptop the series trains SmolLM2-135M, a small chat model of the same architecture as Llama. What each
+# setting does is said in the chapter that uses it.
 
 # %%
 from helpers.profiles import choose_profile
@@ -96,7 +102,8 @@ from unsloth import FastLanguageModel
 print(f"Unsloth {unsloth.__version__} is ready: {FastLanguageModel.__name__}")
 
 # %% [markdown] lang="en"
-# It will train on this device, in this precision. A T4 has no bfloat16, so it computes in float16.
+# It will train on this device, in this precision: the 16-bit format in which it computes. A T4 has no bfloat16, so it
+# computes in float16, which is finer but overflows sooner.
 
 # %%
 import torch
@@ -115,6 +122,6 @@ print(f"Result: {passed} of {len(environment.rows)} checks ok, profile {profile.
 # You have a machine that is known to work. Nothing is kept: on Colab this installation ends with the notebook's machine,
 # and the setup cell makes it again in the next chapter.
 #
-# On your own: set `PROFILE` to `"t4"` on a machine without a GPU, and read which settings differ.
+# On your own: set `PROFILE` to `"t4"` on a machine without a GPU (to `"cpu"` on a T4), and read which settings differ.
 #
 # Next: [Load the model in 4-bit and add LoRA →](02_load_and_lora.ipynb)
