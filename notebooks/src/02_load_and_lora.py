@@ -7,7 +7,7 @@
 # 04 trains with.
 #
 # You can
-# - load a model with a quarter of its memory,
+# - load a model in 4 bits and see what that saves,
 # - say what each argument of `from_pretrained` and `get_peft_model` does,
 # - count what LoRA adds, by kind of layer, and what another rank would add,
 # - show that an untrained adapter changes nothing.
@@ -21,8 +21,9 @@
 
 # %% [markdown] lang="en"
 # Empty means: the profile's own value. `PROFILE` is `"t4"` or `"cpu"`, and `"auto"` looks for a GPU. `MODEL_NAME` takes a
-# Hub repository or a folder, `MAX_SEQ_LENGTH` the most tokens that a conversation may have. `RUN_DIR` is the folder through which the chapters hand their results on. Set
-# `DRIVE_DIR` to a folder on a mounted Google Drive to keep a copy there, beyond the life of a Colab machine.
+# Hub repository or a folder, `MAX_SEQ_LENGTH` the most tokens that a conversation may have. `RUN_DIR` is the folder
+# through which the chapters hand their results on. Set `DRIVE_DIR` to a folder on a mounted Google Drive to keep a copy
+# there, beyond the life of a Colab machine.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -45,10 +46,10 @@ profile
 #
 # | argument | why |
 # |---|---|
-# | `model_name` | A repository on the Hugging Face Hub, or a folder. Names under `unsloth/` need no token; a *gated* one, such as `meta-llama/…`, needs `token=` with a token that has accepted Meta's licence. |
+# | `model_name` | A repository on the Hugging Face Hub, or a folder. Names under `unsloth/` need no token; a *gated* one, such as `meta-llama/…`, needs `token=` with an access token of somebody who has accepted Meta's licence. |
 # | `max_seq_length` | The longest conversation, in tokens, that training will see. Memory grows with it. Llama 3.2 itself can take 131,072. |
 # | `dtype=None` | Let Unsloth choose the precision for what is not quantised: float16 on a T4, bfloat16 on newer cards. |
-# | `load_in_4bit=True` | Keep the frozen weights as 4-bit NormalFloat numbers (NF4, from the QLoRA paper): a quarter of 16 bits. Each block of 64 weights has a scale of its own. |
+# | `load_in_4bit=True` | Keep the frozen weights as 4-bit NormalFloat numbers (NF4, from the QLoRA paper): a quarter of 16 bits. Every 64 weights share a scale. To compute with them, Unsloth turns them into 16 bits for a moment. For the Llama models it downloads a copy that is in 4 bits already. |
 #
 # `track_memory` measures the seconds and the memory of what is indented below it.
 
@@ -66,8 +67,9 @@ with track_memory("load in 4-bit") as load:
     )
 
 # %% [markdown] lang="en"
-# Are they 4 bits? Of the linear layers, those of the blocks are now `Linear4bit`. The last one stays as it was: it shares
-# its 16-bit weights with the embedding, through which every token enters and leaves.
+# Are they 4 bits? The model is a stack of equal *blocks*, each with seven linear layers, and these are now `Linear4bit`
+# (of Llama's ready-made copy, perhaps not all). The last one stays as it was: it shares its 16-bit weights with the
+# embedding, through which every token enters and leaves.
 
 # %% tags=["nbval-check-output"]
 from collections import Counter
@@ -88,8 +90,8 @@ print(f"{2 * parameters / 2**20:.0f} MiB in 16 bits")
 #
 # A linear layer computes $y = Wx$. LoRA (*low-rank adaptation*) leaves $W$ as it is and adds a detour through two thin
 # matrices: $y = Wx + \frac{\alpha}{r}\,B A x$. $A$ squeezes the input down to $r$ numbers, $B$ spreads them out again.
-# Only $A$ and $B$ are trained. The picture is drawn from this model's first query projection, edges to scale (but for
-# the thin sides, which would be too thin to see).
+# Only $A$ and $B$ are trained; together they are the *adapter*. The picture is drawn from this model's first query
+# projection (`q_proj`, a layer of attention), edges to scale (but for the thin sides, which would be too thin to see).
 
 # %%
 from helpers.figures import draw_lora
@@ -105,12 +107,12 @@ draw_lora(out_features=query.out_features, in_features=query.in_features, rank=1
 # | `r` | 16 | The rank: how much the detour can hold. 8 to 64 are usual; more costs memory and learns small sets by heart. |
 # | `target_modules` | seven | Every linear layer of a block: the four of attention and the three of the feed-forward part. |
 # | `lora_alpha` | 16 | The detour is scaled by α / r, here 1. Raise it together with `r`. |
-# | `lora_dropout` | 0 | No random zeros in the detour. At 0 Unsloth can use its fused kernels. |
+# | `lora_dropout` | 0 | No random zeros in the detour's input. A little, such as 0.05, is a means against learning by heart. |
 # | `bias` | `"none"` | Llama's linear layers have no biases to train. |
-# | `use_gradient_checkpointing` | the profile's | Recompute activations in the backward pass instead of keeping them: less memory for more time. `"unsloth"` also moves them to main memory, which is slower still and saves the most. Chapter 04 chooses it anew, by the memory and the data that there are. |
+# | `use_gradient_checkpointing` | the profile's | Training first computes the answer (forward), then in which direction to move each trained weight (the *backward pass*, which gives the *gradients*). `True` keeps only each block's input in between and recomputes the rest: less memory for more time. `"unsloth"` also moves those inputs to main memory, which saves the most (below a `max_seq_length` of 512 Unsloth takes `True` instead). Chapter 04 chooses it anew, by the memory and the data that there are. |
 # | `random_state` | 3407 | Seeds $A$, so that your run can be repeated. |
 # | `use_rslora` | `False` | *Rank-stabilised* LoRA scales by α / √r, for ranks far above 16. |
-# | `loftq_config` | `None` | LoftQ starts $A$ and $B$ so that they repair the error of quantisation; it needs the 16-bit weights, which do not fit here. |
+# | `loftq_config` | `None` | LoftQ starts $A$ and $B$ so that they repair the error of quantisation; it needs the 16-bit weights, and here only 4-bit ones are loaded. |
 
 # %%
 lora_settings = dict(
@@ -142,7 +144,7 @@ trainable
 
 # %% [markdown] lang="en"
 # The count grows in step with the rank. The memory of training grows by more than the matrices: each trained parameter
-# also has a gradient and two running averages in the optimiser.
+# also has a gradient, and two running averages of it in the *optimiser*, which makes the changes.
 
 # %% tags=["nbval-check-output"]
 for rank in (4, 8, 16, 32, 64):
@@ -187,7 +189,7 @@ print(f"Result: {trainable.trainable:,} trainable parameters, {share:.1f} % of t
 #
 # You have `lora.json` in the run folder: nine settings, each with a reason.
 #
-# On your own: set `r=64` and `use_rslora=True` and look at the counts; leave out the three feed-forward modules and see
-# how many of the parameters were theirs.
+# On your own: set `r=64` and look at the counts; leave out the three feed-forward modules and see how many of the
+# parameters were theirs. Then go back and run it once more: chapter 04 trains with what was written last.
 #
 # Next: [Turn ShareGPT conversations into training text →](03_data.ipynb)
