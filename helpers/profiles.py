@@ -235,13 +235,13 @@ def data_source(dataset: str) -> dict[str, str]:
     except UnicodeDecodeError as error:
         found = f"a byte that is not UTF-8, at {error.start}"
         raise ProfileError(where, found=found, expected="text in UTF-8", fix="save the file as UTF-8") from None
-    if text in ("", "[]"):
-        raise ProfileError(where, found="an empty file", expected="conversations", fix=fix)
     lines = text.split("\n")  # splitlines would also split at U+2028 and U+0085, which may stand inside a text
     try:
-        rows = json.loads(text) if text[0] == "[" else [json.loads(line) for line in lines if line.strip()]
+        rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
         raise ProfileError(where, found=f"not JSON ({error})", expected="JSON or JSON Lines", fix=fix) from None
+    if not rows:
+        raise ProfileError(where, found="an empty file", expected="conversations", fix=fix)
     expected = 'rows like {"conversations": [{"from": "human", "value": "…"}, …]}'
     for number, row in enumerate(rows, 1):
         turns = row.get("conversations") if isinstance(row, dict) else None

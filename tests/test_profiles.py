@@ -89,7 +89,7 @@ def test_folder_that_is_a_model(tmp_path):
         (None, "no such file"),
         ("", "an empty file"),
         ("  \n", "an empty file"),
-        ("[]", "an empty file"),
+        ("[ ]", "an empty file"),
         (b'{"conversations": "caf\xe9"}', "a byte that is not UTF-8, at 22"),
         ("hello", "not JSON"),
         ('{"conversations": [', "not JSON"),
