@@ -11,7 +11,8 @@
 # - find broken conversations before they cost you a training run,
 # - choose a sequence length from the data instead of guessing it.
 #
-# You need nothing from the chapters before. The model's weights are not loaded, only its tokenizer.
+# You need nothing from the chapters before. The model's weights are not loaded, only its *tokenizer*, which turns text
+# into tokens and back.
 #
 # {{budget}}
 
@@ -19,9 +20,9 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# `DATASET` takes the name of a Hub data set, or the path of a `.json` or `.jsonl` file of your own with one
-# `{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}` a row. `MAX_STEPS` is how long
-# chapter 04 will train, and so how many rows are prepared. `PROFILE`, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `RUN_DIR` and
+# `DATASET` takes the name of a data set on the Hugging Face Hub, or the path of a `.json` or `.jsonl` file of your own
+# with one `{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}` a row. `MAX_STEPS`
+# is how long chapter 04 will train, and so how many rows are prepared. `PROFILE`, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `RUN_DIR` and
 # `DRIVE_DIR` are as in chapter 02; empty means the profile's own value.
 
 # %% tags=["parameters"]
@@ -46,9 +47,10 @@ profile
 # %% [markdown] lang="en"
 # ## Look at the chat template
 #
-# A chat model reads one long string. Its *chat template* writes the turns into it, between special tokens. Training must
-# use the template that the model was taught, or it learns a second dialect. Llama 3.2 uses Llama 3.1's, which Unsloth
-# knows by the name `llama-3.1`; a model of another family keeps its own.
+# A chat model reads one long string. Its *chat template* writes the turns into it, between *special tokens*, which stand
+# for no text but for the beginning and the end of a turn. Training must use the template that the model was taught, or it
+# learns a second dialect. Llama 3.2 uses Llama 3.1's, which Unsloth knows by the name `llama-3.1`; a model of another
+# family keeps its own.
 
 # %%
 import copy
@@ -67,16 +69,17 @@ print(f"Template: {template.name or 'the model’s own'}, known by {template.kno
 # This is one exchange, written out. In Llama's template a turn is
 # `<|start_header_id|>user<|end_header_id|>`, an empty line, the text and `<|eot_id|>`, and `<|begin_of_text|>` (BOS)
 # opens the whole, once. In ChatML, which SmolLM2 and Qwen use, a turn stands between `<|im_start|>user` and
-# `<|im_end|>`. A system turn comes first, even if you gave none.
+# `<|im_end|>`. A system turn, which tells the model how to behave, comes first here, even if you gave none (Llama's names
+# two dates).
 
 # %% tags=["nbval-check-output"]
 example = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
 print(tokenizer.apply_chat_template(example, tokenize=False))
 
 # %% [markdown] lang="en"
-# Much can go wrong between a template and a tokenizer without a word: BOS twice, an end token that generation does not
-# stop on, padding that looks like the end, special tokens that got another meaning. `check_template` tries each of them,
-# and compares with the tokenizer as it was loaded.
+# Much can go wrong between a template and a tokenizer without a word: BOS twice, an end token (EOS) that generation does
+# not stop on, a padding token (which fills short rows up) that looks like the end, special tokens that got another
+# meaning. `check_template` tries each of them, and compares with the tokenizer as it was loaded.
 
 # %% tags=["nbval-check-output"]
 from helpers.template import check_template, format_conversations
@@ -97,8 +100,9 @@ check_template(foreign, original=untouched)
 # %% [markdown] lang="en"
 # ## Load the conversations
 #
-# Only the rows that will be trained are prepared, plus those that are held out: 60 steps of 8 conversations need 480
-# rows, not all 100,000 of FineTome. The slice in `split` costs nothing for rows outside it.
+# Of a Hub data set only the rows that will be trained are prepared, plus those that are held out: 60 steps of 8
+# conversations need 480 rows, not all 100,000 of FineTome. It is downloaded whole, once; the slice in `split` spares the
+# work on the other rows. A file of your own is read and checked whole.
 
 # %%
 from datasets import load_dataset
@@ -165,8 +169,8 @@ print(dataset[0]["text"])
 # %% [markdown] lang="en"
 # ## Choose the sequence length
 #
-# What is longer than `max_seq_length` is cut off, and with it the end of the answer: the model would learn to stop in
-# the middle. The orange line is your setting.
+# What is longer than `max_seq_length` would be cut off, and with it the end of the answer: the model would learn to stop
+# in the middle. So such rows are left out. The orange line is your setting.
 
 # %%
 from helpers.figures import draw_lengths
@@ -182,8 +186,9 @@ print(f"Longest: {max(token_counts)} tokens. Longer than {profile.max_seq_length
 # %% [markdown] lang="en"
 # ## Hold some back
 #
-# A loss on text that was trained on proves nothing. The held-out rows are never trained on; chapter 04 measures them
-# before and after. The support conversations bring their own split, in which no held-out question occurs in training.
+# The *loss* says how badly the model predicts a text; on text that was trained on, a low one proves nothing. The held-out
+# rows are never trained on; chapter 04 measures them before and after. The support conversations bring their own split,
+# in which no held-out question occurs in training; other data are split at random, at most a fifth held out.
 
 # %%
 if "split" in dataset.column_names:
@@ -199,8 +204,8 @@ print(f"{len(train_dataset)} conversations to train on, {len(eval_dataset)} held
 # %% [markdown] lang="en"
 # ## Hand the data on
 #
-# The tokenizer travels with the data, so that chapter 04 trains with the template that you looked at. Its fingerprint
-# lets later chapters notice if another one gets in between.
+# The tokenizer travels with the data, so that chapter 04 trains with the template that you looked at. The template's
+# fingerprint lets later chapters notice if another one gets in between.
 
 # %% tags=["handoff"]
 from datasets import DatasetDict
@@ -221,6 +226,6 @@ print(f"Result: {len(train_dataset)} + {len(eval_dataset)} conversations, longes
 # You have `dataset/` in the run folder: two sets of checked conversations as text, and the tokenizer.
 #
 # On your own: put ten conversations of your own into a `.jsonl` file and give its path as `DATASET`; set
-# `MAX_SEQ_LENGTH` to 64 and see how many rows no longer fit.
+# `MAX_SEQ_LENGTH` to 96 and see how many rows no longer fit.
 #
 # Next: [Train on the answers only, and prove that it learned →](04_train.ipynb)
