@@ -11,8 +11,8 @@
 # - read memory and time of a run,
 # - tell learning from a falling training loss.
 #
-# You need `lora.json` and `dataset/` from chapters 02 and 03. If they are not in the run folder, this chapter makes them
-# first.
+# You need `lora.json` and `dataset/` from chapters 02 and 03. If they are not in the run folder, this chapter makes
+# them first.
 #
 # {{budget}}
 
@@ -20,11 +20,11 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# Empty means: the profile's own value. `PROFILE`, `MODEL_NAME`, `DATASET` and `MAX_SEQ_LENGTH` are as in chapters 02 and
-# 03; `MAX_STEPS` and `LEARNING_RATE` say how long and how boldly to train. `RUN_DIR` is the folder through which the
-# chapters hand their results on, `DRIVE_DIR` a copy of it on a mounted Google Drive, and `HUB_REPO` a repository of yours
-# on the Hub, to take from it what neither of them has. `START_AFRESH` deletes an interrupted training run instead of
-# going on with it.
+# Empty means: the profile's own value. `PROFILE`, `MODEL_NAME`, `DATASET` and `MAX_SEQ_LENGTH` are as in chapters 02
+# and 03; `MAX_STEPS` and `LEARNING_RATE` say how long and how boldly to train. `RUN_DIR` is the folder through which
+# the chapters hand their results on, `DRIVE_DIR` a copy of it on a mounted Google Drive, and `HUB_REPO` a repository of
+# yours on the Hub, to take from it what neither of them has. `START_AFRESH` deletes an interrupted training run instead
+# of going on with it.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -53,8 +53,9 @@ profile
 # %% [markdown] lang="en"
 # ## The data, as prepared
 #
-# The rows of chapter 03. Before Unsloth is imported, two of its switches are set: it would compile the layers and the
-# loss first, for the better part of a minute. A run of thousands of steps wins that back, one of 60 does not.
+# The rows of chapter 03. Before Unsloth is imported, two of its switches are set. On a GPU it would first compile the
+# layers (for padded batches) and kernels for the loss: on an H100 that made the first step about 40 s longer, and the
+# later ones no faster. For a run of thousands of steps, measure it on your card. Without a GPU they change nothing.
 
 # %%
 import os
@@ -71,12 +72,14 @@ print(f"{len(train_dataset)} conversations to train on, {len(eval_dataset)} held
 # %% [markdown] lang="en"
 # ## What fits, and what is fastest
 #
-# A step averages over `effective_batch_size` conversations. They can go through the model all at once (a large
+# A *step* changes the trained weights once, along their *gradients* (in which direction, and how steeply, each lowers
+# the loss), averaged over `effective_batch_size` conversations. These can go through the model all at once (a large
 # *micro-batch*) or in turns whose gradients add up (*accumulation*): the result is the same, the memory and the time
-# are not. *Gradient checkpointing* is the other choice: recompute what the backward pass needs (`True`), keep it
-# (`False`), or move it to main memory (`"unsloth"`). `plan_batch` predicts the peak of each option from the model's
-# configuration and from the longest conversations of *these* data, and takes the fastest that leaves a tenth of the
-# memory free.
+# are not. *Gradient checkpointing* is the other choice: keep all intermediate results that the gradients need
+# (`False`), keep each block's input and recompute the rest (`True`), or move those inputs to main memory too
+# (`"unsloth"`). `plan_batch` predicts the peak of each option from the model's configuration and from the longest
+# conversations of *these* data, and takes the fastest that leaves a tenth of the memory free. The seconds are for
+# comparing options. Without a GPU, memory and seconds are those of a T4, not of your machine.
 
 # %%
 from transformers import AutoConfig, AutoTokenizer
@@ -130,18 +133,19 @@ print(f"{prompts[0][-1]['content']}\n→ {replies_before[0]}")
 #
 # | setting | why |
 # |---|---|
-# | `per_device_train_batch_size` × `gradient_accumulation_steps` | The plan's micro-batch and accumulation. |
+# | `per_device_train_batch_size` × `gradient_accumulation_steps` | The plan's micro-batch and accumulation. Evaluation keeps no gradients: 8 at once (`per_device_eval_batch_size`). |
 # | `train_sampling_strategy="group_by_length"` | Put conversations of similar length into one batch: less padding to compute. |
-# | `padding_free`, `pad_to_multiple_of` | Conversations of a batch one after the other in one long row, or side by side, filled up to a few fixed widths, each of which a GPU has to prepare for once. |
-# | `max_steps` | Optimiser steps. To go through all rows instead, leave it out and set `num_train_epochs`. |
-# | `warmup_steps` | The learning rate climbs from 0 over the first steps, while the optimiser's averages are still poor. |
+# | `padding_free`, `pad_to_multiple_of` | Conversations of a batch one after the other in one long row, or side by side, filled up (*padded*) to a few fixed widths, each of which a GPU has to prepare for once. The plan decides. |
+# | `max_steps` | How often the weights are changed. To go through all rows instead, leave it out and set `num_train_epochs`. |
+# | `warmup_steps` | The learning rate (how far a step goes) climbs from 0 over the first steps, while the optimiser's averages are still poor. |
 # | `learning_rate`, `lr_scheduler_type` | The peak, and `linear` decay to 0 at the end. 2e-4 is usual for LoRA; a 135M model takes more. |
-# | `optim="adamw_8bit"` | AdamW with its two running averages in 8 bits (without a GPU Unsloth takes the 32-bit one). |
+# | `optim="adamw_8bit"` | AdamW, the usual *optimiser*: it makes the change from the gradients' running averages, here kept in 8 bits (without a GPU Unsloth takes the 32-bit one). |
 # | `weight_decay` | Pulls the LoRA matrices a little towards zero. |
-# | `fp16`, `bf16` | Half precision, by what the device supports: a T4 has float16 only. |
-# | `max_length`, `dataset_text_field` | Where a row is cut off, and the column that holds its text. |
-# | `logging_steps`, `eval_steps` | A training loss for each step, and once, in the middle, the held-out loss. |
+# | `fp16`, `bf16` | 16-bit numbers, by what the device supports: a T4 has float16 only. There a *scaler* multiplies the loss, so that small gradients do not vanish; where they overflow, it skips the step and scales less. Expect that in the first steps. |
+# | `max_length`, `dataset_text_field`, `dataset_num_proc` | Where a row is cut off, the column that holds its text, and one process to prepare the rows. |
+# | `logging_steps`, `eval_steps` | A training loss for each step; the held-out loss in the middle and at the end. |
 # | `save_strategy="no"`, `report_to="none"` | Checkpoints are saved by the clock instead (see Train); no account anywhere. `"tensorboard"` or `"wandb"` work too. |
+# | `include_num_input_tokens_seen` | Count the tokens, without padding, for the speed in the picture. |
 # | `seed` | The order of the rows. |
 
 # %%
@@ -171,9 +175,10 @@ trainer = SFTTrainer(
 # %% [markdown] lang="en"
 # ## Train on the answers only
 #
-# Without this the model would also learn to write the customer's questions. `train_on_responses_only` finds the answers
-# between two markers, the strings that open a user's and an assistant's turn, and sets every other label to −100, which
-# the loss ignores.
+# Without this the model would also learn to write the customer's questions. Each token of a row has a *label*, the
+# token that the model should have predicted in its place. `train_on_responses_only` finds the answers between two
+# markers, the strings that open a user's and an assistant's turn, and sets every other label to −100, which the loss
+# ignores.
 
 # %%
 from unsloth.chat_templates import train_on_responses_only
@@ -186,7 +191,8 @@ dropped = len(train_dataset) - len(trainer.train_dataset)
 print(f"Rows dropped because nothing in them would be trained: {dropped}")
 
 # %% [markdown] lang="en"
-# One row, decoded: first all that the model reads, then only what it is trained to write.
+# One row, decoded: first all that the model reads, then only what it is trained to write. (Where a text does not end
+# with the end token, the trainer adds one, as the last `<|im_end|>` here. It follows no answer, so it is not trained.)
 
 # %% tags=["nbval-check-output"]
 row = trainer.train_dataset[0]
@@ -226,8 +232,10 @@ show_masking(wrong_row, tokenizer=tokenizer)
 # %% [markdown] lang="en"
 # ## Measure before training
 #
-# The held-out loss, on answers that are never trained. And a checksum over all frozen weights: training must not touch
-# them.
+# The held-out loss, on answers that are never trained. A token's loss is −ln of the probability that the model gave to
+# it, in *nats*: 0 if it was certain. *Perplexity* is e to the mean loss: between how many equally likely tokens it
+# wavers. The interval says how far the mean may lie off by the choice of these conversations. And a checksum over all
+# frozen weights: training must not touch them.
 
 # %%
 from helpers.training import check_evidence, frozen_checksum, held_out_losses, live_plot
@@ -244,10 +252,10 @@ held_out_before
 #
 # A free Colab machine may be taken away at any time. `Checkpoints` saves the run every five minutes, and when you press
 # Stop. Run the chapter again: an interrupted run goes on at the step where it was, a complete one is loaded and not
-# trained further, and one whose results are saved (below) makes room for a new one. `stop_on_divergence` ends a run whose
-# loss explodes or is no number. `fit_into_memory` trains and evaluates on the longest conversations once before the first
-# step, without effect, so that a run that is too large fails now and not at step 57; and where memory does run out, it
-# splits the micro-batch, loses no step, and says so.
+# trained further, and one whose results are saved (below) makes room for a new one. `stop_on_divergence` ends a run
+# whose loss explodes or is no number. `fit_into_memory` trains and evaluates on the longest conversations once before
+# the first step, without effect, so that a run that is too large fails now and not at step 57; and where memory does
+# run out, it splits the micro-batch, loses no step, and says so.
 
 # %%
 from helpers.checkpoints import Checkpoints
@@ -263,25 +271,24 @@ with track_memory("training") as training, checkpoints as last_checkpoint, fit_i
     trainer.train(resume_from_checkpoint=last_checkpoint)
 
 # %% [markdown] lang="en"
-# Time and memory of the training, then of every stage against the size of the card. *Reserved* is what PyTorch has taken
-# from it, and what has to fit. On a GPU compare the training's peak with the plan's prediction; without one the figures
-# are those of this process, Python and its libraries included.
+# Time and memory of the training, then of every stage against the size of the card. *Reserved* is what PyTorch has
+# taken from it, and what has to fit. On a GPU compare the training's peak with the plan's prediction; without one the
+# figures are those of this process, Python and its libraries included. The training's row contains the rehearsal's.
 
 # %%
 from helpers.figures import draw_stages
 from helpers.memory import MemoryReport
 
-rehearsed = [fitting.rehearsal] if fitting.rehearsal else []  # none where a complete run was only loaded
-stages = [load, add_lora, *rehearsed, training]
+stages = [load, add_lora, fitting.rehearsal, training]
 print(MemoryReport(training))
 display(stage_table(stages), draw_stages(stages))
 
 # %% [markdown] lang="en"
 # ## Did it learn?
 #
-# The held-out loss again, on the same conversations as before training. The last point of the picture differs a little: the
-# trainer averages over batches, this over the answers' tokens. The interval says how far it may lie off by the choice of
-# these conversations.
+# The held-out loss again, on the same conversations as before training. The last point of the picture differs a little:
+# the trainer averages over batches, this over the answers' tokens. Llama answers FineTome's general questions well
+# before it is trained: on a T4 expect a far smaller fall than here.
 
 # %%
 held_out_after = held_out_losses(model, trainer.eval_dataset)
@@ -311,9 +318,9 @@ side_by_side
 # %% [markdown] lang="en"
 # ## Count it
 #
-# Reading four replies is an impression; counting all of them is a result. The support conversations say for each question
-# what the right help contains, so that this function can judge a reply. (Other data sets have no such column: the cells
-# then say so.)
+# Reading four replies is an impression; counting all of them is a result. The support conversations say for each
+# question what the right help contains, so that this function can judge a reply. (Other data sets have no such column:
+# the cells then say so.)
 
 # %%
 import inspect
@@ -338,8 +345,9 @@ if not judged:
 # %% [markdown] lang="en"
 # ## Save the adapter and the report
 #
-# `save_pretrained` writes the LoRA matrices alone, a few MB; the base model is loaded again beside them. The tokenizer
-# goes with them, because it holds the chat template. `report.html` is the whole run on one page: open it or send it.
+# `save_pretrained` writes the LoRA matrices alone, 10 to 100 MB; the base model is loaded again beside them. The
+# tokenizer goes with them, because it holds the chat template. `report.html` is the whole run on one page: open it or
+# send it.
 
 # %% tags=["handoff"]
 with run.write("adapter", base_model=profile.model_name, template=facts["template"]) as folder:
@@ -368,9 +376,10 @@ print(f"Result: {figure}")
 # %% [markdown] lang="en"
 # ## Where you are
 #
-# You have `adapter/`, `report.json` and `report.html` in the run folder, and know that the adapter is better on text that it never saw.
+# You have `adapter/`, `report.json` and `report.html` in the run folder, and know that the adapter is better on text
+# that it never saw.
 #
 # On your own: set `MAX_STEPS` to 5 and see which claims still hold; change one letter of `response_part` and see what
-# `check_masking` says; set `LEARNING_RATE` to 0.1.
+# stops the chapter; set `LEARNING_RATE` to 0.1.
 #
 # Next: [Talk to the tuned model →](05_infer.ipynb)
