@@ -18,23 +18,23 @@
 # %% [markdown] lang="en"
 # ## What you are about to do
 #
-# A **large language model** (LLM) reads text as a row of *tokens* (words and pieces of words) and predicts the next one.
-# What it predicts depends on its *weights*, billions of numbers, which training changes a little at a time. Trained on
-# much of the internet it knows a language and many facts; an *Instruct* model such as Llama 3.2 was then taught to
-# answer. It still does not know your products, your tone or your format.
+# A **large language model** (LLM) reads text as a row of *tokens* (words and pieces of words) and predicts the next
+# one. What it predicts depends on its *weights*, billions of numbers, which training changes a little at a time.
+# Trained on much of the internet it knows a language and many facts; an *Instruct* model such as Llama 3.2 was then
+# taught to answer. It still does not know your products, your tone or your format.
 #
 # **Fine-tuning** continues that training on your own examples (a few hundred conversations are often enough) until the
-# model answers the way they do. Compared with a long prompt it costs nothing at each request, and it can teach behaviour
-# that is hard to describe.
+# model answers the way they do. Compared with a long prompt it costs nothing at each request, and it can teach
+# behaviour that is hard to describe.
 #
 # Training all three billion weights does not fit into a free T4's 15 GiB. Two ideas make it fit: keep the base model's
 # weights frozen in **4 bits** each, and train a few small extra matrices beside them (**LoRA**, chapter 02).
 #
 # **Unsloth** does that with less memory and time than the standard libraries: attention that never writes the whole
 # attention matrix to memory (the idea of FlashAttention), *quantised* weights (stored in fewer bits), and hand-written
-# *kernels* (programs for the GPU) that do several steps in one. How much it gains depends on the card and the shapes. One
-# comparison: an H100 GPU, Llama-3.2-3B's shape, 8 rows of 1,024 tokens a step, 2 at a time, Unsloth 2026.10.9: 1.28 s a
-# step and 2.80 GiB, against 2.02 s and 4.49 GiB for the standard libraries, Transformers, PEFT and TRL.
+# *kernels* (programs for the GPU) that do several steps in one. How much it gains depends on the card and the shapes.
+# One comparison: an H100 GPU, Llama-3.2-3B's shape, 8 rows of 1,024 tokens a step, 2 at a time, Unsloth 2026.10.9: 1.28
+# s a step and 2.80 GiB, against 2.02 s and 4.49 GiB for the standard libraries, Transformers, PEFT and TRL.
 
 # %% [markdown] lang="en"
 # ## Set up
@@ -49,9 +49,9 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# Choices are made in one cell. `"auto"` takes the `t4` profile where a CUDA GPU is present and `cpu` otherwise. An empty
-# `MODEL_NAME` means the profile's own model; give another one's name on the Hugging Face Hub, where models and data sets
-# are published, to see whether it needs an access token.
+# Choices are made in one cell. `"auto"` takes the `t4` profile where a CUDA GPU is present and `cpu` otherwise. An
+# empty `MODEL_NAME` means the profile's own model; give another one's name on the Hugging Face Hub, where models and
+# data sets are published, to see whether it needs an access token.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -92,8 +92,9 @@ profile
 # %% [markdown] lang="en"
 # ## Import Unsloth
 #
-# Unsloth patches Transformers, PEFT and TRL when it is imported, so it comes before them in every chapter. Without a GPU
-# it announces its CPU backend. The setup cell has silenced three warnings of other libraries that nobody can act on.
+# Unsloth patches Transformers, PEFT and TRL when it is imported, so it comes before them in every chapter. Without a
+# GPU it announces its CPU backend. The setup cell has silenced three warnings of other libraries that nobody can act
+# on.
 
 # %%
 import unsloth
@@ -119,8 +120,8 @@ print(f"Result: {passed} of {len(environment.rows)} checks ok, profile {profile.
 # %% [markdown] lang="en"
 # ## Where you are
 #
-# You have a machine that is known to work. Nothing is kept: on Colab this installation ends with the notebook's machine,
-# and the setup cell makes it again in the next chapter.
+# You have a machine that is known to work. Nothing is kept: on Colab this installation ends with the notebook's
+# machine, and the setup cell makes it again in the next chapter.
 #
 # On your own: set `PROFILE` to `"t4"` on a machine without a GPU (to `"cpu"` on a T4), and read which settings differ.
 #
