@@ -3,8 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/02_load_and_lora.ipynb)
 #
-# At the end you have a frozen 4-bit chat model with LoRA matrices that are ready to train, and the settings that chapter
-# 04 trains with.
+# At the end you have a frozen 4-bit chat model with LoRA matrices that are ready to train, and the settings that
+# chapter 04 trains with.
 #
 # You can
 # - load a model in 4 bits and see what that saves,
@@ -20,8 +20,8 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# Empty means: the profile's own value. `PROFILE` is `"t4"` or `"cpu"`, and `"auto"` looks for a GPU. `MODEL_NAME` takes a
-# Hub repository or a folder, `MAX_SEQ_LENGTH` the most tokens that a conversation may have. `RUN_DIR` is the folder
+# Empty means: the profile's own value. `PROFILE` is `"t4"` or `"cpu"`, and `"auto"` looks for a GPU. `MODEL_NAME` takes
+# a Hub repository or a folder, `MAX_SEQ_LENGTH` the most tokens that a conversation may have. `RUN_DIR` is the folder
 # through which the chapters hand their results on. Set `DRIVE_DIR` to a folder on a mounted Google Drive to keep a copy
 # there, beyond the life of a Colab machine.
 
