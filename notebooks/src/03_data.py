@@ -21,9 +21,9 @@
 
 # %% [markdown] lang="en"
 # `DATASET` takes the name of a data set on the Hugging Face Hub, or the path of a `.json` or `.jsonl` file of your own
-# with one `{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}` a row. `MAX_STEPS`
-# is how long chapter 04 will train, and so how many rows are prepared. `PROFILE`, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `RUN_DIR` and
-# `DRIVE_DIR` are as in chapter 02; empty means the profile's own value.
+# with one `{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}` a row. `MAX_STEPS` is
+# how long chapter 04 will train, and so how many rows are prepared. `PROFILE`, `MODEL_NAME`, `MAX_SEQ_LENGTH`,
+# `RUN_DIR` and `DRIVE_DIR` are as in chapter 02; empty means the profile's own value.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -47,10 +47,10 @@ profile
 # %% [markdown] lang="en"
 # ## Look at the chat template
 #
-# A chat model reads one long string. Its *chat template* writes the turns into it, between *special tokens*, which stand
-# for no text but for the beginning and the end of a turn. Training must use the template that the model was taught, or it
-# learns a second dialect. Llama 3.2 uses Llama 3.1's, which Unsloth knows by the name `llama-3.1`; a model of another
-# family keeps its own.
+# A chat model reads one long string. Its *chat template* writes the turns into it, between *special tokens*, which
+# stand for no text but for the beginning and the end of a turn. Training must use the template that the model was
+# taught, or it learns a second dialect. Llama 3.2 uses Llama 3.1's, which Unsloth knows by the name `llama-3.1`; a
+# model of another family keeps its own.
 
 # %%
 import copy
@@ -66,19 +66,18 @@ if template.name:
 print(f"Template: {template.name or 'the model’s own'}, known by {template.known_by}")
 
 # %% [markdown] lang="en"
-# This is one exchange, written out. In Llama's template a turn is
-# `<|start_header_id|>user<|end_header_id|>`, an empty line, the text and `<|eot_id|>`, and `<|begin_of_text|>` (BOS)
-# opens the whole, once. In ChatML, which SmolLM2 and Qwen use, a turn stands between `<|im_start|>user` and
-# `<|im_end|>`. A system turn, which tells the model how to behave, comes first here, even if you gave none (Llama's names
-# two dates).
+# This is one exchange, written out. In Llama's template a turn is `<|start_header_id|>user<|end_header_id|>`, an empty
+# line, the text and `<|eot_id|>`, and `<|begin_of_text|>` (BOS) opens the whole, once. In ChatML, which SmolLM2 and
+# Qwen use, a turn stands between `<|im_start|>user` and `<|im_end|>`. A system turn, which tells the model how to
+# behave, comes first here, even if you gave none (Llama's names two dates).
 
 # %% tags=["nbval-check-output"]
 example = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
 print(tokenizer.apply_chat_template(example, tokenize=False))
 
 # %% [markdown] lang="en"
-# Much can go wrong between a template and a tokenizer without a word: BOS twice, an end token (EOS) that generation does
-# not stop on, a padding token (which fills short rows up) that looks like the end, special tokens that got another
+# Much can go wrong between a template and a tokenizer without a word: BOS twice, an end token (EOS) that generation
+# does not stop on, a padding token (which fills short rows up) that looks like the end, special tokens that got another
 # meaning. `check_template` tries each of them, and compares with the tokenizer as it was loaded.
 
 # %% tags=["nbval-check-output"]
@@ -101,8 +100,8 @@ check_template(foreign, original=untouched)
 # ## Load the conversations
 #
 # Of a Hub data set only the rows that will be trained are prepared, plus those that are held out: 60 steps of 8
-# conversations need 480 rows, not all 100,000 of FineTome. It is downloaded whole, once; the slice in `split` spares the
-# work on the other rows. A file of your own is read and checked whole.
+# conversations need 480 rows, not all 100,000 of FineTome. It is downloaded whole, once; the slice in `split` spares
+# the work on the other rows. A file of your own is read and checked whole.
 
 # %%
 from datasets import load_dataset
@@ -147,7 +146,8 @@ validate_conversations(broken)
 # %% [markdown] lang="en"
 # ## From ShareGPT to roles
 #
-# Templates want `role` (`user`, `assistant`) and `content`. `standardize_sharegpt` renames them and touches nothing else.
+# Templates want `role` (`user`, `assistant`) and `content`. `standardize_sharegpt` renames them and touches nothing
+# else.
 
 # %% tags=["nbval-check-output"]
 dataset = standardize_sharegpt(raw_dataset)
@@ -169,8 +169,8 @@ print(dataset[0]["text"])
 # %% [markdown] lang="en"
 # ## Choose the sequence length
 #
-# What is longer than `max_seq_length` would be cut off, and with it the end of the answer: the model would learn to stop
-# in the middle. So such rows are left out. The orange line is your setting.
+# What is longer than `max_seq_length` would be cut off, and with it the end of the answer: the model would learn to
+# stop in the middle. So such rows are left out. The orange line is your setting.
 
 # %%
 from helpers.figures import draw_lengths
@@ -186,9 +186,9 @@ print(f"Longest: {max(token_counts)} tokens. Longer than {profile.max_seq_length
 # %% [markdown] lang="en"
 # ## Hold some back
 #
-# The *loss* says how badly the model predicts a text; on text that was trained on, a low one proves nothing. The held-out
-# rows are never trained on; chapter 04 measures them before and after. The support conversations bring their own split,
-# in which no held-out question occurs in training; other data are split at random, at most a fifth held out.
+# The *loss* says how badly the model predicts a text; on text that was trained on, a low one proves nothing. The
+# held-out rows are never trained on; chapter 04 measures them before and after. The support conversations bring their
+# own split, in which no held-out question occurs in training; other data are split at random, at most a fifth held out.
 
 # %%
 if "split" in dataset.column_names:
