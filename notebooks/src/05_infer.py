@@ -20,10 +20,10 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# Empty means: the profile's own value. `MAX_NEW_TOKENS` is the longest reply. `RUN_DIR` is the folder with the adapter,
-# `DRIVE_DIR` a copy of it on a mounted Google Drive, and `HUB_REPO` a repository of yours on the Hub, to take from it what
-# neither of them has. `PROFILE`, `MODEL_NAME`, `DATASET`, `MAX_SEQ_LENGTH` and `MAX_STEPS` are those that the adapter is
-# trained with, should it have to be trained first.
+# Empty means: the profile's own value. `MAX_NEW_TOKENS` is the longest reply, in tokens. `RUN_DIR` is the folder with
+# the adapter, `DRIVE_DIR` a copy of it on a mounted Google Drive, and `HUB_REPO` a repository of yours on the Hub, to
+# take from it what neither of them has. `PROFILE`, `MODEL_NAME`, `DATASET`, `MAX_SEQ_LENGTH` and `MAX_STEPS` are those
+# that the adapter is trained with, should it have to be trained first.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -68,9 +68,9 @@ print(f"Adapters on the model: {list(model.peft_config)}")
 # %% [markdown] lang="en"
 # ## From messages to a prompt
 #
-# `add_generation_prompt=True` ends the prompt with the opening of an assistant's turn, so that the model answers instead
-# of going on with the question. `return_dict=True` gives the *attention mask* as well, which says what is prompt and what
-# is padding; without it `generate` has to guess.
+# `add_generation_prompt=True` ends the prompt with the opening of an assistant's turn, so that the model answers
+# instead of going on with the question. `return_dict=True` gives the *attention mask* as well, which says what is
+# prompt and what is padding; without it `generate` has to guess.
 
 # %% tags=["nbval-check-output"]
 messages = [{"role": "user", "content": "Continue the Fibonacci sequence: 1, 1, 2, 3, 5, 8,"}]
@@ -82,9 +82,11 @@ print({name: tuple(tensor.shape) for name, tensor in prompt.items()})
 # %% [markdown] lang="en"
 # ## Sample a reply
 #
-# The model gives every token a probability. *Sampling* draws from them. `temperature=1.5` flattens the distribution, so
-# that rarer words come up more often; `min_p=0.1` then drops every token that is less than a tenth as likely as the best
-# one, so that nonsense does not. Each run of the cell gives another answer.
+# The model gives every token a probability. *Sampling* draws the next token by them, and so on, until an end token
+# (`eos_token_id`) or `MAX_NEW_TOKENS`. `use_cache=True` keeps what was computed for the tokens before.
+# `temperature=1.5` flattens the distribution, so that rarer words come up more often; `min_p=0.1` then drops every
+# token that is less than a tenth as likely as the best one, so that nonsense does not. Each run of the cell gives
+# another answer.
 
 # %%
 from helpers.chat import stop_tokens
@@ -116,8 +118,8 @@ streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 output = model.generate(**prompt, **limits, **sampling, pad_token_id=tokenizer.pad_token_id, streamer=streamer)
 
 # %% [markdown] lang="en"
-# `stream_reply` does the same and takes the time. What a reader feels is the time to the first token, in which the whole
-# prompt is read; after that, tokens per second.
+# `stream_reply` does the same and takes the time. What a reader feels is the time to the first token, in which the
+# whole prompt is read; after that, tokens per second.
 
 # %%
 from helpers.chat import print_text, stream_reply
@@ -126,13 +128,15 @@ stream_reply(model, tokenizer, messages, on_text=print_text, max_new_tokens=MAX_
 
 # %% [markdown] lang="en"
 # Those answers may look odd, and that is what fine-tuning on a narrow set does: a small model that learned to write
-# support replies writes support replies. Base model and tuned model differ most on the questions that it was trained for.
+# support replies writes support replies. (On a T4 your model was trained on general conversations, and should answer
+# the question.) Base model and tuned model differ most on the questions that the tuned one was trained for.
 
 # %% [markdown] lang="en"
 # ## Greedy or sampled
 #
 # *Greedy* decoding (`do_sample=False`) always takes the most likely token: the same prompt gives the same answer, which
-# is what you want for support replies and for tests. This is the first held-out question of chapter 03, asked both ways.
+# is what you want for support replies and for tests. This is the first held-out question of chapter 03, asked both
+# ways.
 
 # %%
 from datasets import load_from_disk
@@ -149,9 +153,11 @@ for name, options in (("greedy", dict(do_sample=False)), ("sampled", sampling), 
 # %% [markdown] lang="en"
 # ## Base against tuned
 #
-# The adapter is a detour beside the frozen weights, so it can be switched off: inside `disable_adapter()` the same object
-# *is* the base model. Several questions at once are faster than one by one. They are padded on the left to one length, so
-# that every answer begins right after its question, and the attention mask hides the padding.
+# The adapter is a detour beside the frozen weights, so it can be switched off: inside `disable_adapter()` the same
+# object *is* the base model. Several questions at once are faster than one by one. They are padded on the left to one
+# length, so that every answer begins right after its question, and the attention mask hides the padding. The table
+# shows the last turn of each question alone. The base model's words may not be those of chapter 04: other batches round
+# in other ways, and where two tokens are almost equally likely, that decides.
 
 # %%
 from helpers.chat import batch_replies, compare_replies
@@ -183,8 +189,9 @@ conversation.append({"role": "user", "content": "Thank you. One more thing: how 
 reply = stream_reply(model, tokenizer, conversation, on_text=print_text, max_new_tokens=MAX_NEW_TOKENS)
 
 # %% [markdown] lang="en"
-# Sooner or later it is longer than the model can read. Then the oldest turns have to go, a question together with its
-# answer; half a turn would be text that the model never saw in training. The system message and the last question stay.
+# Sooner or later it is longer than `max_seq_length`, for which the model was loaded. Then the oldest turns have to go,
+# a question together with its answer; half a turn would be text that the model never saw in training. The system
+# message and the last question stay.
 
 # %%
 from helpers.chat import count_tokens, trim_conversation
@@ -201,8 +208,9 @@ print(f"{left_out} left out, the other {len(kept)} have {count_tokens(tokenizer,
 # ## Talk to it
 #
 # Type a question and press Enter. *Stop* ends a reply, *Reset* begins anew, and *Ask* puts base and tuned model side by
-# side. *Save transcript* writes the conversation to the run folder in ShareGPT format: what you correct in that file, you
-# can train on. (Where nobody can type, as in a run by papermill, the questions in `script` are asked instead.)
+# side. *Save transcript* writes the conversation to the run folder in ShareGPT format: what you correct in that file,
+# you can train on. (Where nobody can type, as when the program papermill runs this notebook, the questions in `script`
+# are asked instead.)
 
 # %%
 from helpers.chat_box import ChatBox
