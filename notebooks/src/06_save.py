@@ -3,12 +3,12 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/06_save.ipynb)
 #
-# At the end you have your model in every form that others can load, and a table that says how close each is to the model
-# that you trained.
+# At the end you have your model in every form that others can load, and a table that says how close each is to the
+# model that you trained.
 #
 # You can
-# - choose between an adapter (a few MB, needs its base model), a merged model (whole) and GGUF files (whole and small, for
-#   llama.cpp and Ollama),
+# - choose between an adapter (10 to 100 MB, needs its base model), a merged model (whole) and GGUF files (whole and
+#   small, for llama.cpp and Ollama, programs that run a model on a laptop),
 # - merge without the rounding of 4 bits,
 # - prove that what you saved answers as what you trained,
 # - publish it under your own name, if you want to.
@@ -21,11 +21,11 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# `GGUF` names the quantised files to write; leave it empty to write none. `PUSH_TO` is empty: nothing leaves this machine.
-# Give `your-name/your-model` to publish the form in `PUSH_FORM` on the Hugging Face Hub; that needs a token with write
-# access in the environment variable `HF_TOKEN` (on Colab: the key icon, *Secrets*). `RUN_DIR`, `DRIVE_DIR` and `HUB_REPO`
-# say where the adapter is found, `PROFILE`, `MODEL_NAME`, `DATASET`, `MAX_SEQ_LENGTH` and `MAX_STEPS` with what it is
-# trained, should it have to be trained first: all as in chapter 05.
+# `GGUF` names the quantised files to write; leave it empty to write none. `PUSH_TO` is empty: nothing leaves this
+# machine. Give `your-name/your-model` to publish the form in `PUSH_FORM` on the Hugging Face Hub; that needs a token
+# with write access in the environment variable `HF_TOKEN` (on Colab: the key icon, *Secrets*). `RUN_DIR`, `DRIVE_DIR`
+# and `HUB_REPO` say where the adapter is found, `PROFILE`, `MODEL_NAME`, `DATASET`, `MAX_SEQ_LENGTH` and `MAX_STEPS`
+# with what it is trained, should it have to be trained first: all as in chapter 05.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -68,7 +68,8 @@ list_files(adapter)
 #
 # Merging adds $\frac{\alpha}{r} B A$ to each frozen $W$ and leaves one ordinary model. Training kept $W$ in 4 bits to save
 # memory; merge into those, and the rounding error of every weight is baked in for good. So the base model is loaded
-# unquantised: `load_in_4bit=False`. (GGUF files are written with llama.cpp, which Unsloth has to know before it is imported.)
+# unquantised: `load_in_4bit=False`. (GGUF files are written with llama.cpp, which Unsloth has to know before it is
+# imported.)
 
 # %%
 from helpers.gguf import use_llama_cpp
@@ -77,7 +78,8 @@ quantization = [name for name in GGUF.replace(",", " ").lower().split()]
 print(use_llama_cpp() if quantization else "GGUF is empty: no llama.cpp is needed.")
 
 # %% [markdown] lang="en"
-# Each LoRA matrix must fit the weight that it stands beside; `check_adapter` reads that from the files' headers.
+# Each LoRA matrix must fit the weight that it stands beside; `check_adapter` reads that from the files' headers. On a
+# T4 the 16-bit weights are downloaded now, over 6 GB for the 3B; chapter 04 needed the 4-bit ones alone.
 
 # %%
 from unsloth import FastLanguageModel
@@ -98,8 +100,8 @@ print(f"{parameters:,} parameters without the adapter's")
 # %% [markdown] lang="en"
 # ## Does it fit?
 #
-# A free Colab VM has about 12 GB of memory and ends without a word when they are used up. The model's size says what each
-# step will take, so ask before anything is written.
+# A free Colab VM has about 12 GB of memory and ends without a word when they are used up. The model's size says what
+# each step will take, so ask before anything is written.
 
 # %%
 from helpers.export import plan_export
@@ -112,7 +114,7 @@ plan
 # ## What the model in memory says
 #
 # These are the answers that every saved form is held against: greedy replies to held-out questions, and how likely the
-# model finds each word of the right answers.
+# model finds each token of the right answers. A reply may differ from chapter 05's, where the base was in 4 bits.
 
 # %%
 from datasets import load_from_disk
@@ -128,13 +130,13 @@ model_stops = stop_tokens(tokenizer, model)
 print(f"{conversations[0][-2]['content']}\n\n{in_memory.replies[0]}\n\nPerplexity: {in_memory.perplexity:.4f}")
 
 # %% [markdown] lang="en"
-# *Perplexity* is how many words the model hesitates between, on average, at each word of the right answer: 1 would be
-# certainty.
+# *Perplexity* is how many equally likely tokens the model hesitates between, on average, at each token of the right
+# answer: 1 would be certainty.
 #
 # ## Merge
 #
-# `run.write` gives a temporary folder and renames it when everything is there, so that a merge that was interrupted never
-# looks like a finished one.
+# `run.write` gives a temporary folder and renames it when everything is there, so that a merge that was interrupted
+# never looks like a finished one.
 
 # %% tags=["handoff"]
 facts = run.facts("adapter")
@@ -146,9 +148,10 @@ list_files(merged)
 # %% [markdown] lang="en"
 # ## Export to GGUF
 #
-# A GGUF file holds weights, tokenizer and chat template in one. `q8_0` keeps about 8 bits a weight, `q4_k_m` about 5.
-# Ollama also reads a `Modelfile`; its template and stop words are derived from the tokenizer's, because a model that is
-# asked in another form than it was trained in answers worse.
+# A GGUF file holds weights, tokenizer and chat template in one. `q8_0` keeps about 8 bits a weight, `q4_k_m` about 5 in
+# a Llama; in SmolLM2, whose rows are no multiple of 256 weights, llama.cpp takes finer types for most of it. Ollama
+# also reads a `Modelfile`; its template and stop words are derived from the tokenizer's, because a model that is asked
+# in another form than it was trained in answers worse.
 
 # %% tags=["handoff"]
 from helpers.export import keep_gguf
@@ -164,12 +167,13 @@ if quantization:
 list_files(run.artefact("gguf")) if quantization else "no GGUF files"
 
 # %% [markdown] lang="en"
-# With Ollama on your machine, `ollama create my-model -f Modelfile` in that folder makes it a model that you can talk to.
+# With Ollama on your machine, `ollama create my-model -f Modelfile` in that folder makes it a model that you can talk
+# to.
 #
 # ## Reload every form in a fresh process
 #
-# A model that answers in this notebook proves little about its files: it is still in memory. Now it goes, and each form is
-# asked by a process that has nothing but the files: the adapter through Unsloth, the merged model through plain
+# A model that answers in this notebook proves little about its files: it is still in memory. Now it goes, and each form
+# is asked by a process that has nothing but the files: the adapter through Unsloth, the merged model through plain
 # Transformers, each GGUF file through `llama-server` and its OpenAI-style API, as any program would ask it.
 
 # %%
@@ -194,9 +198,10 @@ for name in quantization:
 #
 # Adapter and merged model must give the same replies, word for word; only where the model in memory itself found two
 # tokens as good as equal may they part. The other forms round the weights, so their words may differ; that includes the
-# adapter on the 4-bit base that it was trained on. They must stay within 10 % of the perplexity, `q8_0` within 1 %, as far
-# as so few tokens can tell (twice the standard error is let pass). And none may lose the house style: a reply more or less
-# is chance, but of 8 that had it 5 must keep it (Fisher's exact test).
+# adapter on the 4-bit base that it was trained on. They must stay within 10 % of the perplexity, `q8_0` within 1 %, as
+# far as so few tokens can tell (twice the standard error is let pass). And where the data have a house style (the three
+# lines of the support replies), none may lose it: a reply more or less is chance, but of 8 that had it 5 must keep it
+# (Fisher's exact test).
 
 # %%
 from helpers.house_style import judge_reply
@@ -214,9 +219,9 @@ exports
 
 # %% [markdown] lang="en"
 # Read a row from left to right: how many replies are the same text; how many of their first 32 tokens; by how much the
-# log-probabilities of the right answers' tokens moved, on average and at worst; how far the whole distributions are apart
-# (Kullback-Leibler divergence, where a form gives them whole); and perplexity. On the 4-bit base it may even be lower than
-# in memory: the adapter learned beside that rounding, and makes up for some of it.
+# log-probabilities of the right answers' tokens moved, on average and at worst; how far the whole distributions are
+# apart (Kullback-Leibler divergence, where a form gives them whole); and perplexity. On the 4-bit base it may even be
+# lower than in memory: the adapter learned beside that rounding, and makes up for some of it.
 #
 # A form that missed a limit stops here, before anyone can take it for your model.
 
@@ -242,9 +247,9 @@ print(card)
 # %% [markdown] lang="en"
 # ## Publish, if you want to
 #
-# Only with a name in `PUSH_TO`, and then the very files that were verified, with the card, into a private repository. Mind
-# the licences: a model made from Llama 3.2 carries Meta's community licence and must have "Llama" at the beginning of its
-# name.
+# Only with a name in `PUSH_TO`, and then the very files that were verified, with the card, into a private repository.
+# Mind the licences: a model made from Llama 3.2 carries Meta's community licence and must have "Llama" at the beginning
+# of its name.
 
 # %%
 from helpers.export import hub_token
@@ -263,11 +268,12 @@ print(f"Result: {passed} of {len(exports.checks)} exports answer as the model in
 # %% [markdown] lang="en"
 # ## Where you are
 #
-# You have `adapter/`, `merged/`, `gguf/` with its `Modelfile`, and a model card in the run folder, and know how close each
-# is to what you trained.
+# You have `adapter/`, `merged/`, `gguf/` with its `Modelfile`, and a model card in the run folder, and know how close
+# each is to what you trained.
 #
-# On your own: set `GGUF` to `q2_k` and see which limit it misses, and where the chapter then stops; merge from
-# `load_in_4bit=True` and compare the perplexity; change a word in the Modelfile's template and ask Ollama again.
+# On your own: set `GGUF` to `q2_k` and see how far it moves from the model in memory, and whether a limit stops the
+# chapter; load with `load_in_4bit=True` and read why the chapter stops; change a word in the Modelfile's template and
+# ask Ollama again.
 #
 # This was the last chapter. Start again with data of your own: give its file as `DATASET` in
 # [chapter 03](03_data.ipynb).
