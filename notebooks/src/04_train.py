@@ -73,13 +73,13 @@ print(f"{len(train_dataset)} conversations to train on, {len(eval_dataset)} held
 # ## What fits, and what is fastest
 #
 # A *step* changes the trained weights once, along their *gradients* (in which direction, and how steeply, each lowers
-# the loss), averaged over `effective_batch_size` conversations. These can go through the model all at once (a large
-# *micro-batch*) or in turns whose gradients add up (*accumulation*): the result is the same, the memory and the time
-# are not. *Gradient checkpointing* is the other choice: keep all intermediate results that the gradients need
-# (`False`), keep each block's input and recompute the rest (`True`), or move those inputs to main memory too
-# (`"unsloth"`). `plan_batch` predicts the peak of each option from the model's configuration and from the longest
-# conversations of *these* data, and takes the fastest that leaves a tenth of the memory free. The seconds are for
-# comparing options. Without a GPU, memory and seconds are those of a T4, not of your machine.
+# the *loss*, the measure of the model's mistakes), averaged over `effective_batch_size` conversations. These can go
+# through the model all at once (a large *micro-batch*) or in turns whose gradients add up (*accumulation*): the result
+# is the same, the memory and the time are not. *Gradient checkpointing* is the other choice: keep all intermediate
+# results that the gradients need (`False`), keep each block's input and recompute the rest (`True`), or move those
+# inputs to main memory too (`"unsloth"`). `plan_batch` predicts the peak of each option from the model's configuration
+# and from the longest conversations of *these* data, and takes the fastest that leaves a tenth of the memory free. The
+# seconds are for comparing options. Without a GPU, memory and seconds are those of a T4, not of your machine.
 
 # %%
 from transformers import AutoConfig, AutoTokenizer
@@ -117,7 +117,7 @@ with track_memory("add LoRA") as add_lora:
 # ## Ask before training
 #
 # The model answers some held-out conversations now, and the same ones after training. Greedy decoding (always the most
-# likely token) makes the two comparable.
+# likely token) makes the two comparable. A reply is cut off at 96 tokens.
 
 # %%
 from helpers.chat import batch_replies, compare_replies
