@@ -76,7 +76,7 @@ def load(job: dict):
         from unsloth import FastLanguageModel
 
         model, tokenizer = FastLanguageModel.from_pretrained(
-            job["folder"], max_seq_length=2048, dtype=dtype, load_in_4bit=job.get("load_in_4bit", True)
+            job["folder"], max_seq_length=2048, dtype=dtype, load_in_4bit=True
         )
         model = FastLanguageModel.get_peft_model(
             model, **lora, use_gradient_checkpointing=job["checkpointing"], random_state=3407, **job["lora"]
@@ -107,7 +107,6 @@ def measure(job: dict) -> dict:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(T4_GIB * 2**30 / total)
     torch.set_float32_matmul_precision("high")
-    torch.backends.cuda.enable_cudnn_sdp(job.get("cudnn", True))
     start = time.perf_counter()
     steps = job.get("steps", STEPS)
     rows = make_rows(steps * EFFECTIVE_BATCH, lengths=job["lengths"], seed=1)
@@ -138,8 +137,6 @@ def measure(job: dict) -> dict:
 
     model, tokenizer, peft_config = load(job)
     load_s = time.perf_counter() - start
-    if job.get("longest_first"):
-        rows.sort(key=lambda row: -len(row["input_ids"]))
     held_out = make_rows(32, lengths=job["lengths"], seed=2)
 
     def trainer_of(max_steps: int, clock: Clock):
@@ -248,7 +245,11 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", default=list(ROWS))
     parser.add_argument("--lengths", default="conversations", help="or one length, such as 1024")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--jobs", help="a JSON file with jobs of your own instead")
+    parser.add_argument(
+        "--jobs",
+        help="a JSON file with a list of rows of your own instead: keys as in COMMON and ROWS, name, shape, steps, "
+        "cap_gib (after loading), skip_eval, profile (three steps under PyTorch's profiler)",
+    )
     parser.add_argument("--models", help="a folder to keep the random models in")
     parser.add_argument("--ahead", type=int, default=6, help="processes that import at the same time")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("training.jsonl"))
