@@ -33,8 +33,9 @@
 # **Unsloth** does that with less memory and time than the standard libraries: attention that never writes the whole
 # attention matrix to memory (the idea of FlashAttention), *quantised* weights (stored in fewer bits), and hand-written
 # *kernels* (programs for the GPU) that do several steps in one. How much it gains depends on the card and the shapes.
-# One comparison: an H100 GPU, Llama-3.2-3B's shape, 8 rows of 1,024 tokens a step, 2 at a time, Unsloth 2026.10.9: 1.28
-# s a step and 2.80 GiB, against 2.02 s and 4.49 GiB for the standard libraries, Transformers, PEFT and TRL.
+# One comparison, on an H100 GPU that was given a T4's memory: to load a model of Llama-3.2-3B's shape and train 60 steps
+# of 8 conversations takes chapter 04's settings 33 s and 6.9 GiB, and the standard libraries (Transformers, PEFT and TRL,
+# with the largest batch that fits) 103 s and 14.2 GiB; `benchmarks/README.md` has the details.
 
 # %% [markdown] lang="en"
 # ## Set up

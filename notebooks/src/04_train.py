@@ -60,7 +60,7 @@ profile
 # %%
 import os
 
-os.environ.update(UNSLOTH_BLOCK_COMPILE="0", UNSLOTH_FUSED_LINEAR_TRITON="0")  # delete this line for a long run
+os.environ.update(UNSLOTH_BLOCK_COMPILE="0", UNSLOTH_FUSED_LINEAR_TRITON="0")  # a long run? Measure it without
 from datasets import load_from_disk
 from unsloth import FastLanguageModel  # before transformers, peft and trl: it patches them
 
