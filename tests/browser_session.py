@@ -69,14 +69,18 @@ def wait_until(look, found, what, pause=0.02):
 
 def run_all(page, front_end):
     css = FRONT_ENDS[front_end]
-    # A page that was just opened asks its kernel for widgets, and drops the ones that come while it waits.
-    page.wait_for_function(css["idle"], timeout=WAIT_SECONDS * 1000)
-    page.wait_for_timeout(1000)
-    if front_end == "lab":
-        page.locator(".lm-MenuBar-itemLabel").get_by_text("Run", exact=True).click()
-        page.locator("li[data-command='runmenu:run-all']").click()
-    else:
-        page.evaluate("() => Jupyter.notebook.execute_all_cells()")
+    for _ in range(4):
+        # A page that was just opened asks its kernel for widgets, and drops the ones that come while it waits.
+        page.wait_for_function(css["idle"], timeout=WAIT_SECONDS * 1000)
+        page.wait_for_timeout(1000)
+        if front_end == "lab":
+            page.locator(".lm-MenuBar-itemLabel").get_by_text("Run", exact=True).click()
+            page.locator("li[data-command='runmenu:run-all']").click()
+        else:
+            page.evaluate("() => Jupyter.notebook.execute_all_cells()")
+        page.wait_for_timeout(5000)
+        if any(page.evaluate(PROMPTS, css)):
+            break  # else the page connected to its kernel just then, and the request was lost: press again
     # Seldom: a look takes time that the kernel could have on a machine with few cores.
     wait_until(
         lambda: page.evaluate(PROMPTS, css),

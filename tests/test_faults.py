@@ -33,7 +33,7 @@ def contents(folder):
     [
         ("no_lora", "claim", "code cell"),
         ("fewer_modules", "output", "`trainable`"),
-        ("four_bit_off", "band", "02 weights, MiB"),
+        ("four_bit_off", "output and band", "linear layers"),
     ],
 )
 def test_a_fault_is_caught(good, tmp_path, fault, way, said):

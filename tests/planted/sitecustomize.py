@@ -252,17 +252,19 @@ def data_order():
     wrap(Trainer, "_get_train_sampler", make)
 
 
+def any_seed():
+    return int.from_bytes(os.urandom(3), "big")
+
+
 def seed_ignored():
-    import transformers.trainer as module
+    def change(settings):
+        settings.seed = any_seed()
 
-    def make(original):
-        def set_seed(seed, *args, **kwargs):
-            fires()
-            return original(int.from_bytes(os.urandom(4), "big"), *args, **kwargs)
+    after_settings(change)
 
-        return set_seed
 
-    wrap(module, "set_seed", make)
+def lora_seed_ignored():
+    peft_models(lambda original, model, args, kwargs: original(model, *args, **{**kwargs, "random_state": any_seed()}))
 
 
 def loaded_models(change_arguments=None, change_model=None):
@@ -382,6 +384,7 @@ FAULTS = {
     "labels_shifted": labels_shifted,
     "data_order": data_order,
     "seed_ignored": seed_ignored,
+    "lora_seed_ignored": lora_seed_ignored,
     "a_frozen": a_frozen,
     "half_frozen": half_frozen,
     "embedding_trained": embedding_trained,
