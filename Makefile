@@ -49,7 +49,7 @@ record: run  ## run, then keep the outputs in the committed notebooks and the RE
 repeat: model notebooks  ## train chapter 04 twenty times: what the runs use of their bands; RUNS=5 for fewer
 	@python tests/repeat.py $(if $(RUNS),--runs $(RUNS))
 
-faults: model llama-cpp notebooks  ## break the stack in 23 ways and show what notices (about half an hour)
+faults: model llama-cpp notebooks  ## break the stack in 22 ways and show what notices (about half an hour)
 	@python tests/faults.py
 
 lint: $(READY)  ## check code, notebooks and workflows

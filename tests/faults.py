@@ -47,7 +47,6 @@ FAULTS = {
     "learning_rate_x0.01": ("04_train", "the learning rate is a hundredth of what was set"),
     "data_order": ("04_train", "rows come in the order of the file"),
     "seed_ignored": ("04_train", "the trainer's seed is ignored"),
-    "lora_seed_ignored": ("04_train", "the seed of LoRA's first values is ignored"),
     "a_frozen": ("04_train", "the LoRA matrices A are frozen"),
     "half_frozen": ("04_train", "half of the LoRA matrices are frozen"),
     "embedding_trained": ("04_train", "the embedding is trained too"),

@@ -263,10 +263,6 @@ def seed_ignored():
     after_settings(change)
 
 
-def lora_seed_ignored():
-    peft_models(lambda original, model, args, kwargs: original(model, *args, **{**kwargs, "random_state": any_seed()}))
-
-
 def loaded_models(change_arguments=None, change_model=None):
     from unsloth import FastLanguageModel
 
@@ -384,7 +380,6 @@ FAULTS = {
     "labels_shifted": labels_shifted,
     "data_order": data_order,
     "seed_ignored": seed_ignored,
-    "lora_seed_ignored": lora_seed_ignored,
     "a_frozen": a_frozen,
     "half_frozen": half_frozen,
     "embedding_trained": embedding_trained,
