@@ -49,7 +49,7 @@ record: run  ## run, then keep the outputs in the committed notebooks and the RE
 repeat: model notebooks  ## train chapter 04 twenty times: what the runs use of their bands; RUNS=5 for fewer
 	@python tests/repeat.py $(if $(RUNS),--runs $(RUNS))
 
-faults: model llama-cpp notebooks  ## break the stack in 22 ways and show what notices (about half an hour)
+faults: model llama-cpp notebooks  ## break the stack in 23 ways and show what notices (about half an hour)
 	@python tests/faults.py
 
 lint: $(READY)  ## check code, notebooks and workflows
@@ -63,9 +63,9 @@ workflows:  # part of lint
 	@jactionlint --profile pedantic --strict-exit
 	@shellcheck .github/*.sh .ci/run
 
-# Two files at once, with one thread each; then what was skipped, and the slowest.
+# Three files at once on two cores, for many tests wait, with one thread each; then what was skipped, and the slowest.
 unit: model llama-cpp  ## run the tests
-	@OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -rs --durations=10
+	@OMP_NUM_THREADS=1 pytest -n 3 --dist loadfile --no-loadscope-reorder -rs --durations=10
 
 test:  ## lint, tests, the whole series on the cpu profile and its regression; says what each took
 	@trap 'printf "\nmake test took\n$$took"' EXIT; \

@@ -5,7 +5,7 @@ import html
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from helpers.errors import InputError
 from helpers.tables import html_table, text_table
@@ -15,6 +15,7 @@ _ROLES = {"system": "system", "user": "user", "human": "user", "input": "user"}
 _ROLES |= {"assistant": "assistant", "gpt": "assistant", "output": "assistant"}
 _FORMATS = {"ShareGPT": ("from", "value"), "role/content": ("role", "content")}
 _SPECIAL = re.compile(r"<\|\w+\|>")
+SMALLEST = 5  # conversations: of fewer, a fifth is none
 
 MEANINGS = {
     "wrong_nesting": "not a list of messages",
@@ -145,6 +146,39 @@ def validate_conversations(
         valid_rows=tuple(sorted(set(range(len(found))) - set(dropped))),
         dropped_rows=dropped,
     )
+
+
+def split_conversations(dataset: Any, *, train_rows: int, eval_rows: int, seed: int = 3407) -> tuple[Any, Any]:
+    """Two data sets: rows to train on and rows to hold out, at most so many of each.
+
+    Where `dataset` has a column "split", its values "train" and "held_out" decide, and the first rows of each are
+    taken. Else the rows are dealt at random, at most a fifth of them held out.
+
+    Raises:
+        ConversationError: one of the two would be empty.
+
+    Example: 100 rows without that column, train_rows=480, eval_rows=40 -> 80 rows and 20 rows
+    """
+    own = "split" in dataset.column_names
+    if own:
+        train, held_out = (
+            dataset.filter(lambda row, which: row["split"] == which, fn_kwargs={"which": which})
+            for which in ("train", "held_out")
+        )
+    elif len(dataset) < SMALLEST:
+        train, held_out = dataset, dataset.select([])
+    else:
+        parts = dataset.train_test_split(test_size=min(eval_rows, len(dataset) // SMALLEST), seed=seed)
+        train, held_out = parts["train"], parts["test"]
+    if not (len(train) and len(held_out)):
+        column = 'write "train" or "held_out" into each row\'s "split" (or leave that column out)'
+        raise ConversationError(
+            "conversations",
+            found=f"{len(train)} to train on and {len(held_out)} to hold out, of {len(dataset)} that fit",
+            expected="at least one of each" if own else f"at least {SMALLEST} that fit, a fifth of which is held out",
+            fix=f"{column}, or raise MAX_SEQ_LENGTH" if own else "add conversations, or raise MAX_SEQ_LENGTH",
+        )
+    return train.select(range(min(train_rows, len(train)))), held_out.select(range(min(eval_rows, len(held_out))))
 
 
 def _check_arguments(tokenizer, max_tokens, keep) -> None:

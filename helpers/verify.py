@@ -22,7 +22,6 @@ SCORED_TOKENS = 64  # how much of each held-out answer is scored
 TOP_TOKENS = 100  # how many candidates a server is asked for at each scored token
 TIE = 0.5  # logits: bfloat16 rounds those of the best tokens, 16 to 32, to steps of 0.125, and every layer rounds too
 TIED_TOKENS = 8  # candidates that are looked at for a tie
-STYLE_CHANCE = 0.05  # house style is lost where chance alone gives so few replies that have it more seldom than this
 PERPLEXITY_LIMITS = {"q8_0": 0.01, "q4_k_m": 0.10}  # how far perplexity may be off; other quantised files: the latter
 
 
@@ -340,9 +339,8 @@ def compare_exports(
     """Hold every form against the model in memory.
 
     A form with rounded weights may change replies, and perplexity within `PERPLEXITY_LIMITS`; every other one must give
-    the same replies (but for near ties) and keep perplexity within 1 %. Perplexity misses its limit when the change is
-    beyond it by more than twice its standard error, for the scored tokens are few. House style is lost when so few
-    replies have it that chance does not explain it, see `chance_of_so_few`.
+    the same replies (but for near ties) and keep perplexity within 1 %. As many replies as in memory must have the
+    house style.
 
     Args:
         reference: `probe_model` of the model in memory.
@@ -370,30 +368,14 @@ def compare_exports(
             faults.append(
                 f"{len(probe.replies) - same - ties} of {len(probe.replies)} replies differ by more than a tie"
             )
-        mean = sum(pairs) / len(pairs)  # the log of the change of perplexity
-        spread = 2 * math.sqrt(sum((pair - mean) ** 2 for pair in pairs)) / len(pairs)
-        if not (mean - spread <= math.log1p(limit) and mean + spread >= math.log1p(-limit)):  # or no number
+        if not abs(change) <= limit:  # or no number
             faults.append(f"perplexity changed by {change:+.2%}, more than {limit:.0%}")
-        if styled is not None and chance_of_so_few(kept, styled, replies=len(probe.replies)) <= STYLE_CHANCE:
-            faults.append(f"{kept} replies in house style, {styled} in memory: more are lost than chance explains")
+        if styled is not None and kept < styled:
+            faults.append(f"{kept} replies in house style, {styled} in memory")
         sizes, divergence = [abs(pair) for pair in pairs], _divergence(reference, probe)
         row = (form, same, ties, len(probe.replies), first, sum(sizes) / len(sizes), max(sizes), divergence)
         checks.append(ExportCheck(*row, probe.perplexity, change, kept, tuple(faults)))
     return ExportReport(tuple(checks), reference.perplexity, styled)
-
-
-def chance_of_so_few(kept: int, styled: int, *, replies: int) -> float:
-    """How often chance alone lets at most `kept` replies of a form have the style, when `styled` have it in memory.
-
-    Rounded weights turn a few close decisions, so a reply more or less in style says nothing about a form. This is
-    Fisher's exact test, one-sided: both have the same share, and of all ways to deal `styled + kept` replies in style
-    to two groups of `replies`, how many leave the form with so few? Fewer than 3 replies can never prove a loss.
-
-    Example: of 8 that all have it in memory, 5 may be left (0.1), not 4 (0.038); of 48, 44 (0.058), not 43 (0.028)
-    """
-    both = styled + kept
-    ways = sum(math.comb(replies, few) * math.comb(replies, both - few) for few in range(kept + 1))
-    return ways / math.comb(2 * replies, both)
 
 
 def _compare_replies(reference: Probe, replies: Sequence[str], tokenizer: Any) -> tuple[int, int, float]:

@@ -34,6 +34,7 @@ from helpers.tables import text_table  # noqa: E402
 FAULTS = {
     "no_lora": ("02_load_and_lora", "LoRA is added to no module"),
     "fewer_modules": ("02_load_and_lora", "LoRA leaves the feed-forward modules out"),
+    "lora_seed_ignored": ("02_load_and_lora", "LoRA's seed is ignored"),
     "four_bit_off": ("02_load_and_lora", "load_in_4bit is ignored"),
     "template_swapped": ("03_data", "tokenizers load with another family's chat template"),
     "pad_is_eos": ("03_data", "the padding token is the end token"),

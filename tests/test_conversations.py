@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.conversations import MEANINGS, ConversationError, validate_conversations
+from helpers.conversations import MEANINGS, ConversationError, split_conversations, validate_conversations
 
 
 def sharegpt(*turns: tuple[object, object]) -> dict:
@@ -264,3 +264,41 @@ def test_no_row_is_lost(rows):
     assert report.rows == len(rows)
     assert {problem.row for problem in report.problems} == set(report.dropped_rows)
     repr(report)
+
+
+def rows_with(**columns):
+    from datasets import Dataset
+
+    return Dataset.from_dict(columns)
+
+
+def test_a_column_says_which_rows_are_held_out():
+    rows = rows_with(split=["train", "held_out"] * 4, number=range(8))
+    train, held_out = split_conversations(rows, train_rows=3, eval_rows=10)
+    assert (train["number"], held_out["number"]) == ([0, 2, 4], [1, 3, 5, 7])
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(100, (30, 7)), (10, (8, 2)), (5, (4, 1))])
+def test_at_most_a_fifth_is_held_out_at_random(rows, sizes):
+    options = dict(train_rows=30, eval_rows=7)
+    train, held_out = split_conversations(rows_with(number=range(rows)), **options)
+    assert (len(train), len(held_out)) == sizes
+    assert not set(train["number"]) & set(held_out["number"])
+    again, _ = split_conversations(rows_with(number=range(rows)), **options)
+    other, _ = split_conversations(rows_with(number=range(rows)), **options, seed=1)
+    assert train["number"] == again["number"] != other["number"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"split": ["held_out"] * 3}, "0 to train on and 3 to hold out, of 3 that fit, expected at least one of each"),
+        ({"split": ["train"] * 3}, "3 to train on and 0 to hold out"),
+        ({"split": ["training", "validation"]}, "0 to train on and 0 to hold out, of 2"),
+        ({"number": range(4)}, "of 4 that fit, expected at least 5 that fit"),
+        ({"number": []}, "0 to train on and 0 to hold out"),
+    ],
+)
+def test_a_side_without_rows_is_refused(columns, said):
+    with pytest.raises(ConversationError, match=f"conversations: found .*{said}.* Fix: "):
+        split_conversations(rows_with(**columns), train_rows=3, eval_rows=3)

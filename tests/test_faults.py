@@ -33,6 +33,7 @@ def contents(folder):
     [
         ("no_lora", "claim", "code cell"),
         ("fewer_modules", "output", "`trainable`"),
+        ("lora_seed_ignored", "output", "The first A begins with"),
         ("four_bit_off", "output and band", "linear layers"),
     ],
 )

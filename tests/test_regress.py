@@ -346,7 +346,7 @@ def test_nbval_executes_a_chapter_and_notices_another_output(tmp_path, monkeypat
     nbformat.write(broken, tmp_path / "03_data.ipynb")
     monkeypatch.setattr(regress, "NOTEBOOKS", tmp_path)
     shown = run_nbval("03_data", reports=tmp_path)
-    assert [cell for cell, _ in shown.problems] == [f"Cell {broken_cell(broken)}"]
+    assert [cell for cell, _ in shown.problems] == [f"Cell {broken_cell(broken)}"], shown.problems
 
 
 def broken_cell(notebook):

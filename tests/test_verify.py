@@ -16,7 +16,6 @@ from helpers.smollm2 import GGUF_FILE, prepare_smollm2
 from helpers.verify import (
     FIRST_TOKENS,
     Probe,
-    chance_of_so_few,
     check_rendering,
     compare_exports,
     held_out_answer,
@@ -213,34 +212,16 @@ def test_replies_that_part_late_are_judged_too(word, near_ties):
     assert bool(check.faults) != bool(near_ties)
 
 
-@pytest.mark.parametrize(("kept", "ok"), [(8, True), (7, True), (5, True), (4, False), (0, False)])
-def test_house_style_may_vary_but_not_be_lost(kept, ok):
-    """Of 8 replies that all have it, chance may take some."""
-    styled = Probe(("in style",) * 8, ((-0.5,),) * 8)
-    form = replace(styled, replies=("in style",) * kept + ("not",) * (8 - kept))
+@pytest.mark.parametrize(("kept", "ok"), [(8, True), (7, True), (6, False), (0, False)])
+def test_house_style_must_survive(kept, ok):
+    """In memory 7 of 8 replies have it."""
+    replies = ("in style",) * 8
+    reference = Probe((*replies[:7], "not"), ((-0.5,),) * 8, (), (({}, {}),) * 8)
+    form = replace(reference, replies=(*replies[:kept], *("not",) * (8 - kept)))
     options = dict(tokenizer=TOKENIZER, in_style=lambda row, reply: reply == "in style")
-    reference = replace(styled, rivals=(({}, {}),) * 8)
     report = compare_exports(reference, {"GGUF q4_k_m": form}, **options)
     assert report.ok == ok
-    assert (f"MISSED, GGUF q4_k_m: {kept} replies in house style, 8 in memory" in repr(report)) != ok
-
-
-@pytest.mark.parametrize(("tokens", "ok"), [(8, True), (4000, False)])
-def test_a_change_of_perplexity_may_be_chance_where_few_tokens_were_scored(tokens, ok):
-    """12 % worse on average, but by -0.26 to +0.5 a token."""
-    few = replace(REFERENCE, log_probs=((-1.0,) * tokens,))
-    form = replace(few, log_probs=((-1.5, -0.74) * (tokens // 2),))
-    report = compare_exports(few, {"GGUF q4_k_m": form}, tokenizer=TOKENIZER)
-    assert report.checks[0].perplexity_change == pytest.approx(math.expm1(0.12))
-    assert report.ok == ok
-
-
-def test_the_chance_of_so_few_is_fishers():
-    assert chance_of_so_few(4, 8, replies=8) == pytest.approx(495 / 12870)
-    assert chance_of_so_few(5, 8, replies=8) == pytest.approx(0.1)
-    assert chance_of_so_few(44, 48, replies=48) > 0.05 > chance_of_so_few(43, 48, replies=48)
-    assert chance_of_so_few(8, 8, replies=8) == 1
-    assert chance_of_so_few(0, 0, replies=8) == 1
+    assert (f"MISSED, GGUF q4_k_m: {kept} replies in house style, 7 in memory" in repr(report)) != ok
 
 
 def test_divergence_is_kullback_leiblers():

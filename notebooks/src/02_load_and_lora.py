@@ -155,13 +155,16 @@ for rank in (4, 8, 16, 32, 64):
 # ## It starts as the base model
 #
 # $B$ starts at zero, so the detour adds nothing and the first step begins exactly at the model that you loaded. Chapter
-# 04 counts again after training: a matrix $B$ that is still zero would have learned nothing.
+# 04 counts again after training: a matrix $B$ that is still zero would have learned nothing. $A$ starts with small
+# random numbers. The seed `random_state` draws them: run the chapter again on the same machine, and they are the same.
 
 # %% tags=["nbval-check-output"]
 from helpers.training import count_changed_adapters
 
 changed, adapters = count_changed_adapters(model)
 print(f"{changed} of {adapters} matrices B differ from zero")
+first = next(parameter for name, parameter in model.named_parameters() if "lora_A" in name)
+print("The first A begins with", [round(number, 3) for number in first[0, :4].tolist()])
 
 # %% [markdown] lang="en"
 # What the two steps cost. *Allocated* is what tensors hold, *reserved* what PyTorch has taken from the card; the

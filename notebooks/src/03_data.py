@@ -147,10 +147,10 @@ validate_conversations(broken)
 # ## From ShareGPT to roles
 #
 # Templates want `role` (`user`, `assistant`) and `content`. `standardize_sharegpt` renames them and touches nothing
-# else.
+# else. One process (`num_proc=1`) is enough for so few rows.
 
 # %% tags=["nbval-check-output"]
-dataset = standardize_sharegpt(raw_dataset)
+dataset = standardize_sharegpt(raw_dataset, num_proc=1)
 dataset[0]["conversations"]
 
 # %% [markdown] lang="en"
@@ -191,14 +191,10 @@ print(f"Longest: {max(token_counts)} tokens. Longer than {profile.max_seq_length
 # own split, in which no held-out question occurs in training; other data are split at random, at most a fifth held out.
 
 # %%
-if "split" in dataset.column_names:
-    train_dataset = dataset.filter(lambda row: row["split"] == "train")
-    eval_dataset = dataset.filter(lambda row: row["split"] == "held_out")
-else:
-    parts = dataset.train_test_split(test_size=min(profile.eval_rows, len(dataset) // 5), seed=3407)
-    train_dataset, eval_dataset = parts["train"], parts["test"]
-train_dataset = train_dataset.select(range(min(profile.train_rows, len(train_dataset))))
-eval_dataset = eval_dataset.select(range(min(profile.eval_rows, len(eval_dataset))))
+from helpers.conversations import split_conversations
+
+rows = dict(train_rows=profile.train_rows, eval_rows=profile.eval_rows)
+train_dataset, eval_dataset = split_conversations(dataset, **rows)
 print(f"{len(train_dataset)} conversations to train on, {len(eval_dataset)} held out")
 
 # %% [markdown] lang="en"

@@ -198,10 +198,9 @@ for name in quantization:
 #
 # Adapter and merged model must give the same replies, word for word; only where the model in memory itself found two
 # tokens as good as equal may they part. The other forms round the weights, so their words may differ; that includes the
-# adapter on the 4-bit base that it was trained on. They must stay within 10 % of the perplexity, `q8_0` within 1 %, as
-# far as so few tokens can tell (twice the standard error is let pass). And where the data have a house style (the three
-# lines of the support replies), none may lose it: a reply more or less is chance, but of 8 that had it 5 must keep it
-# (Fisher's exact test).
+# adapter on the 4-bit base that it was trained on. They must stay within 10 % of the perplexity in memory, the others
+# and `q8_0` within 1 %. Where the data have a house style (the three lines of the support replies), every form must
+# write as many replies in it as the model in memory.
 
 # %%
 from helpers.house_style import judge_reply

@@ -181,6 +181,13 @@ def fewer_modules():
     peft_models(change)
 
 
+def lora_seed_ignored():
+    def change(original, model, args, kwargs):
+        return original(model, *args, **{**kwargs, "random_state": any_seed()})
+
+    peft_models(change)
+
+
 def a_frozen():
     """Only the matrices B are trained. Planted when training begins: counting before it sees nothing."""
 
@@ -373,6 +380,7 @@ FAULTS = {
     "template_not_saved": template_not_saved,
     "no_lora": no_lora,
     "fewer_modules": fewer_modules,
+    "lora_seed_ignored": lora_seed_ignored,
     "four_bit_off": four_bit_off,
     "learning_rate_x100": lambda: learning_rate(100),
     "learning_rate_x0.01": lambda: learning_rate(0.01),
