@@ -65,7 +65,7 @@ workflows:  # part of lint
 
 # Three files at once on two cores, for many tests wait, with one thread each; then what was skipped, and the slowest.
 unit: model llama-cpp  ## run the tests
-	@OMP_NUM_THREADS=1 pytest -n 3 --dist loadfile --no-loadscope-reorder -rs --durations=10
+	@OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -rs --durations=10
 
 test:  ## lint, tests, the whole series on the cpu profile and its regression; says what each took
 	@trap 'printf "\nmake test took\n$$took"' EXIT; \

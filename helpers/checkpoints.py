@@ -33,8 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import InputError
-from helpers.handoff import hash_files
-from helpers.training import replace_file
+from helpers.handoff import fingerprint_rows, hash_files, replace_file
 
 MANIFEST = "manifest.json"
 HANDED_OVER = "handed_over"
@@ -324,7 +323,8 @@ def settings_of(trainer: Any) -> dict[str, Any]:
     """
     args = trainer.args.to_dict()
     effective = args["per_device_train_batch_size"] * args["gradient_accumulation_steps"]
-    settings = {"data": _data_fingerprint(trainer.train_dataset), "effective batch": effective}
+    rows = trainer.train_dataset
+    settings = {"data": f"{len(rows)} rows, {fingerprint_rows(rows)}", "effective batch": effective}
     config = getattr(trainer.model, "peft_config", {}).get("default")
     if config is not None:
         name = config.base_model_name_or_path or ""
@@ -343,20 +343,6 @@ def compare_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     """What differs, one line each. Example: ["LoRA r was 16, is 8"]"""
     names = [*was, *(name for name in now if name not in was)]
     return [f"{name} was {was.get(name)}, is {now.get(name)}" for name in names if was.get(name) != now.get(name)]
-
-
-def _data_fingerprint(dataset: Any) -> str:
-    """Rows and a sha256 over tokens and labels. (The data set's own fingerprint names the functions that made it.)"""
-    import hashlib
-
-    digest = hashlib.sha256()
-    names = [name for name in ("input_ids", "labels") if name in dataset.column_names]
-    for table in dataset.select_columns(names).with_format("arrow").iter(1000):
-        for name in names:
-            column = table[name].combine_chunks()
-            digest.update(column.value_lengths().to_numpy(zero_copy_only=False).astype("int64").tobytes())
-            digest.update(column.flatten().to_numpy(zero_copy_only=False).astype("int64").tobytes())
-    return f"{len(dataset)} rows, {digest.hexdigest()[:16]}"
 
 
 def _ordered(sampler: Any, seed: int) -> Any:

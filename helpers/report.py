@@ -1,7 +1,6 @@
 """What a training run was, did and proved: as plain data for `report.json`, and as one page to read, print and send."""
 
 import base64
-import hashlib
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.errors import InputError
 from helpers.figures import as_image
-from helpers.handoff import library_versions
-from helpers.training import Curves, HeldOutLosses, draw_curves, duration, fall_interval, replace_file
+from helpers.handoff import fingerprint_rows, library_versions, replace_file
+from helpers.training import Curves, HeldOutLosses, draw_curves, duration, fall_interval
 
 if TYPE_CHECKING:
     from helpers.chat import Comparison
@@ -120,14 +119,6 @@ def make_report(
         "log": trainer.state.log_history,
     }
     return _plain(facts)
-
-
-def fingerprint_rows(dataset: Any) -> str:
-    """The first 16 digits of a sha256 over every row's ids and labels, in order: other data, other fingerprint."""
-    digest = hashlib.sha256()
-    for row in dataset:
-        digest.update(repr((list(row["input_ids"]), list(row["labels"]))).encode())
-    return digest.hexdigest()[:16]
 
 
 def write_report(report: Mapping[str, Any], path: str | Path) -> Path:

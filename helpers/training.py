@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.errors import InputError
 from helpers.figures import MARK, TRAINED, as_image
+from helpers.handoff import replace_file
 from helpers.memory import memory_stats
 from helpers.tables import html_table, text_table
 
@@ -326,23 +326,13 @@ def live_plot(*, folder: str | Path) -> "TrainerCallback":
 
         def try_writing(self, name: str, content: bytes) -> None:
             try:
-                replace_file(folder / name, content)
+                replace_file(folder / name, content, durable=False)
             except OSError as error:  # a full disk must not end the training
                 if self.can_write:
                     print(f"The curves are not written any more: {folder / name}: {error.strerror}. Training goes on.")
                 self.can_write = False
 
     return LivePlot()
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; it needs no time for the disk, so a power cut may bring back the old one."""
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

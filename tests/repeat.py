@@ -26,10 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from helpers.errors import InputError  # noqa: E402
-from helpers.handoff import MANIFEST, Run, fingerprint  # noqa: E402
+from helpers.handoff import MANIFEST, Run, fingerprint, replace_file  # noqa: E402
 from helpers.regress import BASELINES, Metrics, RegressError, baseline_path, collect_metrics, judge  # noqa: E402
 from helpers.series import NOTEBOOKS  # noqa: E402
-from helpers.training import replace_file  # noqa: E402
 
 CHAPTER, NEEDS = "04_train", ("lora.json", "dataset")
 ANOTHER_CPU = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}

@@ -246,6 +246,8 @@ def test_the_token_is_the_one_that_hf_auth_login_wrote_or_its_lack_is_said(monke
 
 
 SECRET = "hf_" + "neverShowThis" * 2
+# What the base model itself is sure of: rounding moves the perplexity of a text that it does not understand by more.
+COUNTED = ", ".join(map(str, range(1, 13)))
 
 
 @pytest.mark.slow
@@ -275,7 +277,7 @@ def test_chapter_06_in_an_awkward_folder_with_a_token_in_the_environment(tmp_pat
 
 
 def make_run(run_dir):
-    """A run folder as chapters 02 to 04 leave it, with an adapter that was not trained."""
+    """A run folder as chapters 02 to 04 leave it, with an adapter that changes little and was not trained."""
     import torch
     from datasets import Dataset, DatasetDict
     from peft import LoraConfig, get_peft_model
@@ -287,8 +289,9 @@ def make_run(run_dir):
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
-    question, answer = {"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "It is 2."}
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=1, target_modules=TARGETS, init_lora_weights=False))
+    question = {"role": "user", "content": f"Count from 1 to 12: {COUNTED}. Count again."}
+    answer = {"role": "assistant", "content": f"{COUNTED}."}
     turns = [[question, answer], [question, answer, question, answer]]
     run.write_json("lora.json", {"lora": {"r": 4}}, base_model=NAME)
     with run.write("dataset", base_model=NAME) as folder:

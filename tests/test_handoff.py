@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers.handoff import MANIFEST, HandoffError, fingerprint, is_on_drive, missing_chapters, open_run
+from helpers.handoff import (
+    MANIFEST,
+    HandoffError,
+    fingerprint,
+    fingerprint_rows,
+    is_on_drive,
+    missing_chapters,
+    open_run,
+    replace_file,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -225,3 +235,28 @@ def test_manifest_is_replaced_in_one_step(run):
     write_adapter(run, "new")
     assert os.stat(run.path / MANIFEST).st_ino != inode
     assert before["schema"] == 1
+
+
+def test_a_fingerprint_changes_with_any_token_label_or_order():
+    from datasets import Dataset
+
+    def print_of(rows, **columns):
+        return fingerprint_rows(Dataset.from_list([row | columns for row in rows]))
+
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [-100, 5]}]
+    other_label = [rows[0] | {"labels": [-100, -100, 3]}, rows[1]]
+    other_token = [rows[0] | {"input_ids": [1, 2, 4]}, rows[1]]
+    other_border = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3, 4, 5], "labels": [3, -100, 5]}]
+    assert re.fullmatch("[0-9a-f]{16}", print_of(rows))
+    assert print_of(rows) == print_of(rows, text="of no account")
+    assert len(set(map(print_of, (rows, rows[::-1], rows[:1], other_label, other_token, other_border)))) == 6
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, durable):
+    (tmp_path / "x").write_bytes(b"old")
+    with pytest.raises(TypeError):
+        replace_file(tmp_path / "x", ["not", "bytes"], durable=durable)
+    assert (tmp_path / "x").read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["x"]
+    replace_file(tmp_path / "x", b"new", durable=durable)
+    assert (tmp_path / "x").read_bytes() == b"new"

@@ -29,7 +29,6 @@ from helpers.training import (
     held_out_losses,
     live_plot,
     read_curves,
-    replace_file,
 )
 
 LOG = [{"loss": 2.0, "grad_norm": 1.0}, {"loss": 1.0, "grad_norm": 0.5}, {"eval_loss": 1.0, "step": 2}]
@@ -496,15 +495,6 @@ def test_curves_that_are_none(tmp_path, content):
         (tmp_path / "curves.csv").write_text(content)
     with pytest.raises(CurvesError, match="curves.csv"):
         assert not read_curves(tmp_path / "curves.csv")
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    (tmp_path / "x").write_bytes(b"old")
-    with pytest.raises(TypeError):
-        replace_file(tmp_path / "x", ["not", "bytes"])
-    assert (tmp_path / "x").read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["x"]
-    replace_file(tmp_path / "x", b"new")
-    assert (tmp_path / "x").read_bytes() == b"new"
 
 
 def test_a_run_draws_and_writes_its_curves(tmp_path):

@@ -197,10 +197,10 @@ for name in quantization:
 # ## The verdict
 #
 # Adapter and merged model must give the same replies, word for word; only where the model in memory itself found two
-# tokens as good as equal may they part. The other forms round the weights, so their words may differ; that includes the
-# adapter on the 4-bit base that it was trained on. They must stay within 10 % of the perplexity in memory, the others
-# and `q8_0` within 1 %. Where the data have a house style (the three lines of the support replies), every form must
-# write as many replies in it as the model in memory.
+# tokens as good as equal may they part. The other forms round the weights, so their words may differ. Perplexity must
+# stay within 1 %, and within 10 % where a GGUF file has less than 8 bits. On the 4-bit base, which is no file of yours,
+# it is only shown. Where the data have a house style (the three lines of the support replies), every form must write as
+# many replies in it as the model in memory.
 
 # %%
 from helpers.house_style import judge_reply
