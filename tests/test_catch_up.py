@@ -20,8 +20,8 @@ def test_an_adapter_from_an_empty_run_folder(tmp_path, monkeypatch, capsys):
     """The real chapters 02, 03 and 04, six steps on few rows, as opening chapter 05 alone would run them."""
     monkeypatch.delenv("CATCH_UP", raising=False)
     lines = CONVERSATIONS.read_text(encoding="utf-8").splitlines(keepends=True)
-    few = [[line for line in lines if f'"split": "{split}"' in line][:8] for split in ("train", "held_out")]
-    (tmp_path / "few.jsonl").write_text("".join(few[0] + few[1]), encoding="utf-8")
+    few = {split: [line for line in lines if f'"split": "{split}"' in line] for split in ("train", "held_out")}
+    (tmp_path / "few.jsonl").write_text("".join(few["train"][:8] + few["held_out"][:3]), encoding="utf-8")
     parameters = {"PROFILE": "cpu", "MAX_STEPS": 6, "DATASET": str(tmp_path / "few.jsonl")}
     run = open_run(tmp_path / "run", needs=("adapter",), parameters=parameters)
     printed = capsys.readouterr().out

@@ -221,10 +221,10 @@ print("RESULT", held_out_losses(model, rows).loss, held_out_losses(model, rows, 
 sys.path.insert(0, "tests")
 from train_once import make_chapter_trainer
 chapter = make_chapter_trainer(sys.argv[1], tokenizer)
-for _ in range(2):
-    rows = chapter.train_dataset
-    print("CHAPTER", chapter.evaluate(rows)["eval_loss"], held_out_losses(chapter.model, rows).loss)
-    chapter.train()
+rows = chapter.train_dataset
+print("CHAPTER", chapter.evaluate(rows)["eval_loss"], held_out_losses(chapter.model, rows).loss)
+chapter.train()
+print("CHAPTER", chapter.evaluate(rows)["eval_loss"], held_out_losses(chapter.model, rows).loss)
 """
 
 

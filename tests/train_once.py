@@ -77,7 +77,7 @@ def make_chapter_trainer(folder, tokenizer):
         model, r=8, lora_alpha=16, target_modules=modules, use_gradient_checkpointing=False, random_state=3407
     )
     file = str(ROOT / "notebooks" / "data" / "support_conversations.jsonl")
-    rows = standardize_sharegpt(load_dataset("json", data_files=file, split="train[:20]"))
+    rows = standardize_sharegpt(load_dataset("json", data_files=file, split="train[:20]"), num_proc=1)
     rows = rows.map(format_conversations, batched=True, fn_kwargs={"tokenizer": tokenizer})
     batch = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, optim="adamw_8bit")
     data = dict(max_length=256, dataset_text_field="text", dataset_num_proc=1)
