@@ -217,6 +217,6 @@ def hub_token() -> str:
 
     token = get_token()
     if not token:
-        fix = "create one with write access in your Hub settings and store it there"
+        fix = "create one with write access in your Hub settings and store it there, or run `hf auth login`"
         raise ExportError("HF_TOKEN", found="no token", expected="one in the environment or Colab's secrets", fix=fix)
     return token

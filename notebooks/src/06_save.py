@@ -247,8 +247,9 @@ print(card)
 # ## Publish, if you want to
 #
 # Only with a name in `PUSH_TO`, and then the very files that were verified, with the card, into a private repository.
-# Mind the licences: a model made from Llama 3.2 carries Meta's community licence and must have "Llama" at the beginning
-# of its name.
+# The access token is read from Colab's secrets or the environment (`HF_TOKEN`), or is what `hf auth login` stored; it is
+# never printed. Mind the licences: a model made from Llama 3.2 carries Meta's community licence and must have "Llama"
+# at the beginning of its name.
 
 # %%
 from helpers.export import hub_token
