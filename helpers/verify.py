@@ -277,6 +277,12 @@ class ExportCheck:
     styled: int | None
     faults: tuple[str, ...]
 
+    @property
+    def verdict(self) -> str:
+        """Either "ok" or "MISSED"; "not judged" where nothing of this form has a limit."""
+        unlimited = on_4_bit_base(self.form) and self.styled is None
+        return "MISSED" if self.faults else "not judged" if unlimited else "ok"
+
 
 @dataclass(frozen=True)
 class ExportReport:
@@ -310,9 +316,7 @@ class ExportReport:
             head.append("house style")
             for row, styled in zip(rows, (self.styled, *(check.styled for check in self.checks)), strict=True):
                 row.append(str(styled))
-        for row, verdict in zip(
-            rows, ("", *("MISSED" if check.faults else "ok" for check in self.checks)), strict=True
-        ):
+        for row, verdict in zip(rows, ("", *(check.verdict for check in self.checks)), strict=True):
             row.append(verdict)
         return [*head, "verdict"], rows
 
@@ -363,10 +367,9 @@ def compare_exports(
         ]
         change = probe.perplexity / reference.perplexity - 1
         kept, faults = count(probe.replies), []
-        on_4_bit = form.endswith("4-bit base")
-        rounded = form.startswith("GGUF ") or on_4_bit
+        rounded = form.startswith("GGUF ") or on_4_bit_base(form)
         limit = PERPLEXITY_LIMITS.get(form.removeprefix("GGUF "), 0.10) if rounded else 0.01
-        limit = math.inf if on_4_bit else limit
+        limit = math.inf if on_4_bit_base(form) else limit
         if not rounded and same + ties < len(probe.replies):
             faults.append(
                 f"{len(probe.replies) - same - ties} of {len(probe.replies)} replies differ by more than a tie"
@@ -379,6 +382,11 @@ def compare_exports(
         row = (form, same, ties, len(probe.replies), first, sum(sizes) / len(sizes), max(sizes), divergence)
         checks.append(ExportCheck(*row, probe.perplexity, change, kept, tuple(faults)))
     return ExportReport(tuple(checks), reference.perplexity, styled)
+
+
+def on_4_bit_base(form: str) -> bool:
+    """Whether it is the adapter on the base that was rounded to 4 bits: no files of its own, and no limit for those."""
+    return form.endswith("4-bit base")
 
 
 def _compare_replies(reference: Probe, replies: Sequence[str], tokenizer: Any) -> tuple[int, int, float]:

@@ -157,6 +157,13 @@ def test_the_same_passes_and_is_shown():
     assert "MISSED" not in repr(report) and "2 of 2" in repr(report)
 
 
+def test_what_has_no_limit_is_not_called_ok():
+    form = "adapter, 4-bit base"
+    assert compared(form).checks[0].verdict == "not judged"
+    assert compared(form, in_style=lambda row, reply: True).checks[0].verdict == "ok"
+    assert compared("adapter").checks[0].verdict == "ok"
+
+
 def test_a_near_tie_is_no_fault():
     report = compared(replies=("one tied three", REPLIES[1]))
     assert report.ok
