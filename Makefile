@@ -63,7 +63,7 @@ workflows:  # part of lint
 	@jactionlint --profile pedantic --strict-exit
 	@shellcheck .github/*.sh .ci/run
 
-# Three files at once on two cores, for many tests wait, with one thread each; then what was skipped, and the slowest.
+# Two files at once, with one thread each; then what was skipped, and the slowest.
 unit: model llama-cpp  ## run the tests
 	@OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -rs --durations=10
 

@@ -198,7 +198,7 @@ for name in quantization:
 #
 # Adapter and merged model must give the same replies, word for word; only where the model in memory itself found two
 # tokens as good as equal may they part. The other forms round the weights, so their words may differ. Perplexity must
-# stay within 1 %, and within 10 % where a GGUF file has less than 8 bits. On the 4-bit base, which is no file of yours,
+# stay within 1 %, and within 10 % in GGUF files of other types than `q8_0`. On the 4-bit base, which is no file of yours,
 # it is only shown. Where the data have a house style (the three lines of the support replies), every form must write as
 # many replies in it as the model in memory.
 
