@@ -6,7 +6,6 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Hub look-ups would only slow a local run down: it uses local files alone. `make run HF_HUB_OFFLINE=0` allows them.
 export HF_HUB_OFFLINE ?= 1
 export UNSLOTH_DISABLE_STATISTICS ?= 1
-TEST_RUN := runs/test
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model llama-cpp notebooks run regress record repeat faults lint workflows unit test lock drift drift-tools \
@@ -63,22 +62,22 @@ workflows:  # part of lint
 	@jactionlint --profile pedantic --strict-exit
 	@shellcheck .github/*.sh .ci/run
 
-# Two files at once, with one thread each; then what was skipped, and the slowest.
+# Two files at once, with one thread each; then what was skipped, and the slowest. `make test` has the series among them,
+# first, for it is the longest: alone, it would leave a core idle half of the time.
 unit: model llama-cpp  ## run the tests
-	@OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -rs --durations=10
+	@OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -rs --durations=10 $(TESTS)
 
 test:  ## lint, tests, the whole series on the cpu profile and its regression; says what each took
 	@trap 'printf "\nmake test took\n$$took"' EXIT; \
 	timed() { \
 	  name=$$1; shift; start=$$(date +%s); "$$@"; status=$$?; \
-	  took="$$took$$(printf '%6d s  %s' $$(( $$(date +%s) - start )) $$name)$$([ $$status = 0 ] || echo ', FAILED')\n"; \
+	  took="$$took$$(printf '%6d s  %s' $$(( $$(date +%s) - start )) "$$name")$$([ $$status = 0 ] || echo ', FAILED')\n"; \
 	  [ $$status = 0 ] || exit 1; \
 	}; \
 	timed setup make --silent model llama-cpp; \
 	timed lint make --silent lint; \
-	timed tests make --silent unit; \
-	timed series python -m helpers.series --fresh -p PROFILE cpu -p RUN_DIR $(CURDIR)/$(TEST_RUN); \
-	timed regression python -m helpers.regress $(TEST_RUN) --nbval 03_data
+	timed "tests and series" make --silent unit TESTS="tests/whole_series.py tests/test_*.py"; \
+	timed regression python -m helpers.regress runs/test --nbval 03_data
 
 lock: $(READY)  ## resolve requirements-colab.txt against the image's freeze again
 	@python -m helpers.lock

@@ -219,16 +219,22 @@ def test_make_test_says_what_each_part_took(run_alone):
     done = run_alone("make", "test")
     assert done.returncode == 0, done.stderr
     table = done.stdout.partition("make test took\n")[2]
-    assert re.findall(r"^ +\d+ s  (.+)$", table, re.MULTILINE) == ["setup", "lint", "tests", "series", "regression"]
-    assert re.search(r"called: python -m helpers.series .* RUN_DIR /\S+/runs/test\n", done.stderr)
+    assert re.findall(r"^ +\d+ s  (.+)$", table, re.MULTILINE) == ["setup", "lint", "tests and series", "regression"]
+    assert re.search(r"called: pytest .* tests/whole_series.py tests/test_\S+\n", done.stderr)
+
+
+def test_make_unit_leaves_the_series_out(run_alone):
+    done = run_alone("make", "unit")
+    assert done.returncode == 0 and "called: pytest" in done.stderr
+    assert "whole_series" not in done.stderr
 
 
 def test_make_test_stops_at_the_first_part_that_fails(run_alone):
     done = run_alone("make", "test", fails="pytest*")
     assert done.returncode != 0
     table = done.stdout.partition("make test took\n")[2]
-    assert re.findall(r"^ +\d+ s  (.+)$", table, re.MULTILINE) == ["setup", "lint", "tests, FAILED"]
-    assert "helpers.series" not in done.stderr
+    assert re.findall(r"^ +\d+ s  (.+)$", table, re.MULTILINE) == ["setup", "lint", "tests and series, FAILED"]
+    assert "helpers.regress" not in done.stderr
 
 
 def test_ci_installs_chromium_and_tests(run_alone):
