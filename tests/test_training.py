@@ -666,7 +666,6 @@ def test_a_notebook_ends_up_with_one_picture(tmp_path):
 
 
 def test_tensorboard_still_gets_its_numbers(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
