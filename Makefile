@@ -63,7 +63,7 @@ workflows:  # part of lint
 	@shellcheck .github/*.sh .ci/run
 
 # Two files at once, with one thread each; then what was skipped, and the slowest. `make test` has the series among them,
-# first, for it is the longest: alone, it would leave a core idle half of the time.
+# first: it is the longest, and hardly faster with both cores to itself.
 unit: model llama-cpp  ## run the tests
 	@OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -rs --durations=10 $(TESTS)
 
