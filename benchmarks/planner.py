@@ -2,8 +2,8 @@
 
     python benchmarks/planner.py [--eager-only] [--out FILE]
 
-Nothing is timed, so several processes share the GPU, each capped to a T4's memory. A configuration is three steps of
-rows of one length; the peak is the allocator's, over all three.
+Nothing is timed, so four processes at a time share the GPU, each capped to a T4's memory. A configuration is three
+steps of rows of one length; the peak is the allocator's, over all three.
 """
 
 import argparse
@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from in_turns import make_models  # noqa: E402
 
 T4_GIB = 14.748
+AT_ONCE = 4  # processes; five of them could run each other out of memory
 # (batch, tokens of each row)
 SIZES = [
     (1, 512),
@@ -125,27 +126,28 @@ def main() -> int:
     groups = [group for group in GROUPS if group.get("eager") or not options.eager_only]
     with tempfile.TemporaryDirectory() as folder:
         models = make_models(sorted({group["shape"] for group in groups}), options.models or folder)
-        processes = []
-        for number, group in enumerate(groups):
-            own = pathlib.Path(folder) / f"own{number}"
-            own.mkdir()
-            env = os.environ | {
-                "TORCHINDUCTOR_CACHE_DIR": f"{own}/inductor",
-                "UNSLOTH_COMPILE_LOCATION": f"{own}/unsloth",
-            }
-            env |= EAGER if group.get("eager") else {}
-            command = ["timeout", str(options.seconds), sys.executable, __file__, "--one"]
-            log = open(own / "log", "w+")
-            command += [json.dumps([group, models[group["shape"]]])]
-            processes.append((group, log, subprocess.Popen(command, stdout=log, stderr=log, cwd=own, env=env)))
         with open(options.out, "w") as out:
-            for group, log, process in processes:
-                process.wait()
-                log.seek(0)
-                text = log.read()
-                found = [line[7:] for line in text.splitlines() if line.startswith("RESULT ")]
-                out.writelines(line + "\n" for line in found)
-                print(group, len(found), "sizes", "" if process.returncode == 0 else text[-300:], flush=True)
+            for begin in range(0, len(groups), AT_ONCE):
+                processes = []
+                for group in groups[begin : begin + AT_ONCE]:
+                    own = pathlib.Path(tempfile.mkdtemp(dir=folder))
+                    env = os.environ | {
+                        "TORCHINDUCTOR_CACHE_DIR": f"{own}/inductor",
+                        "UNSLOTH_COMPILE_LOCATION": f"{own}/unsloth",
+                    }
+                    env |= EAGER if group.get("eager") else {}
+                    command = ["timeout", str(options.seconds), sys.executable, __file__, "--one"]
+                    log = open(own / "log", "w+")
+                    command += [json.dumps([group, models[group["shape"]]])]
+                    processes.append((group, log, subprocess.Popen(command, stdout=log, stderr=log, cwd=own, env=env)))
+                for group, log, process in processes:
+                    process.wait()
+                    log.seek(0)
+                    text = log.read()
+                    found = [line[7:] for line in text.splitlines() if line.startswith("RESULT ")]
+                    out.writelines(line + "\n" for line in found)
+                    out.flush()
+                    print(group, len(found), "sizes", "" if process.returncode == 0 else text[-300:], flush=True)
     return 0
 
 
