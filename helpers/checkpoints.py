@@ -15,7 +15,8 @@ and handed over makes room for a new one.
 
 How equal the result is: on a CPU a run that was killed and resumed ends with the same bits as one that was not, because
 rows, learning rate, optimiser and random numbers all continue from the checkpoint. On a GPU kernels that add in no
-fixed order (atomics) already make two uninterrupted runs differ in the last bits, and so is a resumed one.
+fixed order (atomics) can make even two uninterrupted runs differ in the last bits; benchmarks/README.md has runs that
+ended with the same bits there too.
 """
 
 import contextlib

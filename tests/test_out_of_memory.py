@@ -57,6 +57,19 @@ def test_the_formula_without_tritons_loss_is_within_a_tenth_of_chapter_04s_peaks
         assert predict_peak(configs[row["shape"]], **asked, triton_loss=True) < 0.93 * peak, row
 
 
+def test_the_formula_holds_where_it_was_not_fitted(configs):
+    rows = list(csv.DictReader((ROOT / "benchmarks/results/planner_chapter04.csv").read_text().splitlines()))
+    assert sum(row["out_of_memory"] == "False" for row in rows) == 54
+    for row in rows:
+        asked = dict(tokens=int(row["batch"]) * int(row["length"]), lora_rank=int(row["rank"]))
+        asked |= dict(use_gradient_checkpointing=MODES[row["checkpointing"]])
+        peak = predict_peak(configs[row["shape"]], **asked)
+        if row["out_of_memory"] == "True":
+            assert peak > 14.748, row
+        else:
+            assert peak == pytest.approx(float(row["peak_reserved_gib"]), rel=0.1), row
+
+
 def test_what_ran_out_of_memory_was_predicted_to(configs):
     failed = [row for row in MEASURED if row["out_of_memory"] == "True"]
     assert failed
