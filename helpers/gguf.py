@@ -189,6 +189,8 @@ def serve_gguf(
     url = f"http://127.0.0.1:{port}"
     command = [str(program or find_server()), "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--ctx-size", str(context_tokens), "--parallel", "1", "--no-webui", "--offline"]
+    # Its threads wait for each other by spinning: more of them than free cores make each token many times slower.
+    command += ["--threads", str(min(4, os.cpu_count() or 1))]
     environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
