@@ -205,6 +205,15 @@ def test_importing_unsloth_after_the_cell_shows_no_warning_that_nobody_can_act_o
     assert "Something new" in done.stderr, "only what is known to be harmless is left out"
 
 
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_after_the_cell_pytorchs_threads_sleep_while_they_wait_unless_it_is_set_otherwise(given, policy):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= given | {"OMP_DISPLAY_ENV": "TRUE"}
+    command = [sys.executable, "-c", f"{CELL}\nimport torch"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
+
+
 def test_the_cell_is_short_and_names_this_version_and_this_repository():
     assert CELL.startswith("# @title Set up: the same cell opens every chapter\n")
     assert len(CELL.splitlines()) <= 15
