@@ -1,5 +1,6 @@
 """Jobs in processes of their own that import their libraries side by side and then use the GPU one after the other."""
 
+import csv
 import json
 import os
 import pathlib
@@ -7,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -41,8 +43,28 @@ def wait_for_turn(job: dict) -> None:
         time.sleep(0.05)
 
 
+def device_and_versions() -> dict[str, str]:
+    """What a figure belongs to: the GPU, and the versions of what computes."""
+    import torch
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+    packages = ("torch", "transformers", "unsloth", "bitsandbytes")
+    return {"device": device} | {name: metadata.version(name) for name in packages}
+
+
+def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    """Write {heading: key} of each row; floats get four decimals, what a row lacks stays empty."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(columns)
+        for row in rows:
+            values = [row.get(key) for key in columns.values()]
+            table.writerow([round(value, 4) if isinstance(value, float) else value for value in values])
+
+
 def make_models(shapes: Sequence[str], folder: str) -> dict[str, str]:
     """{shape: folder of a model of random weights}; what `folder` has already is kept."""
+    folder = os.path.abspath(folder)  # the processes work in folders of their own
     for shape in shapes:
         if not pathlib.Path(folder, shape, "tokenizer_config.json").exists():
             code = f"from llama_shapes import save_model; save_model({shape!r}, {f'{folder}/{shape}'!r})"

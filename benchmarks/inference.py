@@ -3,101 +3,138 @@
     python benchmarks/inference.py [--shapes 1B 3B] [--batches 1 8] [--tokens 128] [--out FILE]
 
 The weights are random and made here (speed does not depend on them), so nothing is downloaded. Each library and shape
-has a process of its own, which generates three times with each batch; the first one warms up. A prompt has 256 tokens,
-decoding is greedy, and no end token stops it.
+has a process of its own; these import side by side and then take turns. With each batch it reads prompts of 256 tokens
+and writes, greedily, to the last token that was asked for. The first round warms up; of three more the median counts:
+seconds to the first token (reading the prompts), and tokens a second after it, over the whole batch. All compute in the
+16-bit type that the card has for it (`--dtype`), 4-bit weights are NF4 with double quantisation in both libraries.
 """
 
 import argparse
 import json
 import pathlib
+import signal
+import statistics
 import sys
 import tempfile
 import time
 
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent.parent), str(pathlib.Path(__file__).resolve().parent)]
 
-from in_turns import make_models, run_in_turns, wait_for_turn  # noqa: E402
+from in_turns import device_and_versions, make_models, run_in_turns, wait_for_turn, write_csv  # noqa: E402
 
 PROMPT_TOKENS = 256
+ROUNDS, LIMIT_SECONDS = 3, 240
 LIBRARIES = ("Transformers 16-bit", "Unsloth 16-bit", "Transformers 4-bit", "Unsloth 4-bit")
+COLUMNS = ("shape", "library", "dtype", "batch", "first_token_s", "tokens_a_second", "warm_up_s", "peak_gib")
+
+
+def load(job: dict):
+    """The model, as each library's own documentation says."""
+    import torch
+
+    dtype, four_bit = getattr(torch, job["dtype"]), job["library"].endswith("4-bit")
+    if job["library"].startswith("Unsloth"):
+        from unsloth import FastLanguageModel
+
+        options = dict(max_seq_length=1024, dtype=dtype, load_in_4bit=four_bit)
+        model, _ = FastLanguageModel.from_pretrained(job["folder"], **options)
+        FastLanguageModel.for_inference(model)
+        return model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options = dict(dtype=dtype, device_map="auto")
+    if four_bit:
+        nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **nf4)
+    return AutoModelForCausalLM.from_pretrained(job["folder"], **options).eval()
 
 
 def measure(job: dict) -> list[dict]:
-    """Load, and for each batch size warm up and time two generations; peak memory is the allocator's."""
-    library, folder, tokens = job["library"], job["folder"], job["tokens"]
-    if library.startswith("Unsloth"):
-        from unsloth import FastLanguageModel
-
-        wait_for_turn(job)
-        options = dict(max_seq_length=1024, dtype=None, load_in_4bit=library.endswith("4-bit"))
-        model, _ = FastLanguageModel.from_pretrained(folder, **options)
-        FastLanguageModel.for_inference(model)
-    else:
-        import torch
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-        wait_for_turn(job)
-        options = dict(dtype=torch.bfloat16, device_map="auto")
-        if library.endswith("4-bit"):
-            four_bit = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-            options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **four_bit)
-        model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    """One library and shape: see the module's docstring. A batch that fails does not take the others with it."""
     import torch
 
-    gpu, results = torch.cuda.is_available(), []
+    if job["library"].startswith("Unsloth"):
+        import unsloth  # noqa: F401
+    import transformers  # noqa: F401
+
+    wait_for_turn(job)
+    signal.alarm(LIMIT_SECONDS)
+    model, results = load(job), []
     for batch in job["batches"]:
-        torch.manual_seed(0)
-        ids = torch.randint(1000, 20_000, (batch, PROMPT_TOKENS), device=model.device)
-        prompt = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=3, do_sample=False)
-        seconds = []
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
-        for _ in range(3):
-            start = time.perf_counter()
-            with torch.inference_mode():
-                output = model.generate(**prompt, min_new_tokens=tokens, max_new_tokens=tokens)
-            if gpu:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        assert output.shape == (batch, PROMPT_TOKENS + tokens)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0
-        speed = batch * tokens / min(seconds[1:])
-        results.append({"batch": batch, "tokens_a_second": speed, "first_s": seconds[0], "peak_gib": peak})
+        try:
+            figures = measure_batch(model, batch, tokens=job["tokens"])
+        except torch.OutOfMemoryError as error:
+            figures = {"failed": str(error).partition(".")[0]}
+        results.append({"batch": batch} | figures | device_and_versions())
     return results
+
+
+def measure_batch(model, batch: int, *, tokens: int) -> dict[str, float]:
+    """Seconds to the first token, and tokens a second after it."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    torch.manual_seed(0)
+    ids = torch.randint(1000, 20_000, (batch, PROMPT_TOKENS), device=model.device)
+    prompt = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=3, do_sample=False)
+
+    def seconds_for(new_tokens: int) -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            output = model.generate(**prompt, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
+        if gpu:
+            torch.cuda.synchronize()
+        if output.shape != (batch, PROMPT_TOKENS + new_tokens):
+            raise RuntimeError(f"{output.shape[1] - PROMPT_TOKENS} new tokens instead of {new_tokens}")
+        return time.perf_counter() - start
+
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    warm_up = seconds_for(tokens)
+    first = statistics.median(seconds_for(1) for _ in range(ROUNDS))
+    whole = statistics.median(seconds_for(tokens) for _ in range(ROUNDS))
+    return {
+        "first_token_s": first,
+        "tokens_a_second": batch * (tokens - 1) / (whole - first),
+        "warm_up_s": warm_up,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["1B", "3B"])
+    parser.add_argument("--libraries", nargs="+", default=LIBRARIES, choices=LIBRARIES)
     parser.add_argument("--batches", nargs="+", default=[1, 8], type=int)
-    parser.add_argument("--tokens", default=128, type=int)
+    parser.add_argument("--tokens", default=128, type=int, help="2 or more")
+    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--models", help="a folder to keep the random models in")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("inference.jsonl"))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("inference.csv"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print("\n" + json.dumps(measure(json.loads(options.one))))
         return 0
-    from helpers.tables import text_table
-
-    rows = []
+    rows, failed = [], False
     with tempfile.TemporaryDirectory() as folder:
         models = make_models(options.shapes, options.models or folder)
         jobs = [
             {"shape": shape, "library": library, "folder": models[shape], "batches": options.batches}
-            | {"tokens": options.tokens}
+            | {"tokens": options.tokens, "dtype": options.dtype}
             for shape in options.shapes
-            for library in LIBRARIES
+            for library in options.libraries
         ]
         for job, results in run_in_turns(__file__, jobs, ahead=len(jobs)):
-            for result in [results] if "failed" in results else results:
-                with open(options.out, "a") as file:
-                    file.write(json.dumps(job | result) + "\n")
-                figures = [f"{result[key]:.1f}" for key in ("tokens_a_second", "first_s", "peak_gib") if key in result]
-                rows.append([job["shape"], result.get("batch", ""), job["library"], *(figures or ["failed", "", ""])])
-                print(*rows[-1], result.get("failed", ""), flush=True)
-    print("\n" + text_table(["shape", "batch", "library", "tokens/s", "first run, s", "peak GiB"], rows))
-    return 0
+            for result in [results] if isinstance(results, dict) else results:
+                rows.append(job | result)
+                columns = {name: name for name in (*COLUMNS, *device_and_versions(), "failed")}
+                write_csv(options.out, rows, columns)
+                figures = {name: round(result[name], 3) for name in COLUMNS[4:] if result.get(name)}
+                failed = failed or "failed" in result
+                print(
+                    job["shape"], job["library"], result.get("batch", ""), figures, result.get("failed", ""), flush=True
+                )
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

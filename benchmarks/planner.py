@@ -1,6 +1,6 @@
 """Peak memory on a GPU against the planner's prediction (`helpers.memory.predict_peak`), over many configurations.
 
-    python benchmarks/planner.py [--eager-only] [--out FILE]
+    python benchmarks/planner.py [--only chapter04|t4] [--out FILE]
 
 Nothing is timed, so four processes at a time share the GPU, each capped to a T4's memory. A configuration is three
 steps of rows of one length; the peak is the allocator's, over all three.
@@ -19,9 +19,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from in_turns import make_models  # noqa: E402
+from in_turns import make_models, write_csv  # noqa: E402
 
-T4_GIB = 14.748
+from helpers.memory import T4_GIB  # noqa: E402
+
 AT_ONCE = 4  # processes; five of them could run each other out of memory
 # (batch, tokens of each row)
 SIZES = [
@@ -53,8 +54,14 @@ GROUPS = [
     dict(shape="1B", checkpointing=True, dtype="float16", rank=16, padded=True, eager=True),
     dict(shape="1B", checkpointing=False, dtype="bfloat16", rank=64, padded=True, eager=True),
     dict(shape="1B", checkpointing=True, dtype="bfloat16", rank=16, eager=True),
+    # What plan_batch chooses on a T4: padding-free, nothing recomputed, several micro-batches a step.
+    dict(shape="3B", checkpointing=False, dtype="float16", rank=16, accumulation=4, eager=True),
+    dict(shape="1B", checkpointing=False, dtype="float16", rank=16, accumulation=2, eager=True),
 ]
+KINDS = {"chapter04": "eager", "t4": "accumulation"}
 EAGER = {"UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_FUSED_LINEAR_TRITON": "0"}
+COLUMNS = ("shape", "dtype", "rank", "checkpointing", "padded", "accumulation", "batch", "length")
+COLUMNS += ("peak_reserved_gib", "out_of_memory")
 
 
 def measure(group: dict, folder: str) -> None:
@@ -80,13 +87,12 @@ def measure(group: dict, folder: str) -> None:
         random_state=3407,
     )
     with_lora = torch.cuda.memory_allocated()
+    accumulation = group.get("accumulation", 1)
     for batch, length in SIZES:
-        rows = Dataset.from_list(
-            [{"input_ids": list(range(10, 10 + length)), "labels": list(range(10, 10 + length))}] * batch * 3
-        )
-        settings = dict(
-            per_device_train_batch_size=batch, max_steps=3, learning_rate=1e-5, optim="adamw_8bit", max_length=2048
-        )
+        tokens = list(range(10, 10 + length))
+        rows = Dataset.from_list([{"input_ids": tokens, "labels": tokens}] * batch * accumulation * 3)
+        settings = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=3)
+        settings |= dict(learning_rate=1e-5, optim="adamw_8bit", max_length=2048)
         settings |= dict(fp16=group["dtype"] == "float16", bf16=group["dtype"] == "bfloat16", report_to="none")
         settings |= dict(save_strategy="no", disable_tqdm=True, output_dir=tempfile.mkdtemp())
         if group.get("padded"):
@@ -103,7 +109,7 @@ def measure(group: dict, folder: str) -> None:
         except torch.OutOfMemoryError:
             result["out_of_memory"] = True
         result["peak_allocated"] = torch.cuda.max_memory_allocated()
-        result["peak_reserved"] = torch.cuda.max_memory_reserved()
+        result["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         result["after"] = torch.cuda.memory_allocated()
         trainer = None
         model.zero_grad(set_to_none=True)
@@ -115,7 +121,7 @@ def measure(group: dict, folder: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("planner.jsonl"))
-    parser.add_argument("--eager-only", action="store_true", help="only as chapter 04 trains: nothing compiled first")
+    parser.add_argument("--only", choices=KINDS, help="as chapter 04 trains (nothing compiled first), or a T4's plans")
     parser.add_argument("--models", help="a folder to keep the random models in")
     parser.add_argument("--seconds", type=int, default=300, help="a group's limit")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -123,7 +129,8 @@ def main() -> int:
     if options.one:
         measure(*json.loads(options.one))
         return 0
-    groups = [group for group in GROUPS if group.get("eager") or not options.eager_only]
+    groups = [group for group in GROUPS if not options.only or group.get(KINDS[options.only])]
+    done = []
     with tempfile.TemporaryDirectory() as folder:
         models = make_models(sorted({group["shape"] for group in groups}), options.models or folder)
         with open(options.out, "w") as out:
@@ -147,6 +154,8 @@ def main() -> int:
                     found = [line[7:] for line in text.splitlines() if line.startswith("RESULT ")]
                     out.writelines(line + "\n" for line in found)
                     out.flush()
+                    done += [{"padded": False, "out_of_memory": False} | json.loads(line) for line in found]
+                    write_csv(options.out.with_suffix(".csv"), done, dict(zip(COLUMNS, COLUMNS, strict=True)))
                     print(group, len(found), "sizes", "" if process.returncode == 0 else text[-300:], flush=True)
     return 0
 

@@ -60,7 +60,7 @@ def train(job: dict) -> dict:
     rows = rows.map(format_conversations, batched=True, fn_kwargs={"tokenizer": tokenizer})
     batch = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, optim="adamw_8bit")
     steps = dict(max_steps=job["steps"], warmup_steps=3, learning_rate=1e-3, logging_steps=1, save_strategy="no")
-    precision = dict(fp16=gpu, train_sampling_strategy="group_by_length", padding_free=False, pad_to_multiple_of=256)
+    precision = dict(fp16=gpu, train_sampling_strategy="group_by_length", padding_free=False)
     data = dict(max_length=512, dataset_text_field="text", dataset_num_proc=1, report_to="none", disable_tqdm=True)
     trainer = SFTTrainer(
         model=model,
@@ -71,6 +71,7 @@ def train(job: dict) -> dict:
     )
     parts = dict(instruction_part="<|im_start|>user\n", response_part="<|im_start|>assistant\n")
     trainer = train_on_responses_only(trainer, **parts)
+    trainer.data_collator.pad_to_multiple_of = 256  # the collator is a new one, as in chapter 04
     trainer.add_callback(Progress())
     with Checkpoints(trainer, every_seconds=SAVE_SECONDS) as last:
         trainer.train(resume_from_checkpoint=last)

@@ -1,7 +1,7 @@
 """Training speed and memory on a GPU, Llama 3.2's 1B and 3B shapes: the popular notebook's settings, plain
 Transformers + PEFT + TRL, and this series' settings.
 
-    python benchmarks/training.py [--out FILE]     (--help: shapes, types, rows and lengths)
+    python benchmarks/training.py [--out FILE]     (--help: shapes, types, rows, lengths, and another card's plan)
 
 Each row runs in a process of its own with empty compilation caches. Some processes at a time import their libraries
 side by side; then, once all of these have, they take turns, so that only one of them uses the machine. The GPU's memory
@@ -22,9 +22,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from in_turns import make_models, run_in_turns, wait_for_turn  # noqa: E402
+from in_turns import device_and_versions, make_models, run_in_turns, wait_for_turn, write_csv  # noqa: E402
 
-T4_GIB = 14.748
+from helpers.memory import T4_GIB  # noqa: E402
+
 LIMIT_SECONDS = 300
 STEPS, EFFECTIVE_BATCH = 60, 8
 COMMON = dict(library="unsloth", dtype="bfloat16", batch=8, accumulation=1, checkpointing=True)
@@ -41,6 +42,12 @@ ROWS = {
         dict(planned=True, env={"UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_FUSED_LINEAR_TRITON": "0"}),
     ),
 }
+# The columns of the CSV file, and what they are called in a result.
+COLUMNS = {"shape": "shape", "dtype": "dtype", "row": "row", "steps": "steps", "lengths": "lengths"}
+COLUMNS |= {"micro_batch": "batch", "accumulation": "accumulation", "checkpointing": "checkpointing"}
+COLUMNS |= {"padding_free": "padding_free", "seconds_a_step": "settled_s", "tokens_a_second": "settled_tokens_per_s"}
+COLUMNS |= {name: name for name in ("peak_reserved_gib", "predicted_gib", "first_step_s", "load_s", "cold_s")}
+COLUMNS |= {name: name for name in ("import_s", "held_out_loss", "rehearsal_s", "splits")}
 
 
 def make_rows(count: int, *, lengths: str, seed: int) -> list[dict]:
@@ -98,7 +105,7 @@ def measure(job: dict) -> dict:
     if job["library"] == "unsloth":
         import unsloth  # noqa: F401
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import DataCollatorForSeq2Seq, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     import_s = time.perf_counter() - PROCESS_START
@@ -117,7 +124,7 @@ def measure(job: dict) -> dict:
         from helpers.out_of_memory import fit_into_memory
 
         lengths, config = [len(row["input_ids"]) for row in rows], AutoConfig.from_pretrained(job["folder"])
-        card = dict(memory_gib=T4_GIB, capability=torch.cuda.get_device_capability())
+        card = dict(memory_gib=T4_GIB, capability=job.get("capability") or torch.cuda.get_device_capability())
         plan = plan_batch(config, lengths=lengths, effective_batch_size=EFFECTIVE_BATCH, lora_rank=16, **card)
         job |= dict(checkpointing=plan.chosen.use_gradient_checkpointing, batch=plan.chosen.micro_batch)
         job |= dict(accumulation=plan.chosen.accumulation, args=plan.settings | job["args"])
@@ -170,7 +177,11 @@ def measure(job: dict) -> dict:
         given = dict(model=model if max_steps == steps else trainer.model, processing_class=tokenizer)
         given |= dict(train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(held_out))
         given |= dict(peft_config=peft_config if max_steps == steps else None, callbacks=[clock])
-        return SFTTrainer(**given, args=SFTConfig(**settings))
+        made = SFTTrainer(**given, args=SFTConfig(**settings))
+        if job["library"] == "unsloth" and not made.args.padding_free:  # what train_on_responses_only puts there
+            width = settings.get("pad_to_multiple_of")
+            made.data_collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=width)
+        return made
 
     clock = Clock()
     trainer = trainer_of(steps, clock)
@@ -205,8 +216,12 @@ def measure(job: dict) -> dict:
         "tokens_at_once": fitting.tokens_at_once if fitting else None,
         "rehearsal_s": fitting.rehearsal.seconds if fitting else None,
         "losses": [entry["loss"] for entry in log],
-        "ran": [job["batch"], job["accumulation"], job["checkpointing"], job["args"]],
+        "batch": job["batch"],
+        "accumulation": job["accumulation"],
+        "checkpointing": job["checkpointing"],
+        "args": job["args"],
         "model": type(trainer.model).__name__,
+        **device_and_versions(),
         "tokens_seen": int(trainer.state.num_input_tokens_seen),
         "tokens": tokens,
     }
@@ -245,6 +260,8 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", default=list(ROWS))
     parser.add_argument("--lengths", default="conversations", help="or one length, such as 1024")
     parser.add_argument("--steps", type=int, default=STEPS)
+    card = ("MAJOR", "MINOR")
+    parser.add_argument("--capability", nargs=2, type=int, metavar=card, help="plan row c for this card: 7 5 is a T4")
     parser.add_argument(
         "--jobs",
         help="a JSON file with a list of rows of your own instead: keys as in COMMON and ROWS, name, shape, steps, "
@@ -265,16 +282,19 @@ def main() -> int:
         else:
             jobs = [
                 ROWS[row][1]
-                | {"name": f"{shape} {dtype} {row}", "shape": shape, "dtype": dtype}
-                | {"lengths": options.lengths, "steps": options.steps}
+                | {"name": f"{shape} {dtype} {row}", "shape": shape, "dtype": dtype, "row": row}
+                | {"lengths": options.lengths, "steps": options.steps, "capability": options.capability}
                 for shape in options.shapes
                 for dtype in options.dtypes
                 for row in options.rows
             ]
         jobs = [COMMON | job | {"folder": models[job["shape"]]} for job in jobs]
+        done = []
         for job, result in run_in_turns(__file__, jobs, ahead=options.ahead):
+            done.append(job | result)
             with open(options.out, "a") as file:
-                file.write(json.dumps(job | result) + "\n")
+                file.write(json.dumps(done[-1]) + "\n")
+            write_csv(options.out.with_suffix(".csv"), done, COLUMNS)
             keys = ("settled_s", "settled_tokens_per_s", "peak_reserved_gib", "first_step_s", "cold_s", "held_out_loss")
             figures = {key: round(result[key], 2) for key in keys if key in result}
             print(job["name"], figures, result.get("failed", ""), flush=True)
