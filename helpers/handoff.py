@@ -110,11 +110,17 @@ class Run:
     path: Path
     mirror: Path | None = field(default=None, repr=False)
 
-    def artefact(self, name: str, *, base_model: str | None = None) -> Path:
+    def artefact(self, name: str, *, base_model: str | None = None, dataset: str | None = None) -> Path:
         """The path of a verified artefact.
 
+        Args:
+            name: such as "adapter".
+            base_model: the model that it must belong to; None: any.
+            dataset: the `Profile.dataset_name` that it must be made of; None: any.
+
         Raises:
-            HandoffError: it is missing or unfinished, a file of it was altered, or it belongs to another base model.
+            HandoffError: it is missing or unfinished, a file of it was altered, or it was made for another base model
+                or of another data set.
         """
         entry = self.facts(name)
         path = self.path / name
@@ -127,6 +133,9 @@ class Run:
                 raise _refused(name, str(shown), f"sha256 {found[file][:12]}…", f"sha256 {expected[:12]}…")
         if base_model is not None and entry["base_model"] != base_model:
             raise _refused(name, str(path), f"made for the base model {entry['base_model']}", base_model)
+        if dataset is not None and entry.get("dataset") != dataset:
+            found, fix = f"made of {entry.get('dataset')}", "set DATASET to that, or run chapter 03_data (again)"
+            raise HandoffError(f"DATASET, {path}", found=found, expected=dataset, fix=fix)
         return path
 
     def facts(self, name: str) -> dict[str, Any]:
@@ -181,7 +190,11 @@ class Run:
             _remove(unfinished)
         replace_file(self.path / MANIFEST, _dump({**self._read(), name: entry}))
         if self.mirror is not None:
-            _copy_artefact(self.path, self.mirror, name, entry)
+            try:
+                _copy_artefact(self.path, self.mirror, name, entry)
+            except OSError as error:  # Drive drops out now and then; what is in the run folder is whole
+                reason = error.strerror or str(error)
+                print(f"NO COPY of {name} in DRIVE_DIR {self.mirror} ({reason}): mount it, then run this cell again")
 
     def write_json(self, name: str, content: Mapping[str, Any], *, base_model: str) -> Path:
         """`write` for a JSON file; returns its path."""

@@ -352,9 +352,12 @@ def plan_batch(
         lengths: tokens of each conversation that will be trained, 1 or more.
         effective_batch_size: conversations a step averages over.
         lora_rank, load_in_4bit: see `predict_peak`.
-        memory_gib: what this process may use; None: what is free on the GPU and what PyTorch holds already. Without a
-            GPU the plan is for a T4.
+        memory_gib: what this process may use; None: what is free on the GPU, and what PyTorch has reserved there and
+            not allocated, so plan before the model is loaded. Without a GPU the plan is for a T4.
         capability: the GPU's compute capability; None: this GPU's, or a T4's.
+
+    The plan is for Unsloth without compiled layers and without Triton's loss (UNSLOTH_BLOCK_COMPILE=0 and
+    UNSLOTH_FUSED_LINEAR_TRITON=0, as chapter 04 sets them).
 
     A micro-batch is planned for the longest conversations there are, with a margin of 10 % of the memory. Its time is
     estimated as the longer of what the GPU needs (2 FLOP a weight and token, and each 4-bit weight read, written in 16
@@ -383,7 +386,7 @@ def plan_batch(
     device = "a T4 (there is no GPU here)"
     if memory_gib is None and torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
-        memory_gib = (free + torch.cuda.memory_reserved()) / GIB
+        memory_gib = (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / GIB
         device = torch.cuda.get_device_name(0)
     elif memory_gib is not None:
         device = f"{memory_gib:.1f} GiB"

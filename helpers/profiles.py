@@ -58,6 +58,11 @@ class Profile:
         """Conversations that `max_steps` steps train on, when each is seen at most once."""
         return self.max_steps * self.effective_batch_size
 
+    @property
+    def dataset_name(self) -> str:
+        """What the data set is recorded as: its name on the Hub, or the name of its file without folders."""
+        return Path(self.dataset).name if self.dataset.endswith((".json", ".jsonl")) else self.dataset
+
     def _rows(self) -> list[list[object]]:
         hidden = ("name", "why", "overridden")
         fields = [field.name for field in dataclasses.fields(self) if field.name not in hidden]

@@ -78,6 +78,24 @@ def test_altered_json_is_refused(run):
         run.read_json("lora.json")
 
 
+def test_another_data_set_is_refused(run):
+    with run.write("dataset", base_model="base", dataset="mine.jsonl") as folder:
+        folder.mkdir()
+        (folder / "rows").write_text("rows")
+    assert run.artefact("dataset", base_model="base", dataset="mine.jsonl").is_dir()
+    with pytest.raises(HandoffError, match="made of mine.jsonl, expected a/b. Fix: set DATASET to that"):
+        run.artefact("dataset", base_model="base", dataset="a/b")
+
+
+def test_a_drive_that_dropped_out_leaves_the_run_folder_whole(tmp_path, capsys):
+    run = open_run(tmp_path / "run", drive=tmp_path / "drive")
+    (tmp_path / "drive").rmdir()
+    (tmp_path / "drive").write_text("no folder any more")
+    write_adapter(run)
+    assert run.has("adapter")
+    assert "NO COPY of adapter in DRIVE_DIR" in capsys.readouterr().out
+
+
 def test_another_base_model_is_refused(run):
     write_adapter(run)
     with pytest.raises(HandoffError, match="made for the base model base, expected other"):

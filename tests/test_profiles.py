@@ -167,3 +167,10 @@ def test_a_real_model_folder_without_weights_is_refused(tmp_path):
     shutil.copytree(prepare_smollm2(), copy, ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(ProfileError, match="safetensors"):
         model_source(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"), [("mlabonne/FineTome-100k", "mlabonne/FineTome-100k"), ("/a/b/my rows.jsonl", "my rows.jsonl")]
+)
+def test_a_data_set_is_recorded_without_this_machines_folders(dataset, name):
+    assert choose_profile("cpu", dataset=dataset).dataset_name == name
