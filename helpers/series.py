@@ -150,7 +150,7 @@ def run_chapters(
 
     Inside a chapter catch-up is off: the chapters before it have just run, so what is missing is a fault of theirs.
     """
-    chapters, runs = list(chapters), []
+    chapters, runs, parameters = list(chapters), [], absolute_paths(parameters or {})
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else each kernel start prints four lines about it
     before, os.environ["CATCH_UP"] = os.environ.get("CATCH_UP"), "0"
     try:
@@ -166,6 +166,19 @@ def run_chapters(
         if before is not None:
             os.environ["CATCH_UP"] = before
     return runs
+
+
+def absolute_paths(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with paths as seen from here, because chapters run in the folder `notebooks`.
+
+    Folders that may have to be made are paths in any case, data sets and models where there is such a file or folder.
+
+    Example, in /home/me with a file my.jsonl: {"DATASET": "my.jsonl"} -> {"DATASET": "/home/me/my.jsonl"}
+    """
+    made = {name: str(parameters[name]) for name in ("RUN_DIR", "DRIVE_DIR") if parameters.get(name)}
+    given = {name: str(parameters[name]) for name in ("DATASET", "MODEL_NAME") if parameters.get(name)}
+    found = {name: path for name, path in given.items() if Path(path).expanduser().exists()}
+    return {**parameters, **{name: str(Path(path).expanduser().resolve()) for name, path in (made | found).items()}}
 
 
 def save_measures(runs: Iterable[ChapterRun], path: Path, *, profile: str) -> None:

@@ -11,6 +11,7 @@ from helpers.handoff import open_run
 from helpers.series import (
     ChapterRun,
     SeriesError,
+    absolute_paths,
     check_parameters,
     main,
     read_parameter_file,
@@ -209,3 +210,11 @@ def test_measures_of_a_part_are_added_to_those_of_the_same_profile(tmp_path):
     assert both["chapters"]["03_data"] == {"minutes": 1.5, "peak_gib": 1.3}
     assert both["seconds"]["03_data"] == 90.0
     assert list(measure("04_train", profile="t4")["chapters"]) == ["04_train"]
+
+
+def test_paths_are_seen_from_where_the_command_is_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my rows.jsonl").write_text("")
+    given = {"DATASET": "my rows.jsonl", "RUN_DIR": "run", "DRIVE_DIR": "", "MODEL_NAME": "owner/name", "MAX_STEPS": 5}
+    expected = {"DATASET": f"{tmp_path}/my rows.jsonl", "RUN_DIR": f"{tmp_path}/run"}
+    assert absolute_paths(given) == given | expected
