@@ -1,6 +1,7 @@
 """One verdict on a run of the series: what its notebooks showed, and what it measured, against what is committed.
 
-python -m helpers.regress runs/cpu                     compare, judge, write reports into runs/cpu/reports
+python -m helpers.regress                              compare, judge, write reports into the last run's folder
+python -m helpers.regress runs/cpu                     that run, into runs/cpu/reports
 python -m helpers.regress runs/cpu --nbval 03_data     and execute one cheap chapter by plain `pytest --nbval-lax`
 python -m helpers.regress runs/cpu --record            keep what this run measured as the baseline of its device
 
@@ -8,6 +9,7 @@ Nothing is executed twice: the run's executed notebooks are read. *Shown*: the o
 `nbval-check-output` must be those of the committed notebooks (`tests/nbval_executed.py`). *Measured*: losses, tokens,
 counts and times go into `metrics.json`, and each must lie in its band of `tests/baselines/PROFILE-DEVICE.json`. A band
 holds for the versions, device, model and number of steps that its file names; another run is reported, not judged.
+Seconds and speed are reported alone: how fast a machine is, is nothing that a test can know.
 
 How wide a band is, `RULES` says; `tests/baselines/README.md` says where the widths come from.
 """
@@ -16,20 +18,24 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from helpers.errors import InputError
+from helpers.image import public
+from helpers.profiles import PROFILES
 from helpers.series import CHAPTERS, NOTEBOOKS, read_result
-from helpers.tables import html_table, text_table
+from helpers.tables import html_table, markdown_table, text_table
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs"
 TESTS = ROOT / "tests"
 BASELINES = TESTS / "baselines"
 SANITIZER = TESTS / "nbval_sanitize.cfg"
@@ -55,6 +61,8 @@ RULES: tuple[tuple[str, float, float], ...] = (
     (r"06 perplexity, in memory", 0.10, 0),
     (r"06 perplexity change, .*", 0, 0.02),
     (r"06 house style, .*", 0, 2),
+    (r"04 peak GiB", 0.5, 0),
+    (r"peak GiB, .*", 0.75, 0),
 )
 
 
@@ -73,6 +81,19 @@ class Metrics:
 
     of: dict[str, Any]
     values: dict[str, float | bool]
+
+
+def last_run() -> Path:
+    """The folder of the run that wrote a notebook last: `make run` alone goes where its machine's profile says.
+
+    Raises:
+        RegressError: no run is there.
+    """
+    written = [path for profile in PROFILES for path in RUNS.glob(f"{profile}/executed/*.ipynb")]
+    if not written:
+        where, expected = str(RUNS), f"a run in {' or '.join(PROFILES)}"
+        raise RegressError(where, found="no executed notebook", expected=expected, fix="run `make run` first")
+    return max(written, key=lambda path: path.stat().st_mtime).parent.parent
 
 
 def collect_metrics(run_dir: str | Path) -> Metrics:
@@ -118,7 +139,9 @@ def _training_metrics(report: Mapping[str, Any]) -> dict[str, float | bool]:
         return {}
     values: dict[str, float | bool] = {"04 steps": report["steps"]}
     logged = {entry["step"]: entry for entry in report["log"] if "loss" in entry}
-    shown = {"tokens": "num_tokens", "learning rate": "learning_rate", "gradient norm": "grad_norm", "loss": "loss"}
+    # Transformers counts on where a run was resumed; TRL's own `num_tokens` begins again at 0.
+    shown = {"tokens": "num_input_tokens_seen", "learning rate": "learning_rate", "gradient norm": "grad_norm"}
+    shown |= {"loss": "loss"}
     for name, key in shown.items():
         steps = [step for step in FIXED_STEPS if key in logged.get(step, {})]
         values |= {f"04 {name}, step {step}": logged[step][key] for step in steps}
@@ -130,7 +153,7 @@ def _training_metrics(report: Mapping[str, Any]) -> dict[str, float | bool]:
     for name in ("held_out_loss", "house_style", "right_help"):
         said = report.get(name, {})  # intervals too, which are not judged
         values |= {f"04 {_words(name)}, {when}": said[when] for when in ("before", "after") if when in said}
-    tokens = max((entry.get("num_tokens", 0) for entry in logged.values()), default=0)
+    tokens = max((entry.get(shown["tokens"], 0) for entry in logged.values()), default=0)
     if tokens:
         values |= {"04 tokens trained": tokens, "04 tokens per second": tokens / report["seconds"]}
     return values | {"04 seconds of training": report["seconds"], "04 peak GiB": report["peak_reserved_gib"]}
@@ -290,8 +313,11 @@ def judge(metrics: Metrics, baseline: Mapping[str, Any]) -> BandReport:
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What the baseline belongs to and this run does not, such as "torch is 2.13.0, was 2.11.0"."""
-    flat = [{**run, **run.get("versions", {})} for run in (then, now)]
+    """What the baseline belongs to and this run does not, such as "torch is 2.13.0, was 2.11.0".
+
+    A version's build label does not count: `2.13.0+cpu` and `2.13.0`, from two indexes, are the same code.
+    """
+    flat = [{**run, **{name: public(text) for name, text in run.get("versions", {}).items()}} for run in (then, now)]
     names = [name for name in dict.fromkeys([*flat[0], *flat[1]]) if name != "versions"]
     pairs = [(name, flat[0].get(name), flat[1].get(name)) for name in names]
     return [f"{name} is {is_now}, was {was}" for name, was, is_now in pairs if was != is_now]
@@ -354,7 +380,7 @@ def run_pytest(arguments: list[str], *, junit: Path) -> None:
     """pytest with nbval and `tests/nbval_executed.py` alone, in the series' root; its outcome is in the JUnit file."""
     junit.unlink(missing_ok=True)
     options = ["-p", "no:cacheprovider", "--color=no", f"--nbval-sanitize-with={SANITIZER}", f"--junit-xml={junit}"]
-    loaded = ["-p", "nbval.plugin", "-p", "nbval_executed"]
+    loaded = ["-p", "nbval_executed", "-p", "nbval.plugin"]  # in this order, for the import that the first one saves
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
     command = [sys.executable, "-m", "pytest", *loaded, *options, *arguments]
@@ -367,15 +393,17 @@ def run_pytest(arguments: list[str], *, junit: Path) -> None:
 
 def read_junit(path: Path) -> list[Shown]:
     """What pytest wrote about notebooks, a `Shown` for each; a test's name is its cell."""
-    found: dict[str, tuple[int, list[tuple[str, str]]]] = {}
+    found: dict[str, tuple[list[str], list[tuple[str, str]]]] = {}
     for case in ElementTree.parse(path).iter("testcase"):
-        name = re.search(r"(\d\d_\w+)", case.get("classname", "") + "." + case.get("name", ""))
-        compared, problems = found.setdefault(name[1] if name else case.get("classname", ""), (0, []))
-        failed = case.find("failure") if case.find("failure") is not None else case.find("error")
-        if failed is not None:
-            problems.append((case.get("name", ""), failed.text or failed.get("message", "")))
-        found[name[1] if name else case.get("classname", "")] = (compared + (case.get("name") != "code"), problems)
-    return [Shown(chapter, compared, tuple(problems)) for chapter, (compared, problems) in found.items()]
+        cell, notebook = case.get("name", ""), case.get("classname", "")
+        named = re.search(r"\d\d_\w+", f"{notebook}.{cell}")
+        cells, problems = found.setdefault(named[0] if named else notebook, ([], []))
+        cells.append(cell)
+        problems += [(cell, bad.text or bad.get("message", "")) for bad in case if bad.tag in ("failure", "error")]
+    return [
+        Shown(chapter, sum(cell != "code" for cell in cells), tuple(problems))
+        for chapter, (cells, problems) in found.items()
+    ]
 
 
 def run_nbval(chapter: str, *, reports: Path) -> Shown:
@@ -399,11 +427,15 @@ def run_nbval(chapter: str, *, reports: Path) -> Shown:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be said of a run: (chapter, seconds, cells compared, verdict, key figure) each, and its bands."""
+    """What is to be said of a run: (chapter, seconds, cells compared, verdict, key figure) each, and its bands.
+
+    `seconds` is what comparing and judging took; what nbval executed itself does not count.
+    """
 
     shown: tuple[Shown, ...]
     bands: BandReport
     chapters: tuple[tuple[str, str, str, str, str], ...]
+    seconds: float
 
     _headers = ("chapter", "seconds", "cells compared", "verdict", "key figure")
 
@@ -414,7 +446,8 @@ class Verdict:
     def _headline(self) -> str:
         differing = sum(len(shown.problems) for shown in self.shown)
         what = f"{differing} outputs differ or are missing; " if differing else ""
-        return f"Regression {'ok' if self.ok else 'FAILED'}: {what}{self.bands._summary()}"
+        verdict = "ok" if self.ok else "FAILED"
+        return f"Regression {verdict}: {what}{self.bands._summary()} Compared in {self.seconds:.1f} s."
 
     def _problems(self) -> list[tuple[str, str]]:
         return [(f"{shown.chapter}, {cell}", how.strip()) for shown in self.shown for cell, how in shown.problems]
@@ -428,45 +461,58 @@ class Verdict:
 
     def markdown(self) -> str:
         """The same for a job page: verdict, chapters, what differs, what is outside, and all metrics folded away."""
-        parts = [f"## {self._headline()}", _markdown_table(self._headers, self.chapters)]
+        parts = [f"## {self._headline()}", markdown_table(self._headers, self.chapters)]
         parts += [f"### {where}\n\n```\n{how[:3000]}\n```" for where, how in self._problems()]
         if self.bands.outside:
-            parts += ["### Outside their bands", _markdown_table(self.bands._headers, self.bands.outside)]
-        table = _markdown_table(self.bands._headers, self.bands.rows)
+            parts += ["### Outside their bands", markdown_table(self.bands._headers, self.bands.outside)]
+        table = markdown_table(self.bands._headers, self.bands.rows)
         parts.append(f"<details><summary>All metrics</summary>\n\n{table}\n\n</details>")
         return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(headers: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> str:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+def belongs_to(metric: str, chapter: str) -> bool:
+    """Whether a metric is a chapter's. Example: "04 peak GiB" and "peak GiB, 04_train" are those of "04_train"."""
+    return metric.startswith(f"{chapter[:2]} ") or metric.endswith(f", {chapter}")
 
 
-def check_run(run_dir: str | Path, *, baselines: Path = BASELINES) -> Verdict:
+def check_run(run_dir: str | Path, *, baselines: Path = BASELINES, nbval: str = "") -> Verdict:
     """Compare and judge a run; writes `metrics.json` and `reports/` into its folder.
 
+    Args:
+        run_dir: the run folder.
+        baselines: the folder of the bands.
+        nbval: a chapter that nbval shall execute too; what it finds is part of the verdict.
+
     Raises:
-        RegressError: the folder holds no run, or half-written files.
+        RegressError: the folder holds no run, or half-written files; or pytest did not run.
     """
     run_dir = Path(run_dir).resolve()
     metrics = collect_metrics(run_dir)
     reports = run_dir / "reports"
-    reports.mkdir(exist_ok=True)
+    shutil.rmtree(reports, ignore_errors=True)  # an earlier verdict must not stand beside a run that cannot be judged
+    reports.mkdir()
     _write_json(run_dir / "metrics.json", {"of": metrics.of, "values": metrics.values})
+    alone = [replace(run_nbval(nbval, reports=reports), chapter=f"{nbval}, by nbval")] if nbval else []
+    start = time.perf_counter()
     other = metrics.of["profile"] != RECORDED_PROFILE  # another model and other data, whose outputs nobody recorded
     shown = compare_shown(run_dir, against=NOTEBOOKS, reports=reports, code_only=other)
     bands = judge(metrics, _read_json(baselines / baseline_path(metrics.of).name))
+    seconds = time.perf_counter() - start
     by_chapter = {each.chapter: each for each in shown}
     chapters = []
     for chapter in CHAPTERS:
         executed = run_dir / "executed" / f"{chapter}.ipynb"
         each = by_chapter.get(chapter, Shown(chapter, 0, ()))
-        off = [row for row in bands.outside if row[0].startswith(chapter[:2] + " ") and not bands.unlike]
+        off = [row for row in bands.outside if belongs_to(row[0], chapter) and not bands.unlike]
         verdict = "FAILED" if each.problems or off else "ok" if executed.is_file() else "not executed"
         figure = read_result(executed) if executed.is_file() else ""
-        seconds = _digits(metrics.values.get(f"seconds, {chapter}"))
-        chapters.append((chapter, seconds, str(each.compared), verdict, figure))
-    return Verdict(tuple(shown), bands, tuple(chapters))
+        took = _digits(metrics.values.get(f"seconds, {chapter}"))
+        chapters.append((chapter, took, str(each.compared), verdict, figure))
+    chapters += [
+        (each.chapter, "", str(each.compared), "FAILED" if each.problems else "ok", "executed by nbval")
+        for each in alone
+    ]
+    return Verdict((*shown, *alone), bands, tuple(chapters), seconds)
 
 
 def write_reports(verdict: Verdict, run_dir: str | Path) -> None:
@@ -474,15 +520,15 @@ def write_reports(verdict: Verdict, run_dir: str | Path) -> None:
     run_dir = Path(run_dir)
     reports = run_dir / "reports"
     rows = verdict.bands.rows
-    suite = ElementTree.Element(
-        "testsuite", name="bands", tests=str(len(rows)), failures=str(len(verdict.bands.outside))
-    )
+    suite = ElementTree.Element("testsuite", name="bands", tests=str(len(rows)))
     for name, was, found, allowed, outcome in rows:
         case = ElementTree.SubElement(suite, "testcase", classname="bands", name=name)
         if verdict.bands.unlike or outcome == "not judged":
             ElementTree.SubElement(case, "skipped", message=f"is {found}, was {was}")
         elif outcome != "ok":
             ElementTree.SubElement(case, "failure", message=f"is {found}, was {was}, allowed {allowed}")
+    for count, kind in (("failures", "failure"), ("skipped", "skipped")):
+        suite.set(count, str(len(suite.findall(f"testcase/{kind}"))))
     ElementTree.ElementTree(suite).write(reports / "bands.xml", encoding="utf-8", xml_declaration=True)
     (reports / "summary.md").write_text(verdict.markdown(), encoding="utf-8")
     write_gallery(verdict, run_dir)
@@ -535,29 +581,24 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run folder, such as runs/cpu")
-    parser.add_argument("--nbval", metavar="CHAPTER", choices=CHAPTERS, help="execute this chapter by plain nbval too")
+    where = "a run folder, such as runs/cpu; default: that of runs/cpu and runs/t4 which was written last"
+    parser.add_argument("run_dir", type=Path, nargs="?", metavar="RUN_DIR", help=where)
+    parser.add_argument("--nbval", metavar="CHAPTER", choices=CHAPTERS, default="", help="nbval executes this one too")
     parser.add_argument("--record", action="store_true", help="keep this run's numbers as its device's baseline")
     options = parser.parse_args(arguments)
     try:
+        run_dir = options.run_dir or last_run()
         if options.record:
-            print(f"Recorded {record(options.run_dir).relative_to(ROOT)}")
+            print(f"Recorded {record(run_dir).relative_to(ROOT)}")
             return 0
-        verdict = check_run(options.run_dir)
-        write_reports(verdict, options.run_dir)
-        print(verdict)
-        print(f"Reports: {options.run_dir / 'reports'}")
-        ok = verdict.ok
-        if options.nbval:
-            alone = run_nbval(options.nbval, reports=options.run_dir / "reports")
-            for cell, how in alone.problems:
-                print(f"\nnbval, {alone.chapter}, {cell}:\n{how}")
-            ok = ok and not alone.problems
-            print(f"nbval executed {alone.chapter}: {alone.compared} cells, {len(alone.problems)} that differ or fail")
+        verdict = check_run(run_dir, nbval=options.nbval)
+        write_reports(verdict, run_dir)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    return 0 if ok else 1
+    print(verdict)
+    print(f"Reports: {run_dir / 'reports'}")
+    return 0 if verdict.ok else 1
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ MOST_HOURS, POLL_SECONDS, KAGGLE_LIMIT = 3, 60, 2**20
 COMMANDS = {"kaggle": "kaggle==2.2.5", "colab": "google-colab-cli==0.7.5"}
 DRIVER = '''\
 # @title Run the chapters, and pack what they made
+import json
 import os
 import subprocess
 import sys
@@ -56,11 +57,13 @@ def run(*command, check=True):
     if process.wait() and check:
         raise SystemExit(f"{command} ended with status {process.returncode}")
 
-series = __ARGUMENTS__
+chapters = __CHAPTERS__
+parameters = {**__PARAMETERS__, "RUN_DIR": str(place / "run")}
+(place / "parameters.yaml").write_text(json.dumps(parameters, ensure_ascii=False))  # JSON is YAML
 try:
     run("nvidia-smi")
     run(sys.executable, "-c", "from helpers.install import set_up; print(set_up())")
-    run(sys.executable, "-m", "helpers.series", *series, "-p", "RUN_DIR", str(place / "run"), check=False)
+    run(sys.executable, "-m", "helpers.series", *chapters, "-f", "parameters.yaml", check=False)
 finally:
     with tarfile.open("__ARCHIVE__", "w:gz") as archive:
         for path in [*place.glob("run/*.json"), *place.glob("run/executed/*")]:
@@ -109,11 +112,11 @@ def make_driver(chapters: Sequence[str], *, parameters: Mapping[str, Any], bundl
     """The one notebook that is sent: it unpacks the series, runs it, and packs the executed notebooks."""
     from nbformat.v4 import new_code_cell, new_notebook
 
-    given = [part for name, value in parameters.items() for part in ("-p", name, json.dumps(value))]
     unpack = UNPACK.replace("__BUNDLE__", base64.b64encode(bundle).decode())
-    run = DRIVER.replace("__ARGUMENTS__", repr([*chapters, *given])).replace("__ARCHIVE__", ARCHIVE)
+    run = DRIVER.replace("__CHAPTERS__", repr(list(chapters))).replace("__PARAMETERS__", repr(dict(parameters)))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    return new_notebook(cells=[new_code_cell(unpack), new_code_cell(run)], metadata={"kernelspec": kernel})
+    cells = [new_code_cell(unpack), new_code_cell(run.replace("__ARCHIVE__", ARCHIVE))]
+    return new_notebook(cells=cells, metadata={"kernelspec": kernel})
 
 
 def run_on_kaggle(folder: Path, *, owner: str) -> None:
@@ -153,15 +156,46 @@ def run_on_kaggle(folder: Path, *, owner: str) -> None:
 
 
 def run_on_colab(folder: Path) -> None:
-    """Rent a Colab machine with a T4, run `folder/series.ipynb` there, fetch the archive, and give the machine back."""
+    """Rent a Colab machine with a T4, run `folder/series.ipynb` there, fetch the archive, and give the machine back.
+
+    Raises:
+        RemoteError: the run ended with an error, a time-out perhaps (the archive is fetched all the same, if there is
+            one), or there was no machine, or no archive.
+    """
     session = f"series-{os.getpid()}"
     call("colab", "new", "--session", session, "--gpu", "T4")
     try:
         limit = ("--timeout", str(MOST_HOURS * 3600))
-        call("colab", "exec", "--session", session, "--file", folder / "series.ipynb", *limit)
-        call("colab", "download", "--session", session, f"/content/{ARCHIVE}", folder / ARCHIVE)
+        ended = attempt("colab", "exec", "--session", session, "--file", folder / "series.ipynb", *limit)
+        fetched = attempt("colab", "download", "--session", session, f"/content/{ARCHIVE}", folder / ARCHIVE)
     finally:
         call("colab", "stop", "--session", session)
+    if failure := ended or fetched:
+        raise failure
+
+
+def run_there(service: str, folder: Path, *, owner: str) -> str:
+    """Run `folder/series.ipynb` on a service; returns "", or what went wrong although executed notebooks came back.
+
+    Raises:
+        RemoteError: it went wrong, and nothing came back.
+    """
+    try:
+        run_on_kaggle(folder, owner=owner) if service == "kaggle" else run_on_colab(folder)
+    except RemoteError as error:
+        if not (folder / ARCHIVE).is_file():
+            raise
+        return str(error)
+    return ""
+
+
+def attempt(*command: str | Path) -> RemoteError | None:
+    """`call`, but an error is returned, so that what has to follow is done first."""
+    try:
+        call(*command)
+    except RemoteError as error:
+        return error
+    return None
 
 
 def call(*command: str | Path) -> str:
@@ -238,16 +272,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     chapters, owner = options.chapters or list(CHAPTERS), os.environ.get("KAGGLE_USERNAME", "")
     try:
-        parameters = read_parameter_file(options.f) | {name: read_value(value) for name, value in options.p}
-        check_parameters(chapters, parameters)
+        parameters = read_parameter_file(options.f)
+        check_parameters(CHAPTERS, parameters)  # a file is for the series, whatever part of it runs now
+        typed = {name: read_value(value) for name, value in options.p}
+        check_parameters(chapters, typed)
         if options.service == "kaggle" and not owner:
             fix = "set it to your account's name"
             raise RemoteError("KAGGLE_USERNAME", found="nothing", expected="the account to run as", fix=fix)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            driver = make_driver(chapters, parameters=parameters, bundle=make_bundle())
+            driver = make_driver(chapters, parameters=parameters | typed, bundle=make_bundle())
             (folder / "series.ipynb").write_text(json.dumps(driver), encoding="utf-8")
-            run_on_kaggle(folder, owner=owner) if options.service == "kaggle" else run_on_colab(folder)
+            trouble = run_there(options.service, folder, owner=owner)
             unpack(folder / ARCHIVE, options.into)
     except InputError as error:
         print(error, file=sys.stderr)
@@ -259,7 +295,9 @@ def main(arguments: list[str] | None = None) -> int:
         for path, failure in zip(executed, failures, strict=True)
     ]
     print("\n" + text_table(["chapter", "verdict", "key figure"], rows))
-    return 1 if any(failures) else 0
+    if trouble:
+        print(f"\n{trouble}", file=sys.stderr)
+    return 1 if trouble or any(failures) else 0
 
 
 if __name__ == "__main__":

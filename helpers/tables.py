@@ -1,4 +1,4 @@
-"""Rows as a table: the same facts as plain text (terminals, nbval) and as HTML (notebooks)."""
+"""Rows as a table: the same facts as plain text (terminals, nbval), HTML (notebooks) and Markdown (job pages)."""
 
 import re
 from collections.abc import Sequence
@@ -24,6 +24,12 @@ def html_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     for tag in ("td", "th"):  # notebooks align cells to the right unless told otherwise
         table = table.replace(f"<{tag}>", f'<{tag} style="text-align: left;">')
     return table
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """The same rows as Markdown, for a job page or a file; a `|` in a cell is escaped."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[object]], form: str) -> str:

@@ -147,14 +147,19 @@ def budget(chapter: str, lang: str) -> str:
 
 
 def keep_outputs(notebook: NotebookNode, donor: NotebookNode) -> int:
-    """Copy the donor's outputs up to the first code cell that it does not have; returns how many cells got theirs."""
+    """Copy the donor's outputs up to the first code cell that it does not have; returns how many cells got theirs.
+
+    The cell that papermill puts in for the parameters is passed over, and does not count among the executed ones.
+    """
     ours = [cell for cell in notebook.cells if cell.cell_type == "code"]
     theirs = [cell for cell in donor.cells if cell.cell_type == "code"]
+    given = [cell for cell in theirs if "injected-parameters" in cell.metadata.get("tags", [])]
     kept = 0
-    for cell, recorded in zip(ours, theirs, strict=False):
+    for cell, recorded in zip(ours, [cell for cell in theirs if cell not in given], strict=False):
         if (cell.id, cell.source) != (recorded.id, recorded.source) or recorded.execution_count is None:
             break
-        cell.outputs, cell.execution_count = clean(recorded.outputs), recorded.execution_count
+        earlier = sum(theirs.index(cell) < theirs.index(recorded) for cell in given)
+        cell.outputs, cell.execution_count = clean(recorded.outputs), recorded.execution_count - earlier
         kept += 1
     return kept
 

@@ -20,7 +20,12 @@ from nbformat import NotebookNode
 
 TAGS = {"parameters", "nbval-check-output", "handoff"}
 MOST_CODE_CELLS, MOST_LINES, MOST_CHARACTERS = 25, 15, 115
-MACHINE_PATH = re.compile(r"/(?:root|home|Users|tmp|work|content|kaggle)/\w|\b[A-Z]:\\+Users\\")
+MACHINE_FOLDERS = "root|home|Users|tmp|var|opt|usr|mnt|data|work|content|kaggle|runner|github"  # as in the sanitizer
+MACHINE_PATH = re.compile(rf"(?<![\w./<-])/{{1,3}}(?:{MACHINE_FOLDERS})/[\w.@+-]|\b[A-Z]:\\+[\w .@+-]+\\")
+URL = re.compile(r"\b(?!file:)[a-z][a-z0-9+.-]*://[^\s<>\"']+")  # its path is nobody's machine's
+# By such a comment nbval lets a cell pass whatever it shows, also a tagged one.
+NBVAL_COMMENT = re.compile(r"^\s*#+\s*((?:NBVAL|PYTEST_VALIDATE)_\w+)\s*$", re.MULTILINE)
+QUOTE = r"(?:[\"']|&(?:quot|apos|#\w+);)"
 # By the prefix that the issuer gives, so that a hash or an id is not taken for one. Wider scanners guess by entropy,
 # which a notebook full of images and fingerprints sets off at every turn.
 SECRETS = {
@@ -29,8 +34,8 @@ SECRETS = {
     "GitHub": r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,})",
     "AWS": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
     "Google": r"\b(?:AIza[A-Za-z0-9_-]{35}|GOCSPX-[A-Za-z0-9_-]{20,}|ya29\.[A-Za-z0-9_-]{20,})",
-    "Weights & Biases": r"\bwandb_v1_[A-Za-z0-9_]{20,}|(?i:wandb\w*)\W{1,5}[0-9a-f]{40}\b",
-    "Kaggle": r"\bKGAT_[0-9a-f]{32}|(?i:kaggle_key|\"key\")\W{1,5}[0-9a-f]{32}\b",
+    "Weights & Biases": r"\bwandb_v1_[A-Za-z0-9_]{20,}|(?i:wandb).{0,40}\b[0-9a-f]{40}\b",
+    "Kaggle": rf"\bKGAT_[0-9a-f]{{32}}|(?i:kaggle_key|{QUOTE}key\\?{QUOTE})(?:\W|{QUOTE}){{1,5}}[0-9a-f]{{32}}\b",
     "Slack": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
     "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
@@ -155,6 +160,8 @@ def of_code(notebook: NotebookNode, chapter: Chapter) -> list[str]:
             found.append(f"a line of over {MOST_CHARACTERS} characters in `{first_line(cell)}`")
         if re.search(r"if (False|0)\b|%%capture", cell.source):
             found.append(f"dead or hidden code in `{first_line(cell)}`")
+        for marker in NBVAL_COMMENT.findall(cell.source):
+            found.append(f"the comment {marker}, which nbval puts above the tags, in `{first_line(cell)}`")
     return found
 
 
@@ -171,7 +178,7 @@ def of_outputs(notebook: NotebookNode, chapter: Chapter) -> list[str]:
             found.append(f"an error in the output of `{first_line(cell)}`")
         if any("widget" in kind for output in cell.outputs for kind in output.get("data", {})):
             found.append(f"a widget view in the output of `{first_line(cell)}`")
-        if match := MACHINE_PATH.search(printed(cell)):
+        if match := MACHINE_PATH.search(URL.sub("", printed(cell))):
             found.append(f"a path of somebody's machine, {match.group()!r}, in the output of `{first_line(cell)}`")
     if not cells or not re.search(r"^Result: .", printed(cells[-1]), re.MULTILINE):
         found.append("no `Result: …` in the last code cell")

@@ -1,34 +1,54 @@
 """Break the stack in realistic ways, one at a time, and show which chapter and which claim notices.
 
-    python tests/faults.py                          every fault; about half an hour on one core
+    python tests/faults.py                          every fault; about forty minutes on one core
     python tests/faults.py no_lora four_bit_off     some
 
 No notebook is changed: `tests/planted/sitecustomize.py`, put on the kernels' PYTHONPATH, replaces a function of a
 library once Unsloth is imported. A small good run of the series comes first (24 steps, 12 held-out conversations; kept
-in runs/faults for the next time). Then a fault runs from the first chapter that it can touch, on what the good run's
-chapters before it handed on, until it is noticed: by a *claim* (a cell raises), by an *output* (a tagged cell shows
-something else than in the good run), or by a *band* (a number leaves what `helpers.regress.RULES` allows around the
-good run's, which is as wide as around a recorded one).
+in runs/faults for the next time, until code or a version changes). Then a fault runs from the first chapter that it can
+touch, on what the good run's chapters before it handed on, until it is noticed: by a *claim* (a cell raises an error of
+this project's own), by a *crash* (another error, or a dead kernel), by an *output* (a tagged cell shows something else
+than in the good run), or by a *band* (a number leaves what `helpers.regress.RULES` allows around the good run's, which
+is as wide as around a recorded one).
+
+Two controls go through the same and must not be noticed. The table of all goes to tests/baselines, beside the bands.
 """
 
 import argparse
+import functools
+import importlib
 import json
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "runs" / "faults"
 CONVERSATIONS = ROOT / "notebooks" / "data" / "support_conversations.jsonl"
 sys.path.insert(0, str(ROOT))
 
-from helpers.regress import collect_metrics, compare_shown, judge, make_baseline  # noqa: E402
+from repeat import code_fingerprint, heading  # noqa: E402
+
+import helpers  # noqa: E402
+from helpers.errors import InputError  # noqa: E402
+from helpers.handoff import fingerprint, library_versions  # noqa: E402
+from helpers.regress import (  # noqa: E402
+    BASELINES,
+    baseline_path,
+    collect_metrics,
+    compare_shown,
+    judge,
+    make_baseline,
+)
 from helpers.series import CHAPTERS  # noqa: E402
-from helpers.tables import text_table  # noqa: E402
+from helpers.tables import markdown_table, text_table  # noqa: E402
 
 # fault: (the first chapter that it can touch, what is broken)
 FAULTS = {
@@ -56,15 +76,26 @@ FAULTS = {
     "merged_of_the_base": ("06_save", "the merged model is the base model"),
     "gguf_of_the_base": ("06_save", "the GGUF files hold the base model"),
 }
+# The same for what breaks nothing.
+CONTROLS = {
+    "none": ("02_load_and_lora", "nothing"),
+    "resumed": ("04_train", "nothing: an interrupted run goes on from its checkpoint"),
+}
 STEPS, HELD_OUT = 24, 12
+NOT_CAUGHT, FALSE_ALARM = "NOT CAUGHT", "FALSE ALARM"
+MOST_CHARACTERS = 120  # of what noticed a fault, in the table
 
 # What has to happen in a fault's first chapter before it can be planted there.
-BEFORE = {"checkpoint_not_resumed": "interrupted"}
+BEFORE = {"checkpoint_not_resumed": "interrupted", "resumed": "interrupted"}
+
+
+class HarnessError(Exception):
+    """Something other than the fault broke the run, so that its end says nothing about the fault."""
 
 
 @dataclass(frozen=True)
 class Caught:
-    """How one fault ended: the chapter, the ways ("claim", "output", "band", or "" where nothing noticed), and what."""
+    """How one fault ended: the chapter, the ways ("claim", "crash", "output", "band"), what noticed it; "": nothing."""
 
     fault: str
     chapter: str
@@ -73,11 +104,25 @@ class Caught:
     seconds: float
 
 
+def good_fingerprint() -> str:
+    """Names all that a good run comes from: chapters, helpers, conversations, versions, and how long it is."""
+    files = [*sorted((ROOT / "helpers").glob("*.py")), CONVERSATIONS]
+    parts = [code_fingerprint(*CHAPTERS), json.dumps(library_versions()), f"{STEPS} {HELD_OUT}"]
+    return fingerprint("\n".join([*parts, *(path.read_text(encoding="utf-8") for path in files)]))
+
+
+def is_whole(good: Path) -> bool:
+    """Whether a good run is there that comes from what is here now."""
+    whole = good / "whole"
+    return whole.is_file() and whole.read_text(encoding="utf-8") == good_fingerprint()
+
+
 def make_good(work: Path) -> Path:
     """The good run: made once, then reused. Its parameters are in `parameters.yaml` beside it."""
     good = work / "good"
-    if (good / "whole").exists():
+    if is_whole(good):
         return good
+    made_of = good_fingerprint()
     shutil.rmtree(good, ignore_errors=True)
     good.mkdir(parents=True)
     rows = [json.loads(line) for line in CONVERSATIONS.read_text(encoding="utf-8").splitlines()]
@@ -88,7 +133,7 @@ def make_good(work: Path) -> Path:
     parameters.write_text(f"PROFILE: cpu\nMAX_STEPS: {STEPS}\nDATASET: {data}\n", encoding="utf-8")
     command = [sys.executable, "-m", "helpers.series", "-f", str(parameters), "-p", "RUN_DIR", str(good)]
     subprocess.run(command, cwd=ROOT, check=True)
-    (good / "whole").touch()
+    (good / "whole").write_text(made_of, encoding="utf-8")
     return good
 
 
@@ -96,23 +141,27 @@ def plant(fault: str, *, good: Path, work: Path, parameters: Path) -> Caught:
     """Run one fault through the chapters that it can touch, until something notices it.
 
     Args:
-        fault: a name of `FAULTS`.
+        fault: a name of `FAULTS` or `CONTROLS`.
         good: the run folder of a good run with the same parameters, whole.
         work: a folder for the broken run; the artefacts of the good one are linked, not copied.
         parameters: the YAML file of the good run's parameters.
+
+    Raises:
+        HarnessError: the run before it was not interrupted, or another notebook than the good run's was executed.
     """
-    run_dir, log = work / fault, work / f"{fault}.log"
+    run_dir, log = work / fault, unlinked(work / f"{fault}.log")
     shutil.rmtree(run_dir, ignore_errors=True)
-    log.unlink(missing_ok=True)
     # Without the data sets' caches: a result that was computed without the fault must not stand in for one with it.
     shutil.copytree(good, run_dir, copy_function=os.link, ignore=shutil.ignore_patterns("cache-*", "reports"))
     shutil.copy2(good / "executed" / "measured.json", unlinked(run_dir / "executed" / "measured.json"))
-    first, _ = FAULTS[fault]
+    first, _ = (FAULTS | CONTROLS)[fault]
     start = time.perf_counter()
     if fault in BEFORE:
         unlinked(run_dir / "executed" / f"{first}.ipynb")
-        before = work / f"{BEFORE[fault]}.log"
+        before = unlinked(work / f"{BEFORE[fault]}.log")
         run_chapter_with(BEFORE[fault], first, run_dir=run_dir, log=before, parameters=parameters)
+        if not before.exists():
+            raise HarnessError(f"{first} was not {BEFORE[fault]}")
     for chapter in CHAPTERS[CHAPTERS.index(first) :]:
         unlinked(run_dir / "executed" / f"{chapter}.ipynb")
         run_chapter_with(fault, chapter, run_dir=run_dir, log=log, parameters=parameters)
@@ -140,21 +189,63 @@ def run_chapter_with(fault: str, chapter: str, *, run_dir: Path, log: Path, para
 
 
 def noticed(chapter: str, *, run_dir: Path, good: Path) -> tuple[str, str]:
-    """(the ways in which a chapter's fault was noticed, what noticed it first); ("", "") where nothing did."""
+    """(the ways in which a chapter's fault was noticed, what noticed it first); ("", "") where nothing did.
+
+    Raises:
+        HarnessError: the chapter was not executed, or another notebook was.
+    """
     reports = run_dir / "reports"
     reports.mkdir(exist_ok=True)
     [shown] = compare_shown(run_dir, against=good / "executed", reports=reports, chapters=(chapter,))
     problems = dict(shown.problems)
     if "code" in problems:
-        return "claim", problems["code"].partition(".ipynb, ")[2] or problems["code"]
+        way = how_it_stopped(run_dir / "executed" / f"{chapter}.ipynb")
+        if not way:
+            raise HarnessError(problems["code"])
+        return way, one_line(problems["code"].partition(".ipynb, ")[2])
     ways = [("output", differing_cell(how)) for how in problems.values()]
     for name, _, found, allowed, _ in judge(collect_metrics(run_dir), make_baseline(collect_metrics(good))).outside:
-        if name.startswith(chapter[:2] + " "):
+        if name.startswith(f"{chapter[:2]} "):  # not the memory sampled from outside: that also moves by itself
             ways.append(("band", f"{name}: {found or 'missing'}, allowed {allowed}"))
     if not ways:
         return "", ""
     more = f", and {len(ways) - 1} more" if len(ways) > 1 else ""
-    return " and ".join(dict.fromkeys(way for way, _ in ways)), ways[0][1] + more
+    return " and ".join(dict.fromkeys(way for way, _ in ways)), one_line(ways[0][1]) + more
+
+
+def how_it_stopped(executed: Path) -> str:
+    """Why a notebook ended before its end: "claim", or "crash"; "" where it did not, or is not there.
+
+    A claim is an error of this project's own, or one that the cell itself raises. All others are crashes, and so is a
+    kernel that died, after which cells are left without a number.
+    """
+    import nbformat
+
+    cells = nbformat.read(executed, as_version=4).cells if executed.is_file() else []
+    cells = [cell for cell in cells if cell.cell_type == "code"]
+    for cell in cells:
+        for output in cell.outputs:
+            if output.output_type == "error":
+                own = output.ename in own_errors() or f"raise {output.ename}(" in cell.source
+                return "claim" if own else "crash"
+    return "crash" if any(cell.execution_count is None for cell in cells) else ""
+
+
+@functools.cache
+def own_errors() -> frozenset[str]:
+    """The names of `InputError` and of all errors in `helpers` that derive from it."""
+    for module in pkgutil.iter_modules(helpers.__path__):
+        importlib.import_module(f"helpers.{module.name}")
+    kinds = [InputError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return frozenset(kind.__name__ for kind in kinds)
+
+
+def one_line(text: str) -> str:
+    """Cut to what the table shows, without this machine's folders."""
+    text = " ".join(text.split()).replace(f"{ROOT}/", "").replace(str(Path.home()), "~")
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
 
 
 def differing_cell(how: str) -> str:
@@ -164,29 +255,61 @@ def differing_cell(how: str) -> str:
     return f"{head.partition('.ipynb, ')[2].partition(':')[0]}, `{source[-1] if source else ''}`"
 
 
+def verdict(outcome: Caught) -> str:
+    """What noticed a fault, or `NOT_CAUGHT`; and that nothing noticed a control, or `FALSE_ALARM`."""
+    if outcome.fault not in CONTROLS:
+        return outcome.way or NOT_CAUGHT
+    return FALSE_ALARM if outcome.way or outcome.what else "nothing"
+
+
+def summary(outcomes: Sequence[Caught]) -> str:
+    """How many faults were caught, and how many controls passed. Example: "23 of 23 faults were caught, …"."""
+    parts = []
+    for names, said, bad in ((FAULTS, "faults were caught", NOT_CAUGHT), (CONTROLS, "controls passed", FALSE_ALARM)):
+        verdicts = [verdict(outcome) for outcome in outcomes if outcome.fault in names]
+        parts.append(f"{len(verdicts) - verdicts.count(bad)} of {len(verdicts)} {said}")
+    return ", ".join(parts)
+
+
+def as_markdown(outcomes: Sequence[Caught], *, of: Mapping[str, Any]) -> str:
+    """The table of all faults and controls; `of` is what `Metrics.of` says of the good run."""
+    said = f"{summary(outcomes)}. Written by `tests/faults.py`, which says what the words mean."
+    head = heading("Planted faults", said, of=of, dates=[time.strftime("%Y-%m-%d")])
+    broken = FAULTS | CONTROLS
+    rows = [[o.fault, broken[o.fault][1], o.chapter, verdict(o), o.what, round(o.seconds)] for o in outcomes]
+    names = ["fault", "what is broken", "chapter", "noticed by", "what noticed", "seconds"]
+    return "\n".join([*head, markdown_table(names, rows)]) + "\n"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("faults", nargs="*", metavar="FAULT", help="default: all")
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help="default: all, and the controls")
     parser.add_argument("--fresh", action="store_true", help="make the good run anew")
     options = parser.parse_args(arguments)
+    known = [*CONTROLS, *FAULTS]
     for fault in options.faults:
-        if fault not in FAULTS:
-            parser.error(f"no fault {fault}; there are {', '.join(FAULTS)}")
+        if fault not in known:
+            parser.error(f"no fault {fault}; there are {', '.join(known)}")
     if options.fresh:
         shutil.rmtree(WORK, ignore_errors=True)
     good = make_good(WORK)
     outcomes = []
-    for fault in options.faults or FAULTS:
-        outcome = plant(fault, good=good, work=WORK, parameters=WORK / "parameters.yaml")
+    for fault in options.faults or known:
+        try:
+            outcome = plant(fault, good=good, work=WORK, parameters=WORK / "parameters.yaml")
+        except HarnessError as error:
+            outcome = Caught(fault, "", "", one_line(f"NOT RUN: {error}"), 0.0)
         outcomes.append(outcome)
-        print(f"{fault}: {outcome.chapter}, {outcome.way or 'NOT CAUGHT'}: {outcome.what}", flush=True)
-    rows = [[o.fault, o.chapter, o.way or "NOT CAUGHT", o.what[:100], round(o.seconds)] for o in outcomes]
-    caught = sum(bool(outcome.way) for outcome in outcomes)
+        print(f"{fault}: {outcome.chapter}, {verdict(outcome)}: {outcome.what}", flush=True)
+    rows = [[o.fault, o.chapter, verdict(o), o.what, round(o.seconds)] for o in outcomes]
     table = text_table(["fault", "chapter", "noticed by", "what noticed", "seconds"], rows)
-    verdict = f"{caught} of {len(outcomes)} faults were caught"
-    (WORK / "faults.txt").write_text(f"{table}\n{verdict}\n", encoding="utf-8")
-    print(f"\n{table}\n{verdict}")
-    return 0 if caught == len(outcomes) else 1
+    print(f"\n{table}\n{summary(outcomes)}")
+    if not options.faults:
+        of = collect_metrics(good).of
+        path = BASELINES / f"faults-{baseline_path(of).stem}.md"
+        path.write_text(as_markdown(outcomes, of=of), encoding="utf-8")
+        print(f"Written to {path.relative_to(ROOT)}")
+    return 1 if {verdict(outcome) for outcome in outcomes} & {NOT_CAUGHT, FALSE_ALARM} else 0
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def repeat(source: Path, *, runs: int, work: Path, baselines: Path = BASELINES) 
         found, expected = "; ".join(unlike), "a run that the bands are for"
         raise RegressError(str(source), found=found, expected=expected, fix="`make record`, then this again")
     work.mkdir(parents=True, exist_ok=True)
-    chapter, results = chapter_fingerprint(), []
+    chapter, results = code_fingerprint(CHAPTER), []
     for number in range(1, runs + 1):
         kept = work / f"{number:02}.json"
         if not kept.exists():
@@ -72,11 +72,11 @@ def repeat(source: Path, *, runs: int, work: Path, baselines: Path = BASELINES) 
     return table, not any(problems(result, baseline) for result in results)
 
 
-def chapter_fingerprint() -> str:
-    """Names the chapter's code: runs of two versions of it are not one series."""
+def code_fingerprint(*chapters: str) -> str:
+    """Names the code of chapters: runs of two versions of it are not one series."""
     import nbformat
 
-    cells = nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4).cells
+    cells = [cell for name in chapters for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells]
     return fingerprint("\n".join(cell.source for cell in cells if cell.cell_type == "code"))
 
 
@@ -119,20 +119,12 @@ def as_markdown(results: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any
     The last column says how much of the band's half-width the run that is farthest from the recorded one uses.
     """
     passed = sum(not problems(result, baseline) for result in results)
-    of = baseline["of"]
-    versions = ", ".join(f"{name} {version}" for name, version in of["versions"].items())
     dates = sorted({result["date"] for result in results})
     others = sum(result["another_cpu"] for result in results)
     another = f" Computed as on another CPU: {others} (`{'='.join(*ANOTHER_CPU.items())}`)." if others else ""
+    verdict = f"{passed} of {len(results)} runs lie in all bands.{another} Written by `tests/repeat.py`."
     lines = [
-        "# Repeatability of chapter 04",
-        "",
-        f"{passed} of {len(results)} runs lie in all bands.{another} Written by `tests/repeat.py`.",
-        "",
-        f"- device: {of['device']}, profile {of['profile']}, model {of['model']}, {of['steps']} steps",
-        f"- versions: {versions}",
-        f"- date: {' to '.join(dict.fromkeys((dates[0], dates[-1])))}",
-        "",
+        *heading("Repeatability of chapter 04", verdict, of=baseline["of"], dates=(dates[0], dates[-1])),
         "| metric | lowest | highest | allowed | of the band used |",
         "| --- | --- | --- | --- | --- |",
     ]
@@ -142,6 +134,21 @@ def as_markdown(results: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any
             lines.append(f"| {name} | {spread(values, was=entry['was'], allowed=entry['allowed'])} |")
     bad = [f"- run {number}: {line}" for number, each in enumerate(results, 1) for line in problems(each, baseline)]
     return "\n".join(lines + (["", "Outside:", "", *bad] if bad else [])) + "\n"
+
+
+def heading(title: str, verdict: str, *, of: Mapping[str, Any], dates: Sequence[str]) -> list[str]:
+    """The lines above a table: what it says, and the device, the versions and the days that it says it of."""
+    versions = ", ".join(f"{name} {version}" for name, version in of["versions"].items())
+    return [
+        f"# {title}",
+        "",
+        verdict,
+        "",
+        f"- device: {of['device']}, profile {of['profile']}, model {of['model']}, {of['steps']} steps",
+        f"- versions: {versions}",
+        f"- date: {' to '.join(dict.fromkeys(dates))}",
+        "",
+    ]
 
 
 def spread(values: Sequence[float | bool], *, was: float | bool, allowed: Sequence[float | bool]) -> str:

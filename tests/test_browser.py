@@ -117,7 +117,9 @@ def open_in_browser(tree, front_end, chapters):
         wait_for(f"{address}/api?token={TOKEN}", server, state / "server.log")
         driver = [TOOLS / "python", ROOT / "tests" / "browser_session.py", front_end, address, TOKEN]
         notebooks = ["faults.ipynb", *(f"notebooks/{chapter}.ipynb" for chapter in chapters)]
-        done = subprocess.run([*driver, CHROMIUM, SCREENSHOTS, *notebooks], capture_output=True, text=True, timeout=3600)
+        done = subprocess.run(
+            [*driver, CHROMIUM, SCREENSHOTS, *notebooks], capture_output=True, text=True, timeout=3600
+        )
         print(done.stderr)
         assert done.returncode == 0, done.stderr + (state / "server.log").read_text()[-2000:]
     finally:

@@ -90,10 +90,15 @@ def test_an_output_carried_over_to_new_code_by_hand_is_not_kept(source):
     assert build.keep_outputs(changed, donor) == 1
 
 
-def test_a_run_with_injected_parameters_is_no_record(source):
-    donor = executed(build.build(source, "en"))
-    donor.cells.insert(2, nbformat.v4.new_code_cell("x = 5", metadata={"tags": ["injected-parameters"]}))
-    assert build.keep_outputs(build.build(source, "en"), donor) == 1
+@pytest.mark.parametrize(("tags", "counts"), [(["injected-parameters"], [1, 2, 3]), ([], [1, None, None])])
+def test_the_cell_that_papermill_puts_in_is_passed_over_and_no_other(source, tags, counts):
+    donor = build.build(source, "en")
+    donor.cells.insert(2, nbformat.v4.new_code_cell("x = 1", metadata={"tags": tags}))
+    notebook = build.build(source, "en")
+    build.keep_outputs(notebook, executed(donor))
+    assert [cell.execution_count for cell in code(notebook)] == counts
+    shown = ["1\n", "3\n", "4\n"]  # what the donor's first, third and fourth cell showed
+    assert [cell.outputs[0].text for cell in code(notebook) if cell.outputs] == shown[: 3 - counts.count(None)]
 
 
 def test_warnings_and_widgets_are_not_recorded():

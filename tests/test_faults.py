@@ -1,12 +1,33 @@
-"""The planted faults: cheap ones are caught, each in its own way; none where nothing is planted; all can be planted."""
+"""The planted faults: cheap ones are caught, each in its own way; nothing where none is; all can be planted."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 
 import faults
+import nbformat
 import pytest
-from faults import FAULTS, ROOT, differing_cell, main, noticed, plant
+import repeat
+from faults import (
+    CONTROLS,
+    FAULTS,
+    ROOT,
+    Caught,
+    HarnessError,
+    as_markdown,
+    differing_cell,
+    good_fingerprint,
+    how_it_stopped,
+    is_whole,
+    main,
+    noticed,
+    one_line,
+    own_errors,
+    plant,
+    summary,
+    verdict,
+)
 
 from helpers.series import CHAPTERS
 
@@ -31,7 +52,7 @@ def contents(folder):
 @pytest.mark.parametrize(
     ("fault", "way", "said"),
     [
-        ("no_lora", "claim", "code cell"),
+        ("no_lora", "claim", "no LoRA matrices"),
         ("fewer_modules", "output", "`trainable`"),
         ("lora_seed_ignored", "output", "The first A begins with"),
         ("four_bit_off", "output and band", "linear layers"),
@@ -46,8 +67,12 @@ def test_a_fault_is_caught(good, tmp_path, fault, way, said):
 
 
 @pytest.mark.slow
-def test_nothing_is_noticed_in_a_good_run(good):
-    assert noticed(CHAPTER, run_dir=good, good=good) == ("", "")
+def test_nothing_is_noticed_where_nothing_is_broken(good, tmp_path, monkeypatch):
+    """The same way through a new kernel as the faults' above, and with as much planted: a line in the log."""
+    monkeypatch.setattr(faults, "CHAPTERS", (CHAPTER,))
+    outcome = plant("none", good=good, work=tmp_path, parameters=PARAMETERS)
+    assert (outcome.way, outcome.what) == ("", "")
+    assert (tmp_path / "none.log").read_text() == "none\n"
 
 
 @pytest.mark.slow
@@ -63,17 +88,118 @@ def test_every_fault_has_its_code_and_a_chapter():
     spec = importlib.util.spec_from_file_location("planted", ROOT / "tests/planted/sitecustomize.py")
     planted = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(planted)
-    assert set(planted.FAULTS) == {*FAULTS, *faults.BEFORE.values()}
-    assert {chapter for chapter, _ in FAULTS.values()} <= set(CHAPTERS)
+    assert set(planted.FAULTS) == {*FAULTS, *CONTROLS, *faults.BEFORE.values()}
+    assert {chapter for chapter, _ in (FAULTS | CONTROLS).values()} <= set(CHAPTERS)
     assert len(FAULTS) >= 15
 
 
 def test_an_unknown_fault_is_refused(capsys):
     with pytest.raises(SystemExit):
-        main(["none"])
-    assert "no fault none" in capsys.readouterr().err
+        main(["no_such"])
+    assert "no fault no_such" in capsys.readouterr().err
 
 
 def test_the_cell_that_differs_is_named():
     how = "03_data.ipynb, code cell 5: Cell outputs differ\n\nx = 1\nprint(x)\n\n mismatch 'stdout'\n  assert"
     assert differing_cell(how) == "code cell 5, `print(x)`"
+
+
+def test_a_good_run_is_used_again_only_while_it_comes_from_what_is_here(tmp_path, monkeypatch):
+    assert not is_whole(tmp_path)
+    (tmp_path / "whole").touch()  # as an earlier version of this harness left it
+    assert not is_whole(tmp_path)
+    (tmp_path / "whole").write_text(good_fingerprint())
+    assert is_whole(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "library_versions", lambda: {"torch": "0"})
+        assert not is_whole(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "STEPS", 3)
+        assert not is_whole(tmp_path)
+    for chapter in CHAPTERS:
+        shutil.copy(repeat.NOTEBOOKS / f"{chapter}.ipynb", tmp_path)
+    monkeypatch.setattr(repeat, "NOTEBOOKS", tmp_path)
+    assert is_whole(tmp_path)
+    write_notebook(tmp_path / "06_save.ipynb", code(1, "another = True"))
+    assert not is_whole(tmp_path)
+
+
+def code(number, source, error=None):
+    outputs = [nbformat.v4.new_output("error", ename=error, evalue="no", traceback=[])] if error else []
+    return nbformat.v4.new_code_cell(source, id=f"cell-{number}-{len(source)}", execution_count=number, outputs=outputs)
+
+
+def write_notebook(path, *cells):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=list(cells)), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("cells", "way"),
+    [
+        ([code(1, "check()", "EvidenceError")], "claim"),
+        ([code(1, "check()", "InputError")], "claim"),
+        ([code(1, "if not differing:\n    raise RuntimeError('all the same')", "RuntimeError")], "claim"),
+        ([code(1, "trainer.train()", "RuntimeError")], "crash"),
+        ([code(1, "count()", "AttributeError")], "crash"),
+        ([code(1, "x = 1"), code(None, "trainer.train()")], "crash"),  # the kernel died
+        ([code(1, "x = 1"), code(2, "y = 2")], ""),
+    ],
+)
+def test_a_claim_is_told_from_a_crash(cells, way, tmp_path):
+    assert how_it_stopped(write_notebook(tmp_path / "02.ipynb", *cells)) == way
+
+
+def test_the_projects_own_errors_are_known():
+    assert {"InputError", "EvidenceError", "MaskingError", "HandoffError"} <= own_errors()
+    assert not {"ValueError", "RuntimeError"} & own_errors()
+
+
+@pytest.mark.parametrize(("executed", "said"), [(None, "not executed"), ("y = 2", "another notebook was executed")])
+def test_a_run_of_another_notebook_or_of_none_is_no_catch(executed, said, tmp_path):
+    name = f"executed/{CHAPTER}.ipynb"
+    write_notebook(tmp_path / "good" / name, code(1, "x = 1"))
+    (tmp_path / "run").mkdir()
+    if executed:
+        write_notebook(tmp_path / "run" / name, code(1, executed))
+    with pytest.raises(HarnessError, match=said):
+        noticed(CHAPTER, run_dir=tmp_path / "run", good=tmp_path / "good")
+
+
+def test_a_run_that_was_not_interrupted_is_not_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "run_chapter_with", lambda *arguments, **more: None)
+    write_notebook(tmp_path / "good" / "executed" / "04_train.ipynb", code(1, "x = 1"))
+    (tmp_path / "good" / "executed" / "measured.json").touch()
+    (tmp_path / "interrupted.log").touch()  # of an earlier fault
+    with pytest.raises(HarnessError, match="04_train was not interrupted"):
+        plant("resumed", good=tmp_path / "good", work=tmp_path, parameters=PARAMETERS)
+
+
+OUTCOMES = {
+    Caught("no_lora", CHAPTER, "claim", "code cell 7: EvidenceError: a | b", 19.6): "claim",
+    Caught("data_order", "06_save", "", "", 60.0): "NOT CAUGHT",
+    Caught("seed_ignored", "06_save", "", "NOT PLANTED", 60.0): "NOT CAUGHT",
+    Caught("none", "06_save", "", "", 90.0): "nothing",
+    Caught("resumed", "04_train", "band", "04 loss, step 8: 9, allowed 1 … 2", 90.0): "FALSE ALARM",
+    Caught("none", "06_save", "", "NOT PLANTED", 90.0): "FALSE ALARM",
+    Caught("resumed", "", "", "NOT RUN", 0.0): "FALSE ALARM",
+}
+
+
+def test_faults_have_to_be_noticed_and_controls_not():
+    assert {outcome: verdict(outcome) for outcome in OUTCOMES} == OUTCOMES
+    assert summary(list(OUTCOMES)) == "1 of 3 faults were caught, 1 of 4 controls passed"
+
+
+def test_the_table_says_where_and_of_what_it_holds():
+    of = {"profile": "cpu", "device": "AVX512 CPU", "model": "m", "steps": 24, "versions": {"torch": "2.13.0"}}
+    text = as_markdown(list(OUTCOMES), of=of)
+    assert "1 of 3 faults were caught" in text and "- versions: torch 2.13.0\n- date: 2" in text
+    row = f"| no_lora | LoRA is added to no module | {CHAPTER} | claim | code cell 7: EvidenceError: a \\| b | 20 |"
+    assert row in text
+
+
+def test_what_noticed_is_one_line_without_this_machines_folders():
+    assert one_line(f"in {ROOT}/runs/x\n  no file") == "in runs/x no file"
+    assert len(one_line("x" * 500)) == faults.MOST_CHARACTERS

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbval.plugin import comment_markers as nbval_comments
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
@@ -95,6 +96,7 @@ FAULTS = {
     "machine, '/home/m'": lambda n: show(n, "in /home/me/x"),
     "machine, '/Users/m'": lambda n: show(n, **{"text/html": "<p>/Users/me</p>"}),
     "machine, 'C:": lambda n: show(n, "in C:\\Users\\me"),
+    "the comment NBVAL_IGNORE_OUTPUT": lambda n: swap(n, checked(n).source, "# NBVAL_IGNORE_OUTPUT\n", [checked(n)]),
     "no `Result": lambda n: code(n, -1).update(outputs=[]),
 }
 
@@ -111,6 +113,52 @@ def test_the_lint_refuses(said, good):
     FAULTS[said](notebook)
     new = [problem for problem in lint.problems_of(notebook, THIRD) if problem not in before]
     assert any(said.lower() in problem.lower() for problem in new), new
+
+
+def test_each_comment_that_nbval_obeys_is_refused():
+    for marker in nbval_comments:
+        assert lint.NBVAL_COMMENT.findall(f"x = 1\n  # {marker} \nprint(x)") == [marker]
+    assert not lint.NBVAL_COMMENT.findall("x = 1  # NBVAL_SKIP\n# NBVAL_SKIP is not used here")  # nor does nbval obey
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(f"/{folder}/me" for folder in lint.MACHINE_FOLDERS.split("|")),
+        "/root/.cache/huggingface",
+        "file:///home/me/series",
+        "PosixPath('/mnt/disk/x')",
+        "RUN_DIR=/data/me",
+        "cache:/opt/x",
+        "<td>/var/lib</td>",
+        "D:\\series\\run",
+        "Z:\\\\runs\\\\cpu",  # as JSON shows it
+    ],
+)
+def test_a_path_of_a_machine_is_found(path, good):
+    notebook = copy.deepcopy(good)
+    show(notebook, f"in {path}")
+    assert any("a path of somebody's machine" in problem for problem in lint.of_outputs(notebook, THIRD))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://example.org/home/page?next=/data/x",
+        "notebooks/data/rows.jsonl",
+        "runs/cpu/tmp/x, ./var/x and ~/.cache",
+        "<p>one</p><data/>",
+        "either/or, Answer:\nQ:\\n",
+    ],
+)
+def test_what_only_looks_like_a_path_of_a_machine_passes(text, good):
+    notebook = copy.deepcopy(good)
+    show(notebook, text)
+    assert lint.of_outputs(notebook, THIRD) == lint.of_outputs(good, THIRD)
+
+
+def test_the_sanitizer_and_the_lint_know_the_same_folders():
+    assert f"(?:{lint.MACHINE_FOLDERS})" in (ROOT / "tests/nbval_sanitize.cfg").read_text(encoding="utf-8")
 
 
 # In halves, so that no scanner of this repository takes them for real ones.
@@ -151,6 +199,26 @@ def test_a_secret_is_found_and_not_repeated(issuer, place, good):
     assert TOKENS[issuer][1] not in found[0].partition("` ")[2]
 
 
+HEX = "0123456789abcdef"
+OTHER_FORMS = (
+    ("Weights & Biases", "wandb login ", HEX * 2 + HEX[:8]),
+    ("Weights & Biases", "wandb.login(relogin=True, key='", HEX * 2 + HEX[:8]),
+    ("Kaggle", "{'username': 'me', 'key': '", HEX * 2),
+    ("Kaggle", "{&quot;username&quot;: &quot;me&quot;, &quot;key&quot;: &quot;", HEX * 2),
+    ("Kaggle", "{&#39;key&#39;:&#39;", HEX * 2),
+    ("Kaggle", '"{\\"username\\": \\"me\\", \\"key\\": \\"', HEX * 2),  # JSON in JSON
+    ("Kaggle", "export KAGGLE_KEY=", HEX * 2),
+)
+
+
+@pytest.mark.parametrize(("issuer", "before", "secret"), OTHER_FORMS)
+def test_a_secret_is_found_in_its_other_forms(issuer, before, secret, good):
+    notebook = copy.deepcopy(good)
+    show(notebook, before + secret)
+    [found] = lint.of_secrets(notebook, THIRD)
+    assert f"a secret ({issuer})" in found
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -158,6 +226,8 @@ def test_a_secret_is_found_and_not_repeated(issuer, place, good):
         "hf_transfer, sk-learn and AKIA",
         "Template fingerprint: 0123456789abcdef0123456789abcdef",
         "Paste your hf_… token",
+        "wandb: off\ncommit 1ff2e9d1c7a0a4c0a2c7a0b1a9f9b0c7d1e2f3a4",  # on another line
+        "'monkey': '0123456789abcdef0123456789abcdef'",
     ],
 )
 def test_what_only_looks_like_a_secret_passes(text, good):

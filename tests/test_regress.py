@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -17,12 +18,15 @@ from helpers.regress import (
     Metrics,
     RegressError,
     band,
+    belongs_to,
     check_run,
     collect_metrics,
     compare_shown,
     judge,
+    last_run,
     main,
     make_baseline,
+    read_junit,
     read_table,
     record,
     run_nbval,
@@ -51,7 +55,9 @@ def run_dir(tmp_path):
         notebook.cells.insert(4, given)
         nbformat.write(notebook, folder / "executed" / f"{chapter}.ipynb")
     log = [
-        {"step": step, "loss": loss, "grad_norm": 1.0, "learning_rate": 1e-3 / step, "num_tokens": 500.0 * step}
+        {"step": step, "loss": loss, "grad_norm": 1.0, "learning_rate": 1e-3 / step}
+        # The second is TRL's, as of a run that was resumed after step 4.
+        | {"num_input_tokens_seen": 500.0 * step, "num_tokens": 500.0 * (step - 4 if step > 4 else step)}
         for step, loss in enumerate(LOSSES, 1)
     ]
     held_out = {"before": 4.5, "after": 0.5, "fall_interval": [3.9, 4.1]}
@@ -137,6 +143,36 @@ def sanitized(text):
     return text
 
 
+# What each rule is for, in the order of the file.
+CLEANED = (
+    "\x1b[1;31mred\x1b[0m",
+    "Map: 50%|████ | 5/10 [00:01<00:01, 5.00 examples/s]",
+    "building ━━━━━╸ wheels",
+    "2026-11-24T07:21:44Z",
+    "07:21:44",
+    "88.5 tokens/s",
+    "2 min",
+    "2.48 GiB",
+    "0x7f3a2b4c5d6e",
+    "in /mnt/disk/series",
+    "in D:\\series\\runs",
+)
+
+
+def test_nbval_reads_every_rule_and_each_changes_what_it_is_for():
+    text = SANITIZER.read_text(encoding="utf-8")
+    rules = get_sanitize_patterns(text)
+    assert len(rules) == len(re.findall("^regex:", text, re.MULTILINE))
+    for (pattern, replacement), example in zip(rules, CLEANED, strict=True):
+        assert re.sub(pattern, replacement, example) != example, pattern
+    assert sanitized(CLEANED[0]) == "red"
+
+
+def test_nbval_passes_over_a_rule_without_a_replacement():
+    """Why the rule for colours has one: an editor strips the blank that would be left."""
+    assert get_sanitize_patterns("regex: a\nreplace:\nregex: b\nreplace: c\n") == [("b", "c")]
+
+
 @pytest.mark.parametrize(
     ("one", "another"),
     [
@@ -214,6 +250,18 @@ def test_a_half_written_file_is_refused(run_dir, name, capsys):
     assert main([str(run_dir)]) == 2
 
 
+def test_a_junit_file_is_read_by_notebook(tmp_path):
+    cases = (
+        '<testcase classname="notebooks.03_data.ipynb" name="Cell 1"><failure message="m">differs</failure></testcase>'
+        '<testcase classname="notebooks.03_data.ipynb" name="code"/><testcase classname="" name="04_train.ipynb::code">'
+        '<error message="no notebook"/></testcase>'
+    )
+    (tmp_path / "junit.xml").write_text(f"<testsuite>{cases}</testsuite>", encoding="utf-8")
+    data, train = read_junit(tmp_path / "junit.xml")
+    assert (data.chapter, data.compared, data.problems) == ("03_data", 1, (("Cell 1", "differs"),))
+    assert train.chapter == "04_train" and train.problems == (("04_train.ipynb::code", "no notebook"),)
+
+
 def test_a_table_is_read_back():
     headers, rows = ["form", "replies", "verdict"], [["in memory", "", ""], ["GGUF q8_0", "8 of 8", "ok"]]
     text = text_table(headers, rows) + "\nMISSED, merged: a sentence that is no row"
@@ -237,6 +285,8 @@ def test_bands(run_dir):
     slower = judge(changed(good, **{"seconds, 03_data": 900.0, "04 tokens per second": 1.0}), baseline)
     assert slower.ok and verdict_of(slower, "seconds, 03_data") == "not judged"
     for name, value in {
+        "04 peak GiB": 4.0,
+        "peak GiB, 03_data": 1.2,
         "04 loss, step 1": 4.5,
         "04 tokens, step 2": 1001.0,
         "04 learning rate, step 2": 5e-2,
@@ -253,7 +303,7 @@ def test_bands(run_dir):
 
 
 @pytest.mark.parametrize(
-    "change", [{"device": "AVX2 CPU"}, {"versions": {"torch": "2.14.0"}}, {"steps": 9}, {"model": "n"}]
+    "change", [{"device": "AVX2 CPU"}, {"versions": {"torch": "2.14.0+cpu"}}, {"steps": 9}, {"model": "n"}]
 )
 def test_another_machine_or_version_is_reported_and_not_judged(run_dir, change):
     good = collect_metrics(run_dir)
@@ -265,10 +315,31 @@ def test_another_machine_or_version_is_reported_and_not_judged(run_dir, change):
     assert judge(other, {}).ok and "no baseline" in repr(judge(other, {}))
 
 
-def test_every_number_of_training_has_a_band(run_dir):
+def test_the_build_label_of_a_version_does_not_count(run_dir):
+    good = collect_metrics(run_dir)
+    other = Metrics({**OF, "versions": {"torch": "2.13.0+cpu"}}, {**good.values, "04 loss, step 1": 9.0})
+    for now, then in ((other, good), (good, other)):
+        report = judge(now, make_baseline(then))
+        assert not report.unlike and not report.ok
+
+
+def test_a_band_is_missing_for_speed_alone(run_dir):
     unbanded = {name for name, value in collect_metrics(run_dir).values.items() if band(name, value) is None}
-    machine = {"04 tokens per second", "04 seconds of training", "04 peak GiB"}
-    assert {name for name in unbanded if not name.startswith(("seconds", "peak GiB"))} == machine
+    assert unbanded == {"04 tokens per second", "04 seconds of training", "seconds, 03_data"}
+
+
+@pytest.mark.parametrize("path", sorted(regress.BASELINES.glob("*.json")), ids=lambda path: path.stem)
+def test_a_committed_baseline_has_the_bands_of_the_rules(path):
+    values = json.loads(path.read_text(encoding="utf-8"))["values"]
+    of_the_rules = json.loads(json.dumps({name: band(name, entry["was"]) for name, entry in values.items()}))
+    assert {name: entry["allowed"] for name, entry in values.items()} == of_the_rules
+
+
+@pytest.mark.parametrize(
+    ("metric", "chapter"), [("04 peak GiB", "04_train"), ("peak GiB, 04_train", "04_train"), ("steps", None)]
+)
+def test_a_metric_belongs_to_its_chapter(metric, chapter):
+    assert [name for name in CHAPTERS if belongs_to(metric, name)] == ([chapter] if chapter else [])
 
 
 def test_recording_keeps_a_good_run_alone(run_dir, tmp_path):
@@ -301,10 +372,12 @@ def test_the_verdict_and_its_reports(run_dir, tmp_path, monkeypatch):
     report["log"][0]["loss"] = 6.0
     write_json(run_dir / "report.json", report)
     edit(run_dir, "03_data", REJECTED["another text"][0])
-    verdict = check_run(run_dir, baselines=tmp_path / "baselines")
-    assert not verdict.ok
-    write_reports(verdict, run_dir)
     reports = run_dir / "reports"
+    write_json(reports / "03_data.html", "of an earlier run")
+    verdict = check_run(run_dir, baselines=tmp_path / "baselines")
+    assert not verdict.ok and not (reports / "03_data.html").exists()
+    assert re.search(r"Compared in \d+\.\d s\.$", repr(verdict))
+    write_reports(verdict, run_dir)
     summary = (reports / "summary.md").read_text(encoding="utf-8")
     assert summary.startswith("## Regression FAILED: 1 outputs differ")
     assert "| 04 loss, step 1 | 4 | 6 | 3.88 … 4.12 | OUTSIDE |" in summary
@@ -317,12 +390,59 @@ def test_the_verdict_and_its_reports(run_dir, tmp_path, monkeypatch):
     }
     assert len(failures["shown.xml"]) == 1
     assert "04 loss, step 1" in failures["bands.xml"] and "04 loss, step 2" not in failures["bands.xml"]
+    assert counts(reports / "bands.xml") == (len(verdict.bands.outside), 3)  # the seconds and the speed are not judged
     index = (reports / "index.html").read_text(encoding="utf-8")
     assert "Regression FAILED" in index
     for chapter in CHAPTERS:
         assert f'href="{chapter}.html"' in index
         assert "<html" in (reports / f"{chapter}.html").read_text(encoding="utf-8")
     assert json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))["values"]["04 loss, step 1"] == 6.0
+
+
+def counts(junit):
+    """(failures, skipped) as a JUnit file states them, which must be what it holds."""
+    suite = ElementTree.parse(junit).getroot()
+    stated = int(suite.get("failures")), int(suite.get("skipped"))
+    assert stated == (len(list(suite.iter("failure"))), len(list(suite.iter("skipped"))))
+    return stated
+
+
+def test_on_another_device_bands_are_skipped_and_counted_so(run_dir, tmp_path):
+    good = collect_metrics(run_dir)
+    other = make_baseline(Metrics(OF | {"device": "another"}, {**good.values, "04 loss, step 1": 9.0}))
+    write_json(tmp_path / "cpu-avx512-cpu.json", other)
+    verdict = check_run(run_dir, baselines=tmp_path)
+    assert verdict.ok and verdict.bands.outside
+    write_reports(verdict, run_dir)
+    assert counts(run_dir / "reports" / "bands.xml") == (0, len(verdict.bands.rows))
+
+
+@pytest.mark.parametrize("cell", ["Cell 5", None])
+def test_what_nbval_finds_itself_is_in_every_report_and_in_the_exit_status(run_dir, monkeypatch, capsys, cell):
+    """nbval's run is replaced by what it would return: its own test is below."""
+    found = regress.Shown("03_data", 7, ((cell, "Cell outputs differ"),) if cell else ())
+    monkeypatch.setattr(regress, "run_nbval", lambda chapter, reports: found)
+    assert main([str(run_dir), "--nbval", "03_data"]) == (1 if cell else 0)
+    summary, index = ((run_dir / "reports" / name).read_text(encoding="utf-8") for name in ("summary.md", "index.html"))
+    verdict = "FAILED" if cell else "ok"
+    assert f"| 03_data, by nbval |  | 7 | {verdict} | executed by nbval |" in summary
+    for text in (summary, index, capsys.readouterr().out):
+        assert f"Regression {verdict}" in text and "03_data, by nbval" in text
+        assert ("03_data, by nbval, Cell 5" in text) == ("1 outputs differ" in text) == bool(cell)
+
+
+def test_without_a_folder_the_run_that_was_written_last_is_judged(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(regress, "RUNS", tmp_path / "runs")
+    with pytest.raises(RegressError, match="no executed notebook.*make run"):
+        last_run()
+    for seconds, profile in enumerate(("cpu", "t4", "test"), 1):
+        path = tmp_path / "runs" / profile / "executed" / "03_data.ipynb"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (seconds, seconds))
+    assert last_run() == tmp_path / "runs" / "t4"  # `test` is no profile's
+    os.utime(tmp_path / "runs" / "cpu" / "executed" / "03_data.ipynb", (9, 9))
+    assert last_run() == tmp_path / "runs" / "cpu"
 
 
 def test_of_another_profile_the_code_and_its_claims_are_compared(run_dir, tmp_path):

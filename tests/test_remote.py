@@ -48,6 +48,8 @@ for each in (new, run, download, stop):
 given = parser.parse_args()
 if given.part == "exec":
     shutil.copytree(pathlib.Path(given.file).parent, world / "pushed")
+    if world.joinpath("times-out").exists():
+        sys.exit("[colab] Timed out")
 elif given.part == "download":
     assert given.remote == "/content/executed.tar.gz"
     if not world.joinpath("executed.tar.gz").exists():
@@ -71,21 +73,25 @@ def command(folder, name, text):
     (folder / name).chmod(0o755)
 
 
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory):
-    """What the notebook that is sent packs: run here, in an empty folder; one chapter passes and one fails."""
-    machine = tmp_path_factory.mktemp("machine")
+def run_driver(machine, chapters):
+    """Run the notebook that is sent here, in an empty folder; what it said, and the archive that it packed."""
     command(machine / "bin", "nvidia-smi", "#!/bin/sh\necho Tesla T4\n")
-    chapters, parameters = ["03_data", "05_infer"], {"PROFILE": "cpu", "MAX_STEPS": 2}
+    parameters = {"PROFILE": "cpu", "MAX_STEPS": 2}
     driver = remote.make_driver(chapters, parameters=parameters, bundle=remote.make_bundle())
     changed = {"PATH": f"{machine / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(machine)}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changed.items():
             patch.setenv(name, value)
         nbclient.NotebookClient(driver, kernel_name="python3", resources={"metadata": {"path": str(machine)}}).execute()
-    said = "".join(output.text for output in driver.cells[1].outputs)
+    return "".join(output.text for output in driver.cells[1].outputs), machine / "executed.tar.gz"
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """What the notebook that is sent packs: one chapter passes and one fails."""
+    said, packed = run_driver(tmp_path_factory.mktemp("machine"), ["03_data", "05_infer"])
     assert said.startswith("Tesla T4") and "[2/2] 05_infer" in said, said
-    return machine / "executed.tar.gz"
+    return packed
 
 
 @pytest.fixture
@@ -143,13 +149,46 @@ def test_colab_gives_its_machine_back_also_after_a_failure(world):
     assert "--gpu T4" in calls(world)[0] and not (world / "t4").exists()
 
 
+@pytest.mark.parametrize(("came_back", "status"), [(True, 1), (False, 2)])
+def test_after_a_time_out_on_colab_what_ran_is_fetched_and_the_time_out_is_told(
+    came_back, status, world, archive, capsys
+):
+    (world / "times-out").touch()
+    if came_back:
+        shutil.copy(archive, world)
+    assert remote.main(["colab", "03_data", *PARAMETERS, "--into", str(world / "t4")]) == status
+    assert [line.split()[0] for line in calls(world)] == ["new", "exec", "download", "stop"]
+    assert "colab exec --session: found exit status 1" in capsys.readouterr().err
+    assert (world / "t4/executed/03_data.ipynb").exists() == came_back
+
+
+@pytest.mark.slow
+def test_the_first_chapter_alone_runs(tmp_path):
+    """It has neither RUN_DIR nor MAX_STEPS."""
+    said, packed = run_driver(tmp_path, ["01_install"])
+    assert "[1/1] 01_install: " in said, said
+    with tarfile.open(packed) as opened:
+        assert {"executed/01_install.ipynb", "executed/measured.json"} <= set(opened.getnames())
+
+
 def test_what_is_sent_is_parametrised_and_whole(world, archive):
     shutil.copy(archive, world)
     remote.main(["colab", "04_train", "-p", "MAX_STEPS", "5", "-p", "PROFILE", "t4", "--into", str(world / "t4")])
     sent = nbformat.read(world / "pushed/series.ipynb", as_version=4)
     nbformat.validate(sent)
-    assert "series = ['04_train', '-p', 'PROFILE', '\"t4\"', '-p', 'MAX_STEPS', '5']" in sent.cells[1].source
+    assert "chapters = ['04_train']\n" in sent.cells[1].source
+    assert "parameters = {**{'PROFILE': 't4', 'MAX_STEPS': 5}, \"RUN_DIR\"" in sent.cells[1].source
     assert all(output == [] for output in (cell.outputs for cell in sent.cells))
+
+
+def test_a_file_is_for_the_series_and_a_typed_parameter_for_the_chapters_named(world, archive, capsys):
+    shutil.copy(archive, world)
+    (world / "file.yaml").write_text("MAX_STEPS: 5\n")
+    arguments = ["colab", "01_install", "-f", str(world / "file.yaml"), "--into", str(world / "t4")]
+    assert remote.main([*arguments, "-p", "MAX_STEPS", "5"]) == 2
+    assert "parameter: found MAX_STEPS" in capsys.readouterr().err and not (world / "calls").exists()
+    assert remote.main(arguments) == 1  # the stand-in's archive holds other chapters
+    assert (world / "pushed/series.ipynb").exists()
 
 
 def test_the_bundle_holds_no_outputs_and_nothing_private():

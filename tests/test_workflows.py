@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_browser import SCREENSHOTS
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
@@ -27,8 +28,9 @@ def lint(folder):
 def project(tmp_path):
     shutil.copytree(ROOT / ".github", tmp_path / ".github")
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
-    for path in ROOT.glob("requirements-*.txt"):  # a workflow names them, and the lint looks whether they are there
-        shutil.copy(path, tmp_path)
+    (tmp_path / "colab-image").mkdir()
+    for path in (*ROOT.glob("requirements-*.txt"), ROOT / "colab-image" / "wanted.in"):
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))  # workflows name them, and the lint looks for them
     return tmp_path
 
 
@@ -107,6 +109,36 @@ def steps(path):
     return [step for job in workflow["jobs"].values() for step in job["steps"]]
 
 
+def read_workflow(name):
+    return yaml.safe_load((ROOT / ".github/workflows" / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("name", "job"), [("pull-request.yml", "cpu"), ("t4.yml", "t4")])
+def test_a_run_is_kept_with_what_recording_it_needs(name, job):
+    uploads = [step["with"] for step in read_workflow(name)["jobs"][job]["steps"] if "upload" in step.get("uses", "")]
+    [paths] = [upload["path"].split() for upload in uploads if upload["name"] == job]
+    assert {f"runs/{job}/*.json", f"runs/{job}/executed/", f"runs/{job}/reports/"} == set(paths)
+
+
+def test_a_hang_on_the_t4_is_reported():
+    """The step's limit leaves time for those after it; beyond the job's, the next job still opens an issue."""
+    jobs = read_workflow("t4.yml")["jobs"]
+    [chapters] = [step for step in jobs["t4"]["steps"] if step.get("id") == "chapters"]
+    assert chapters["timeout-minutes"] <= jobs["t4"]["timeout-minutes"] - 30
+    condition = jobs["issue"]["if"]
+    assert "always()" in condition  # else GitHub passes over it where the job before was cancelled
+    for result in ("failure", "cancelled"):
+        assert f"needs.t4.result == '{result}'" in condition
+
+
+def test_on_a_pull_request_a_browser_opens_the_chapters():
+    named = [(step.get("run", ""), step.get("with", {})) for step in steps(ROOT / ".github/workflows/pull-request.yml")]
+    runs = [run for run, _ in named]
+    assert runs.index("make proof-tools browser") < runs.index("make unit")
+    [kept] = [given for _, given in named if given.get("name") == "browser"]
+    assert ROOT / kept["path"] == SCREENSHOTS and kept["if-no-files-found"] == "error"
+
+
 def run_step(workflow, name, *, cwd=ROOT, **environment):
     """Run a step's script as the runner does."""
     script = next(step["run"] for step in steps(ROOT / ".github/workflows" / workflow) if step["name"] == name)
@@ -154,12 +186,14 @@ def test_a_failed_night_opens_an_issue_or_comments_on_the_open_one(number, said,
     if report:
         (tmp_path / "t4/reports").mkdir(parents=True)
         (tmp_path / "t4/reports/summary.md").write_text(report)
-    environment = gh(OPEN=number, RUN="https://example.org/run/1", GITHUB_SHA="abc123")
+    ended = "failure" if report else "cancelled"
+    environment = gh(OPEN=number, RUN="https://example.org/run/1", GITHUB_SHA="abc123", ENDED=ended)
     done = run_step("t4.yml", "Open an issue, or comment on the open one", cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text()
     assert calls.startswith(said) and "abc123: [the run](https://example.org/run/1)" in calls
     assert (report or "It ended before there was a report.") in calls
+    assert ("It took too long, or somebody cancelled it." in calls) == (ended == "cancelled")
 
 
 def test_a_long_report_is_cut_to_what_github_takes(gh, tmp_path):
@@ -180,12 +214,12 @@ def test_an_asked_for_run_without_a_runner_says_so():
     assert done.returncode == 1 and "T4_RUNNER" in done.stdout
 
 
-# `make test` and `.ci/run`, with a stand-in for every command that they call: the real ones take a quarter of an hour.
+# make targets and `.ci/run`, with a stand-in for every command that they call: the real ones take a quarter of an hour.
 
-COMMANDS = ("python", "ruff", "pytest", "check-jsonschema", "zizmor", "jactionlint", "shellcheck", "apt-get", "id")
+COMMANDS = "python ruff pytest check-jsonschema zizmor jactionlint shellcheck apt-get id sudo".split()
 STAND_IN = """#!/bin/sh
 echo "called: ${0##*/} $*" >&2
-case "${0##*/} $*" in id*) echo 0 ;; $FAILS) exit 100 ;; esac
+case "${0##*/} $*" in id*) echo "${USER_ID:-0}" ;; $FAILS) exit "${STATUS:-100}" ;; esac
 """
 
 
@@ -193,8 +227,8 @@ case "${0##*/} $*" in id*) echo 0 ;; $FAILS) exit 100 ;; esac
 def run_alone(tmp_path):
     """Run a command in a folder with the Makefile, `.ci/run` and the stand-ins; `fails` is a pattern of what fails."""
 
-    def run(*command, fails="nothing"):
-        environment = {"PATH": f"{tmp_path / '.venv/bin'}:{tools}", "FAILS": fails, "HOME": str(tmp_path)}
+    def run(*command, fails="nothing", **more):
+        environment = {"PATH": f"{tmp_path / '.venv/bin'}:{tools}", "FAILS": fails, "HOME": str(tmp_path), **more}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     (tmp_path / ".github").mkdir()
@@ -209,7 +243,7 @@ def run_alone(tmp_path):
         path.write_text(STAND_IN)
         path.chmod(0o755)
     tools.mkdir()
-    for name in ("sh", "bash", "env", "make", "date", "dirname"):
+    for name in ("sh", "bash", "env", "make", "date", "dirname", "cp", "grep"):
         (tools / name).symlink_to(shutil.which(name))
     (tmp_path / ".venv" / ".ready").touch()
     return run
@@ -252,3 +286,78 @@ def test_ci_tests_without_chromium_where_it_cannot_be_had(run_alone):
 
 def test_ci_fails_where_a_test_fails(run_alone):
     assert run_alone(".ci/run", fails="pytest*").returncode != 0
+
+
+def test_make_browser_asks_sudo_where_it_is_not_root_and_fails_where_apt_does(run_alone):
+    done = run_alone("make", "browser", USER_ID="1000")
+    assert done.returncode == 0 and "called: sudo -n env DEBIAN_FRONTEND" in done.stderr, done.stderr
+    assert "called: sudo" not in run_alone("make", "browser").stderr
+    assert run_alone("make", "browser", fails="apt-get*install*").returncode != 0
+
+
+def test_make_browser_leaves_a_chromium_that_is_there(run_alone, tmp_path):
+    (tmp_path / "tools" / "chromium").symlink_to(shutil.which("true"))
+    done = run_alone("make", "browser", fails="apt-get*")
+    assert done.returncode == 0 and "apt-get" not in done.stderr
+
+
+@pytest.mark.parametrize("service", ["kaggle", "colab"])
+@pytest.mark.parametrize(
+    ("fails", "status", "judged"),
+    [
+        ("nothing", 0, True),
+        ("python -m helpers.remote*", 1, True),  # a chapter failed there
+        ("python -m helpers.remote*", 2, False),  # nothing came back
+        ("python -m helpers.regress*", 1, True),
+        ("python -m helpers.re*", 1, True),
+    ],
+)
+def test_what_came_back_is_judged_and_the_worse_status_counts(run_alone, service, fails, status, judged):
+    done = run_alone("make", service, fails=fails, STATUS=str(status))
+    assert ("helpers.regress runs/t4" in done.stderr) == judged
+    assert f"{service}] Error {status}" in done.stderr if status else done.returncode == 0
+
+
+@pytest.fixture
+def last_run(tmp_path):
+    """A run of each profile, as `make run` leaves it, and the measures that are committed."""
+    for profile, kind in (("cpu", "AVX512 CPU"), ("t4", "Tesla T4")):
+        (tmp_path / "runs" / profile / "executed").mkdir(parents=True)
+        (tmp_path / "runs" / profile / "executed" / "measured.json").write_text(f'{{\n  "kind": "{kind}"\n}}')
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "measured.json").write_text("committed")
+    return tmp_path / "runs"
+
+
+def recorded(folder):
+    return "CPU" in (folder / "notebooks" / "measured.json").read_text()
+
+
+def test_make_record_keeps_measures_and_outputs_of_the_run_that_it_made(run_alone, last_run, tmp_path):
+    done = run_alone("make", "record")
+    assert done.returncode == 0, done.stderr
+    called = [line.removeprefix("called: python ") for line in done.stderr.splitlines()]
+    series = called.index("-m helpers.series --fresh -f tests/profiles/cpu.yaml")
+    outputs = "notebooks/build.py --outputs-from runs/cpu/executed"
+    assert called[series + 1 :] == ["-m helpers.regress runs/cpu --record", outputs]
+    assert recorded(tmp_path)
+
+
+@pytest.mark.parametrize("fails", ["python -m helpers.regress*", "python -m helpers.series*"])
+def test_make_record_changes_nothing_where_the_run_is_no_good(run_alone, last_run, tmp_path, fails):
+    done = run_alone("make", "record", fails=fails)
+    assert done.returncode != 0 and "--outputs-from" not in done.stderr and not recorded(tmp_path)
+
+
+def test_make_record_keeps_no_outputs_of_another_profile_or_of_a_gpu(run_alone, last_run, tmp_path):
+    done = run_alone("make", "record", "PROFILE=t4")
+    assert "-f tests/profiles/t4.yaml" in done.stderr and "helpers.regress runs/t4 --record" in done.stderr
+    (last_run / "cpu" / "executed" / "measured.json").write_text('{"kind": "Tesla T4"}')
+    done = (done, run_alone("make", "record"))
+    assert not any(each.returncode or "--outputs-from" in each.stderr for each in done)
+    assert (tmp_path / "notebooks" / "measured.json").read_text() == "committed"
+
+
+def test_make_regress_takes_the_run_that_it_is_told_or_the_last(run_alone):
+    assert "helpers.regress runs/t4 --nbval" in run_alone("make", "regress", "PROFILE=t4").stderr
+    assert "helpers.regress --nbval" in run_alone("make", "regress").stderr

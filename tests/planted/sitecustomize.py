@@ -1,8 +1,9 @@
 """Breaks one thing in the libraries, in every Python process that has this folder on PYTHONPATH. See tests/faults.py.
 
-PLANTED_FAULT names the fault. It is planted when `unsloth` has been imported, because Unsloth replaces functions of the
-other libraries at that moment and would undo anything earlier. Each fault writes its name to the file PLANTED_LOG when
-its broken code runs, so that a fault whose target is never called cannot pass for one that was caught.
+PLANTED_FAULT names the fault; `none` and `resumed` break nothing, and must go unnoticed. It is planted when `unsloth`
+has been imported, because Unsloth replaces functions of the other libraries at that moment and would undo anything
+earlier. Each fault writes its name to the file PLANTED_LOG when its broken code runs, so that a fault whose target is
+never called cannot pass for one that was caught.
 """
 
 import functools
@@ -96,9 +97,8 @@ def question_trained():
 
 def end_not_trained():
     def change(input_ids, labels):
-        last = max(i for i, label in enumerate(labels) if label != -100)
-        # The line break after the end token may be trained too: the end is the token before it.
-        return [label if i < last - 1 else -100 for i, label in enumerate(labels)]
+        last = max(i for i, label in enumerate(labels) if label != -100)  # the end token: what follows it is masked
+        return [label if i != last else -100 for i, label in enumerate(labels)]
 
     markers(change)
 
@@ -372,6 +372,8 @@ def checkpoint_not_resumed():
 
 
 FAULTS = {
+    "none": fires,
+    "resumed": fires,
     "wrong_marker": wrong_marker,
     "question_trained": question_trained,
     "end_not_trained": end_not_trained,
