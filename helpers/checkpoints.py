@@ -5,10 +5,15 @@ is added here: *when* they are written, a manifest that says whether one is whol
 copy on Drive, and an order of the rows that does not depend on what ran before.
 
     checkpoints/
-      checkpoint-37/    as Transformers writes it, and manifest.json (sizes, sha256, run, step, settings), written last
+      checkpoint-37/    as Transformers writes it, and manifest.json (sizes, sha256, run, step, settings): made first,
+                        empty, and filled last
       checkpoint-31/    the one before it; older ones are deleted
-      handed_over       the run whose adapter the chapter has handed on: the next run starts at step 0
+      handed_over       the runs whose adapter the chapter has handed on: the next run starts at step 0
       .lock             held while a process trains here; the system releases it when that process ends, however it ends
+
+The copies on Drive bear their run in their name (checkpoint-20261125T101502…-37): no lock reaches from one machine to
+another, and two that train into one Drive folder must not replace each other's. A `checkpoint-…` without a manifest is
+not ours (a plain trainer wrote it) and is never deleted.
 
 A run that was interrupted is resumed, one that is complete is loaded and not trained further, and one that is complete
 and handed over makes room for a new one.
@@ -27,17 +32,18 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from helpers.errors import InputError
-from helpers.handoff import fingerprint_rows, hash_files, replace_file
+from helpers.handoff import fingerprint_rows, hash_files, replace_file, sha256_of
 
 MANIFEST = "manifest.json"
 HANDED_OVER = "handed_over"
+UNFINISHED, DELETED = ".unfinished-", ".deleted-"  # prefixes of what is being copied, and deleted
 KEPT = 2
 MIRROR_WAIT_SECONDS = 60
 # What decides the result of a run, of all that Transformers and TRL let one set. The batch is compared as a whole: how
@@ -123,9 +129,10 @@ class Saved:
                 return f"{name}: missing"
             if file.stat().st_size != expected["bytes"]:
                 return f"{name}: {file.stat().st_size} bytes instead of {expected['bytes']}"
-        found = hash_files(self.path)
-        altered = [name for name, expected in self.files.items() if found[name] != expected["sha256"]]
-        return f"{altered[0]}: other content than was written (sha256)" if altered else ""
+        for name, expected in self.files.items():
+            if sha256_of(self.path / name) != expected["sha256"]:
+                return f"{name}: other content than was written (sha256)"
+        return ""
 
 
 class Checkpoints:
@@ -138,15 +145,18 @@ class Checkpoints:
         every_seconds: at most so much work is lost when the machine goes away (or one step, if that takes longer).
         start_afresh: delete what is there, here and in the mirror, and start at step 0.
 
+    Attributes:
+        step: where training began in this session, once the block is entered: 0, or that of the checkpoint.
+
     Entering the block gives what `trainer.train(resume_from_checkpoint=...)` takes, and says which step that is. Inside
     it Ctrl-C and Colab's Stop let the step end, save, and then raise KeyboardInterrupt; a second one does not wait.
     A checkpoint that cannot be written (a full disk) is a warning: training goes on, and the older ones stay.
 
     Raises:
         CheckpointError: other settings than those of the interrupted run, a folder that another process trains in or
-            that cannot be written, a mirror that cannot be read, or a trainer that has trained already. In the block,
-            before the first step: `trainer.train` was not given what the block gave, and would train another run into
-            the folder.
+            that cannot be written, a disk without room for the mirror's checkpoint, a mirror that cannot be read, or a
+            trainer that has trained already. In the block, before the first step: `trainer.train` was not given what
+            the block gave, and would train another run into the folder.
 
     Example:
         >>> checkpoints = Checkpoints(trainer, mirror=run.mirror)
@@ -174,10 +184,11 @@ class Checkpoints:
     def __enter__(self) -> str | None:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_locked(self.folder))
-            last = self._find_last()
+            settings = settings_of(self.trainer)
+            last = self._find_last(settings)
             self.run = last.run if last else datetime.now(UTC).isoformat()
             self.step = last.step if last else 0
-            self._guard(stack)
+            self._guard(stack, settings)
             self._stack = stack.pop_all()
         return str(last.path) if last else None
 
@@ -191,20 +202,21 @@ class Checkpoints:
         """Note that the run's result is saved elsewhere: the next run starts at step 0 instead of loading this one."""
         for folder in filter(None, (self.folder, self.mirror)):
             try:
-                replace_file(folder / HANDED_OVER, self.run.encode())
+                replace_file(folder / HANDED_OVER, "\n".join(sorted({*_handed_over(folder), self.run})).encode())
             except OSError as error:
                 print(f"{folder}: could not note that this run is handed over ({error}); it would be loaded once more.")
 
-    def _find_last(self) -> Saved | None:
+    def _find_last(self, settings: Mapping[str, Any]) -> Saved | None:
         """The checkpoint to go on from, verified and lying in the trainer's folder; says what was found."""
         if self.start_afresh:
             self._require_untrained()
             self._discard()
             print("Starting at step 0: START_AFRESH is set. Unset it, or the next run starts at step 0 as well.")
             return None
-        last = _newest_good(self.folder)
+        _delete_unfinished(self.folder)
+        last, damaged = _newest_good(_saved_in(self.folder))
         with _readable(self.mirror):
-            last = self._fetch(last)
+            last, damaged_copies = self._fetch(last)
         if last is None:
             self._require_untrained()
             print("Starting at step 0")
@@ -214,7 +226,7 @@ class Checkpoints:
             print(f"Starting at step 0: the run before this one is complete (step {last.step}) and handed over")
             return None
         where = f"step {last.step} of {last.max_steps}"
-        differences = compare_settings(last.settings, settings_of(self.trainer))
+        differences = compare_settings(last.settings, settings)
         if differences:
             raise CheckpointError(
                 f"{self.folder}, a run that is at {where}",
@@ -226,6 +238,11 @@ class Checkpoints:
             print(f"Nothing to train: this run is complete, loading {where} (START_AFRESH = True trains anew)")
         else:
             print(f"Resumed from {where}")
+        # They must not count among the newest, which are kept. (In the mirror, those of other runs are not ours.)
+        for each in [*damaged, *(copy for copy in damaged_copies if copy.run == last.run)]:
+            if each.path != last.path:  # where a good copy has just replaced it
+                with contextlib.suppress(OSError):
+                    _remove(each.path)
         return last
 
     def _require_untrained(self) -> None:
@@ -237,22 +254,34 @@ class Checkpoints:
                 fix="run the chapter from its top, so that the model is loaded again",
             )
 
-    def _fetch(self, last: Saved | None) -> Saved | None:
-        """The newest good one of `last` and the mirror's; one from the mirror is copied into the folder first."""
-        for theirs in reversed(_saved_in(self.mirror) if self.mirror else []):
-            if last is not None and theirs.age <= last.age:
-                break
-            damage = theirs.damage()
-            if not damage:
-                print(f"Fetched {theirs.path.name} from {self.mirror}")
-                return _read_manifest(_copy_whole(theirs.path, self.folder))
-            print(f"{theirs.path} is damaged and not used ({damage})")
-        return last
+    def _fetch(self, last: Saved | None) -> tuple[Saved | None, list[Saved]]:
+        """The newest good one of `last` and the mirror's (copied into the folder); and damaged ones of the mirror."""
+        copies = _saved_in(self.mirror) if self.mirror else []
+        good, damaged = _newest_good([copy for copy in copies if last is None or copy.age > last.age])
+        if good is None:
+            return last, damaged
+        path = self._copy_here(good)
+        print(f"Fetched {path.name} from {self.mirror}")
+        return _read_manifest(path), damaged
+
+    def _copy_here(self, copy: Saved) -> Path:
+        try:
+            return _copy_whole(copy.path, self.folder / f"checkpoint-{copy.step}")
+        except OSError as error:
+            if copy.damage():  # reads it once more, and raises OSError itself where the mirror cannot be read
+                raise
+            mib = sum(file["bytes"] for file in copy.files.values()) / 2**20
+            raise CheckpointError(
+                str(self.folder),
+                found=_reason(error),
+                expected=f"room for {mib:,.0f} MiB, the checkpoint that is in {self.mirror}",
+                fix="free disk space, or set RUN_DIR to a folder on another disk",
+            ) from None
 
     def _is_handed_over(self, last: Saved) -> bool:
         for folder in filter(None, (self.folder, self.mirror)):
             with contextlib.suppress(OSError):
-                if (folder / HANDED_OVER).read_text(encoding="utf-8") == last.run:
+                if last.run in _handed_over(folder):
                     return True
         return False
 
@@ -261,31 +290,43 @@ class Checkpoints:
             try:
                 for path in _checkpoints_in(folder):
                     _remove(path)
+                for path in _leftovers_in(folder):
+                    shutil.rmtree(path)
             except OSError as error:
                 print(f"{folder}: could not delete the old checkpoints ({error})")
 
-    def _guard(self, stack: contextlib.ExitStack) -> None:
+    def _guard(self, stack: contextlib.ExitStack, settings: Mapping[str, Any]) -> None:
         """Hook into the trainer until the stack closes: when to save, how, in which order the rows come, and Ctrl-C."""
-        trainer, settings = self.trainer, settings_of(self.trainer)
-        copier = stack.enter_context(_Copier(self.mirror))
+        trainer = self.trainer
+        copier = stack.enter_context(_Copier(self.mirror, self.run))
         write = trainer._save_checkpoint
 
         def save(model: Any, trial: Any) -> None:
             step, max_steps = trainer.state.global_step, trainer.state.max_steps
             path = self.folder / f"checkpoint-{step}"
+            stopped = f"stopped after step {step}; run the chapter again to go on"
             try:
-                _remove(path)  # of a run before this one, or unfinished
+                _make_room(path)
+                path.mkdir()
+                (path / MANIFEST).touch()  # ours, and unfinished
                 write(model, trial)
                 _write_manifest(path, run=self.run, step=step, max_steps=max_steps, settings=settings)
             except Exception as error:  # each writer has its own: OSError, RuntimeError (torch), SafetensorError
-                _remove(path, ignore_errors=True)
-                print(f"{path.name} could not be saved ({_reason(error)}): training goes on, older checkpoints stay")
+                with contextlib.suppress(OSError):
+                    if MANIFEST in _names_in(path):
+                        _remove(path)
+                goes_on = "" if self.interrupted else "training goes on, "
+                print(f"{path.name} could not be saved ({_reason(error)}): {goes_on}older checkpoints stay")
+                stopped = (
+                    f"stopped after step {step}, which could not be saved; run the chapter again to go on from an "
+                    "older checkpoint, or from step 0 where there is none"
+                )
             else:
                 copier.put(path)
                 with contextlib.suppress(OSError):  # one that cannot be deleted does no harm
                     _prune(self.folder, keep=copier.busy)
             if self.interrupted:
-                raise KeyboardInterrupt(f"stopped after step {step}; run the chapter again to go on")
+                raise KeyboardInterrupt(stopped)
 
         read = trainer._load_from_checkpoint
 
@@ -420,10 +461,12 @@ def _not_passed_on(found: int, checkpoints: Checkpoints) -> CheckpointError:
 
 
 class _Copier(contextlib.AbstractContextManager):
-    """Copies checkpoints to the mirror in a thread; the first failure is told once, by `tell`."""
+    """Copies a run's checkpoints to the mirror in a thread. What it has to say it says once, by `tell`."""
 
-    def __init__(self, mirror: Path | None) -> None:
-        self.mirror, self.busy, self.failure, self.told = mirror, None, "", False
+    def __init__(self, mirror: Path | None, run: str) -> None:
+        self.mirror, self.run, self.busy = mirror, run, None
+        self.failure = self.rival = ""
+        self.told: set[str] = set()
         self.waiting: queue.SimpleQueue = queue.SimpleQueue()
         # A daemon: a Drive that hangs must not keep the process from ending.
         self.thread = threading.Thread(target=self._work, daemon=True)
@@ -435,16 +478,24 @@ class _Copier(contextlib.AbstractContextManager):
             self.waiting.put(path)
 
     def tell(self) -> None:
-        if self.failure and not self.told:
-            self.told = True
-            print(f"No copy in {self.mirror} ({self.failure}): training goes on, its checkpoints are in the run folder")
+        failed = f"No copy in {self.mirror} ({self.failure}): training goes on, its checkpoints are in the run folder"
+        shared = (
+            f"{self.mirror} holds checkpoints of a run that began after this one ({self.rival}), perhaps on another "
+            "machine, and what goes on from there is the newest run. Give each machine a DRIVE_DIR of its own"
+        )
+        for happened, line in ((self.failure, failed), (self.rival, shared)):
+            if happened and line not in self.told:
+                self.told.add(line)
+                print(line)
 
     def _work(self) -> None:
         while (path := self.waiting.get()) is not None:
             self.busy = path
             try:
-                _copy_whole(path, self.mirror)
-                _prune(self.mirror)
+                _copy_whole(path, self.mirror / _copy_name(self.run, path.name.rpartition("-")[2]))
+                _prune_copies(self.mirror, self.run)
+                newest = max((saved.run for saved in _saved_in(self.mirror)), default="")
+                self.rival = self.rival or (newest if newest > self.run else "")
             except Exception as error:
                 if (path / MANIFEST).exists():  # else newer ones have replaced it meanwhile: no failure
                     self.failure = self.failure or _reason(error)
@@ -506,8 +557,45 @@ def _replace(stack: contextlib.ExitStack, thing: Any, name: str, function: Any) 
     stack.callback(delattr, thing, name)
 
 
+def _names_in(folder: Path) -> list[str]:
+    """What lies in a folder; nothing where there is none. Raises OSError where it cannot be read.
+
+    (Since Python 3.12 `Path.glob` finds nothing there: a Drive that drops would look as if it held no checkpoints.)
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def _checkpoints_in(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    """The checkpoints that were written here, whole or unfinished: those with a manifest."""
+    names = [name for name in _names_in(folder) if name.startswith("checkpoint-")]
+    paths = [folder / name for name in names if name.rpartition("-")[2].isdecimal()]
+    return [path for path in paths if MANIFEST in _names_in(path)]
+
+
+def _leftovers_in(folder: Path) -> list[Path]:
+    """What was being copied or deleted when its process ended."""
+    started = (f"{UNFINISHED}checkpoint-", f"{DELETED}checkpoint-")
+    return [folder / name for name in _names_in(folder) if name.startswith(started)]
+
+
+def _copy_name(run: str, step: int | str) -> str:
+    """The name of a copy in the mirror. Example: "checkpoint-20261125T101502123456+0000-37"."""
+    return f"checkpoint-{_stamp(run)}-{step}"
+
+
+def _stamp(run: str) -> str:
+    return run.replace("-", "").replace(":", "").replace(".", "")
+
+
+def _handed_over(folder: Path) -> set[str]:
+    """The runs whose result is saved elsewhere."""
+    try:
+        return set((folder / HANDED_OVER).read_text(encoding="utf-8", errors="replace").split())
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
 
 
 def _read_manifest(path: Path) -> Saved | None:
@@ -525,23 +613,28 @@ def _saved_in(folder: Path) -> list[Saved]:
     return sorted(filter(None, found), key=lambda saved: saved.age)
 
 
-def _newest_good(folder: Path) -> Saved | None:
-    """The newest checkpoint that is whole. Says which newer ones are not; unfinished ones are deleted."""
+def _delete_unfinished(folder: Path) -> None:
     for path in _checkpoints_in(folder):
         if _read_manifest(path) is None:
-            print(f"{path.name} is unfinished and not used (the run ended while it was saved or deleted)")
+            print(f"{path.name} is unfinished and not used (the run ended while it was saved)")
             _remove(path)
-    for saved in reversed(_saved_in(folder)):
-        damage = saved.damage()
+
+
+def _newest_good(saved: Sequence[Saved]) -> tuple[Saved | None, list[Saved]]:
+    """The newest checkpoint that is whole, and the newer ones, which are damaged. Says what is wrong with them."""
+    damaged: list[Saved] = []
+    for each in reversed(saved):
+        damage = each.damage()
         if not damage:
-            return saved
-        print(f"{saved.path} is damaged and not used ({damage})")
-    return None
+            return each, damaged
+        print(f"{each.path} is damaged and not used ({damage})")
+        damaged.append(each)
+    return None, damaged
 
 
 def _write_manifest(path: Path, **facts: Any) -> None:
     """Make a checkpoint whole: its files on the disk first, then the manifest that says what they are."""
-    sha256 = hash_files(path)
+    sha256 = {name: digits for name, digits in hash_files(path).items() if name != MANIFEST}
     files = {name: {"bytes": (path / name).stat().st_size, "sha256": digits} for name, digits in sha256.items()}
     for name in files:
         _sync(path / name)
@@ -561,19 +654,20 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _copy_whole(source: Path, folder: Path) -> Path:
-    """Copy a checkpoint into another folder, where it appears whole or not at all; returns its path."""
-    target, unfinished = folder / source.name, folder / f".unfinished-{source.name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove(unfinished)
+def _copy_whole(source: Path, target: Path) -> Path:
+    """Copy a checkpoint, which appears whole or not at all; returns its path."""
+    unfinished = target.with_name(UNFINISHED + target.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(unfinished)
         shutil.copytree(source, unfinished, copy_function=shutil.copyfile)
         for name in hash_files(unfinished):
             _sync(unfinished / name)
-        _remove(target)
+        _make_room(target)
         os.replace(unfinished, target)
     except OSError:
-        _remove(unfinished, ignore_errors=True)  # on a full disk it would leave no room for the next one
+        shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk it would leave no room for the next one
         raise
     return target
 
@@ -584,16 +678,43 @@ def _prune(folder: Path, *, keep: Path | None = None) -> None:
     for path in _checkpoints_in(folder):
         if path not in kept:
             _remove(path)
-    for path in folder.glob(".unfinished-checkpoint-*"):
+    for path in _leftovers_in(folder):
+        shutil.rmtree(path)
+
+
+def _prune_copies(mirror: Path, run: str) -> None:
+    """In the mirror, delete all but the newest of this run, and what older runs left that are handed over.
+
+    What else is there may be another machine's, which still trains.
+    """
+    saved, over = _saved_in(mirror), {each for each in _handed_over(mirror) if each < run}
+    older = [each for each in saved if each.run == run][:-KEPT]
+    for each in [*older, *(each for each in saved if each.run in over)]:
+        _remove(each.path)
+    ours = tuple(f"checkpoint-{_stamp(each)}-" for each in {run, *over})
+    for path in _leftovers_in(mirror):
+        if path.name.removeprefix(UNFINISHED).removeprefix(DELETED).startswith(ours):
+            shutil.rmtree(path)
+
+
+def _make_room(path: Path) -> None:
+    """Delete our checkpoint of this name. One that is not ours, as of a plain trainer, is renamed."""
+    if MANIFEST in _names_in(path):
         _remove(path)
+    elif os.path.lexists(path):
+        other = path.with_name(f"{path.name}-other")
+        os.replace(path, other)
+        print(f"{path} has no {MANIFEST}, so another program wrote it: kept as {other.name}")
 
 
-def _remove(path: Path, *, ignore_errors: bool = False) -> None:
-    """Delete a checkpoint, its manifest first, so that one that is half deleted counts as unfinished."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        (path / MANIFEST).unlink()
-    if path.exists():
-        shutil.rmtree(path, ignore_errors=ignore_errors)
+def _remove(path: Path) -> None:
+    """Delete a checkpoint, renamed first, so that one that is half deleted is not taken for one of another program."""
+    deleted = path.with_name(DELETED + path.name)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(deleted)  # what an earlier deletion left
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(path, deleted)
+        shutil.rmtree(deleted)
 
 
 def _reason(error: Exception) -> str:

@@ -13,13 +13,25 @@ if TYPE_CHECKING:
 WINDOW = 5
 WORSE_THAN_BEFORE = 2.5
 LOST_AGAIN = 3
-# PyTorch's scaler starts at 2**16 and halves at each overflow: after 16 of them it scales by 1, and scaling is no
-# longer the cause. (torch.amp.GradScaler: init_scale=65536, backoff_factor=0.5)
-BACKOFFS = 16
+# Of torch.amp.GradScaler: init_scale=2**16, backoff_factor=0.5, growth_interval=2000.
+BACKOFFS, GROWTH_INTERVAL = 16, 2000
 
 
 class DivergenceError(InputError):
     """Training has destroyed the model or is about to; going on would not repair it."""
+
+
+def allowed_overflows(steps: int, *, fp16: bool) -> int:
+    """How many gradients that are not finite are normal in so many steps: none, but for float16.
+
+    There PyTorch's scaler multiplies the loss by 65536 = 2**16. At each overflow it skips the step and halves that
+    factor; after 2,000 steps without one it doubles it, to try. So 16 overflows, and one more for each doubling, bring
+    it down to 1: an overflow after that is not the scaler's doing, wherever in the run it comes. (The doublings are
+    counted as one for each 2,000 steps, the most that there can be.)
+
+    Example: 60 steps of float16 -> 16; 4,000 -> 18
+    """
+    return BACKOFFS + steps // GROWTH_INTERVAL if fp16 else 0
 
 
 def find_divergence(log: Sequence[Mapping[str, Any]], *, fp16: bool) -> tuple[str, str] | None:
@@ -30,9 +42,8 @@ def find_divergence(log: Sequence[Mapping[str, Any]], *, fp16: bool) -> tuple[st
     - an explosion. Single batches are noisy, so the median of the last 5 losses is what counts. It must not exceed
       2.5 times the loss of the start; and once it had come down to a third, it must not be back above that. The start
       is the first loss, measured before the first update and so no part of an explosion.
-    - a gradient that is NaN or infinite. In float16 it costs one step: the scaler halves its scale and tries again,
-      which is normal, in the first steps above all. It is wrong 17 times in a row. In bfloat16 and float32 nothing
-      would stop it from making every weight NaN.
+    - a gradient that is NaN or infinite. In float16 it costs one step, and some are normal, in the first steps above
+      all: see `allowed_overflows`. In bfloat16 and float32 nothing would stop it from making every weight NaN.
 
     Args:
         log: `trainer.state.log_history`: entries with "loss", "grad_norm" and "step"; others are skipped.
@@ -49,12 +60,12 @@ def find_divergence(log: Sequence[Mapping[str, Any]], *, fp16: bool) -> tuple[st
     step = last.get("step", len(entries))
     if not math.isfinite(losses[-1]):
         return f"a loss of {losses[-1]} at step {step}", "a number"
-    overflows = _overflows(entries)
-    if overflows > (BACKOFFS if fp16 else 0):
-        norm = float(last["grad_norm"])
+    norms = [float(entry.get("grad_norm", 0.0)) for entry in entries]
+    overflows, allowed = sum(not math.isfinite(norm) for norm in norms), allowed_overflows(len(norms), fp16=fp16)
+    if overflows > allowed and not math.isfinite(norms[-1]):
         if fp16:
-            return f"{overflows} float16 overflows in a row up to step {step}", f"at most {BACKOFFS}"
-        return f"a gradient norm of {norm} at step {step} (the loss is {losses[-1]:.3g})", "a number"
+            return f"{overflows} float16 overflows up to step {step}", f"at most {allowed}"
+        return f"a gradient norm of {norms[-1]} at step {step} (the loss is {losses[-1]:.3g})", "a number"
     medians = [statistics.median(losses[end - WINDOW : end]) for end in range(WINDOW, len(losses) + 1)]
     if not medians:
         return None
@@ -68,16 +79,6 @@ def find_divergence(log: Sequence[Mapping[str, Any]], *, fp16: bool) -> tuple[st
     if now > start and now > LOST_AGAIN * lowest:
         return found, f"no way back from {lowest:.3g} to above the {start:.3g} of its start"
     return None
-
-
-def _overflows(entries: Sequence[Mapping[str, Any]]) -> int:
-    """How many of the last entries in a row have a gradient norm that is not a number."""
-    count = 0
-    for entry in reversed(entries):
-        if math.isfinite(float(entry.get("grad_norm", 0.0))):
-            break
-        count += 1
-    return count
 
 
 def stop_on_divergence() -> "TrainerCallback":

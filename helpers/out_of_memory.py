@@ -25,11 +25,13 @@ class Fitting:
             seconds where there was nothing left to train.
         tokens_at_once: the largest micro-batch that still fits; None: all of them did.
         splits: micro-batches that were split.
+        evaluated_at_once: as `tokens_at_once`, for the evaluation.
     """
 
     rehearsal: Stage
     tokens_at_once: int | None = None
     splits: int = 0
+    evaluated_at_once: int | None = None
 
 
 @contextlib.contextmanager
@@ -39,14 +41,16 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
     Before the first step the longest conversations are trained once and evaluated once, without any effect: gradients
     are dropped and random numbers put back. A micro-batch that does not fit, there or later, is halved until it does;
     the halves' gradients add up to the same step, because each is divided by the answer tokens of the whole step. So no
-    step is lost, and every later micro-batch of that size is split from the start. It says so when it happens.
+    step is lost, and every later micro-batch of that size is split from the start. It says so when it happens. A batch
+    of an evaluation is split likewise, and has the same loss: its parts' means, weighted by their answer tokens.
 
     Args:
         trainer: a Transformers or TRL trainer; its rows hold `input_ids` (and `labels`, or its collator makes them).
 
     Raises:
         DoesNotFit: one conversation alone is too much, or a batch is and the trainer does not count the step's answer
-            tokens (its `num_items_in_batch` is None), without which the halves would add up to another step.
+            tokens (its `num_items_in_batch` is None), without which the halves would add up to another step; or a batch
+            of an evaluation is of which more than a loss is asked for (`compute_metrics`).
 
     Example:
         >>> with fit_into_memory(trainer) as fitting:
@@ -58,7 +62,7 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
 
     with track_memory(REHEARSAL) as nothing:  # stands where a run is complete, so that nothing is rehearsed
         pass
-    fitting, train_whole = Fitting(nothing), trainer.training_step
+    fitting, train_whole, evaluate_whole = Fitting(nothing), trainer.training_step, trainer.prediction_step
 
     def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None, *rest: Any, **named: Any) -> Any:
         while True:
@@ -79,12 +83,35 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
                     expected="a batch that fits, or num_items_in_batch, by which it could be split",
                     fix="set a smaller per_device_train_batch_size",
                 )
-            largest = max(chunk["input_ids"].numel() for chunk in chunks)
-            if len(_split(inputs, largest // 2)) == len(chunks):
-                raise _alone(largest, "train on")
-            fitting.tokens_at_once = largest // 2
+            fitting.tokens_at_once = _halve(inputs, chunks, what="train on")
             print(
-                f"Memory ran out at {largest:,} tokens at once: from here on at most {largest // 2:,}. No step is lost."
+                f"Memory ran out: from here on at most {fitting.tokens_at_once:,} tokens are trained on at once. "
+                "No step is lost."
+            )
+
+    def prediction_step(model: Any, inputs: Any, prediction_loss_only: bool, *rest: Any, **named: Any) -> Any:
+        can_split = prediction_loss_only and "labels" in inputs
+        while True:
+            chunks = _split(inputs, fitting.evaluated_at_once if can_split else None)
+            try:
+                # Copies, because TRL adds to what it is given.
+                parts = [evaluate_whole(model, dict(part), prediction_loss_only, *rest, **named) for part in chunks]
+                return parts[0] if len(parts) == 1 else (_mean_loss(parts, chunks), None, None)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            _empty_cache()
+            if not can_split:
+                raise DoesNotFit(
+                    "the evaluation",
+                    found="a batch that does not fit, of which more than the loss of its labels is asked for",
+                    expected="a batch that fits, or prediction_loss_only and labels, by which it could be split",
+                    fix="set a smaller per_device_eval_batch_size",
+                )
+            fitting.evaluated_at_once = _halve(inputs, chunks, what="evaluate")
+            print(
+                f"Memory ran out in the evaluation: from here on at most {fitting.evaluated_at_once:,} tokens at once. "
+                "Its loss is the same."
             )
 
     class Rehearsal(TrainerCallback):
@@ -93,13 +120,13 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
                 _rehearse(trainer)
 
     rehearsal = Rehearsal()
-    trainer.training_step = training_step
+    trainer.training_step, trainer.prediction_step = training_step, prediction_step
     trainer.add_callback(rehearsal)
     try:
         yield fitting
     finally:
         trainer.remove_callback(rehearsal)
-        del trainer.training_step
+        del trainer.training_step, trainer.prediction_step
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -117,6 +144,22 @@ def _alone(tokens: int, what: str) -> DoesNotFit:
         expected="room for the longest conversation",
         fix="set a smaller MAX_SEQ_LENGTH, a smaller model, or restart the session if other work fills it",
     )
+
+
+def _halve(inputs: Any, chunks: list[Any], *, what: str) -> int:
+    """Half as many tokens as the largest part has. Raises DoesNotFit where that splits no part: each is one row."""
+    largest = max(chunk["input_ids"].numel() for chunk in chunks)
+    if len(_split(inputs, largest // 2)) == len(chunks):
+        raise _alone(largest, what)
+    return largest // 2
+
+
+def _mean_loss(parts: list[Any], chunks: list[Any]) -> Any:
+    """The loss of a whole batch, from its parts' (loss, …), each the mean over the labels that are predicted."""
+    counts = [(chunk["labels"][..., 1:] != -100).sum() for chunk in chunks]
+    # A part without such tokens has no mean (0 / 0), and no part in the whole.
+    sums = [loss * count.to(loss.device) for (loss, *_), count in zip(parts, counts, strict=True) if count]
+    return sum(sums) / sum(counts).to(parts[0][0].device)
 
 
 def _rehearse(trainer: Any) -> None:
@@ -139,19 +182,8 @@ def _rehearse(trainer: Any) -> None:
         _drop_gradients(model, [])
         if trainer.eval_dataset is not None and args.eval_strategy != "no":
             model.eval()  # as the trainer's own loop does, and prediction_step alone does not
-            while True:
-                rows = _longest(trainer.eval_dataset, args.per_device_eval_batch_size)
-                try:
-                    trainer.prediction_step(model, trainer.data_collator(rows), prediction_loss_only=True)
-                    break
-                except Exception as error:
-                    if not is_out_of_memory(error):
-                        raise
-                _drop_gradients(model, [])
-                if args.per_device_eval_batch_size == 1:
-                    raise _alone(len(rows[0]["input_ids"]), "evaluate")
-                args.per_device_eval_batch_size //= 2
-                print(f"Memory ran out in the evaluation: from here on {args.per_device_eval_batch_size} at once.")
+            rows = _longest(trainer.eval_dataset, args.per_device_eval_batch_size)
+            trainer.prediction_step(model, trainer.data_collator(rows), prediction_loss_only=True)
         model.train()
     vars(trainer).update(metrics)
 
@@ -178,13 +210,17 @@ def _longest(dataset: Any, count: int) -> list[dict[str, Any]]:
 
 def _drop_gradients(model: Any, kept: list[tuple[Any, Any]]) -> None:
     """Throw away what an unfinished step left, put back what was there before it, and free the cache."""
+    model.zero_grad(set_to_none=True)
+    for parameter, gradient in kept:
+        parameter.grad = gradient
+    _empty_cache()
+
+
+def _empty_cache() -> None:
     import gc
 
     import torch
 
-    model.zero_grad(set_to_none=True)
-    for parameter, gradient in kept:
-        parameter.grad = gradient
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

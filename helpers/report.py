@@ -41,6 +41,7 @@ def make_report(
     evidence: "Evidence",
     replies: "Comparison | None" = None,
     counted: Mapping[str, Mapping[str, float]] | None = None,
+    resumed_from: int = 0,
 ) -> dict[str, Any]:
     """All that is known of a run, as plain JSON values: what is not finite becomes null.
 
@@ -55,6 +56,8 @@ def make_report(
         evidence: `check_evidence`'s.
         replies: the same prompts answered before and after.
         counted: {"house_style": {"before": 0.0, "after": 1.0}, …}, shares of replies; empty where nothing was judged.
+        resumed_from: the step at which this session went on with the run (`Checkpoints.step`), 0 for a run of one
+            session. The report's "seconds" are those of all sessions, which the curves keep.
 
     Raises:
         ReportError: no stage was measured.
@@ -83,7 +86,8 @@ def make_report(
         "right_help": {},
         **(counted or {}),
         "steps": trainer.state.global_step,
-        "seconds": training.seconds,
+        "seconds": max([training.seconds, *curves.column("seconds")[1][-1:]]),
+        "resumed_from_step": resumed_from,
         "peak_reserved_gib": training.peak_reserved_gib,
         "device": training.after.device,
         "settings": settings,
@@ -157,6 +161,7 @@ def _render(report: Mapping[str, Any]) -> str:
     return environment.from_string(PAGE).render(
         report,
         style=STYLE,
+        resumed_from=report.get("resumed_from_step", 0),
         figures=_figures(report, curves),
         held=held,
         plot=base64.b64encode(png).decode(),
@@ -179,7 +184,8 @@ def _figures(report: Mapping[str, Any], curves: Curves) -> list[tuple[str, str, 
         if report.get(key):
             shares = f"{report[key]['before']:.0%} → {report[key]['after']:.0%}"
             shown.append((name, shares, "of the replies"))
-    shown.append(("Training", duration(report["seconds"]), f"{report['steps']} steps"))
+    resumed = f", resumed from step {report['resumed_from_step']}" if report.get("resumed_from_step") else ""
+    shown.append(("Training", duration(report["seconds"]), f"{report['steps']} steps{resumed}"))
     speeds = curves.column("tokens_per_second")[1]
     if speeds:
         shown.append(("Speed", f"{median(speeds):,.0f}", "tokens a second, median, no padding"))
@@ -339,6 +345,9 @@ src="data:image/png;base64,{{ plot }}">
 <td><div class="bar"><i style="width: {{ '%.1f'|format(100 * stage.peak_gib / stage.total_gib) }}%"></i></div></td></tr>
 {% endfor %}
 </table></div>
+{% if resumed_from %}
+<p class="soft">Training went on from step {{ resumed_from }}: these times and figures are the last session's.</p>
+{% endif %}
 
 <div class="facts">
 <section><h2>Data</h2><table>

@@ -5,11 +5,12 @@ import io
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.divergence import allowed_overflows
 from helpers.errors import InputError
 from helpers.figures import MARK, TRAINED, as_image
 from helpers.handoff import replace_file
@@ -30,7 +31,6 @@ CONFIDENCE = 0.95
 LOGITS_AT_ONCE = 2**26  # numbers: 256 MiB in float32
 OVERFIT_TOLERANCE = 0.01  # of the best held-out loss; the trainer's average depends this much on how rows are batched
 RATE_TOLERANCE = 1e-6  # of the learning rate; a schedule's factor is exactly 1 at its peak
-BACK_OFF_STEPS = 10  # float16: 65536 halved ten times is 64
 
 
 class EvidenceError(InputError):
@@ -38,7 +38,7 @@ class EvidenceError(InputError):
 
 
 class CurvesError(InputError):
-    """The folder for the curves cannot be used, or what is in it cannot be read."""
+    """The folder for the curves cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Curves:
 
     Attributes:
         rows: one for each step that was logged, in order: "step" and `MEASURES`, None where nothing was measured.
-            "seconds" is wall time since training began, "memory_gib" the peak that was reserved on the card (without
-            one: this process's memory), "tokens_per_second" counts no padding, evaluating, saving or drawing.
+            "seconds" is wall time since the first step began, all sessions of the run together; "memory_gib" the peak
+            that was reserved on the card (without one: this process's memory); "tokens_per_second" counts no padding,
+            evaluating, saving or drawing.
         max_steps: the length of the run.
         is_gpu, total_gib: whether the memory is the card's, and the card's (or the machine's) size.
     """
@@ -92,25 +93,6 @@ class Curves:
         """The same as plain JSON values; what is not finite becomes null, because JSON has no word for it."""
         rows = [{name: _finite(value) for name, value in row.items()} for row in self.rows]
         return {"max_steps": self.max_steps, "is_gpu": self.is_gpu, "total_gib": self.total_gib, "rows": rows}
-
-
-def read_curves(path: str | Path) -> list[dict[str, float | None]]:
-    """The rows of a `curves.csv`.
-
-    Raises:
-        CurvesError: it is no such file.
-    """
-    fix = "delete it"
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            header, *lines = csv.reader(file)
-        if tuple(header) != ("step", *MEASURES):
-            raise ValueError(header)
-        rows = [[float(value) if value else None for value in line] for line in lines]
-        return [{"step": int(step)} | dict(zip(MEASURES, values, strict=True)) for step, *values in rows]
-    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:
-        found = error.strerror if isinstance(error, OSError) else "another kind of file"
-        raise CurvesError(str(path), found=found, expected="the curves of a run", fix=fix) from None
 
 
 def duration(seconds: float) -> str:
@@ -204,8 +186,8 @@ def live_plot(*, folder: str | Path) -> "TrainerCallback":
     Losses, learning rate, tokens per second, memory, and the time left. In Jupyter, in Colab and headless (papermill)
     alike the notebook ends up with one stored PNG on one display handle. Drawing takes at most 2 % of the time and
     writing 0.5 %, so that neither slows short steps down; `curves.csv` and `curves.json` are replaced whole, so that a
-    run that is killed keeps its curves, and a run that is resumed shows its earlier points again. The callback's
-    `curves` are a `Curves`.
+    run that is killed keeps its curves. They are also in each checkpoint (in its `trainer_state.json`): a run that is
+    resumed, on this machine or another, shows its earlier points again. The callback's `curves` are a `Curves`.
 
     Tokens are those that Transformers counts: give the trainer `include_num_input_tokens_seen="non_padding"`.
 
@@ -245,24 +227,29 @@ def live_plot(*, folder: str | Path) -> "TrainerCallback":
             return Curves(rows, self.max_steps, memory.is_gpu, memory.total_gib)
 
         def on_train_begin(self, args, state, control, **kwargs) -> None:
-            earlier = {row.pop("step"): row for row in self.read_earlier()} if state.global_step else {}
-            measured_before = {step: row for step, row in self.rows.items() if step <= state.global_step}
-            self.rows = {step: row for step, row in earlier.items() if step <= state.global_step} | measured_before
+            saved = state.stateful_callbacks.get("LivePlot", {}).get("rows", {})  # in JSON the steps are strings
+            rows = {int(step): dict(row) for step, row in saved.items()} | self.rows
+            self.rows = {step: row for step, row in rows.items() if step <= state.global_step}
+            # Written into each checkpoint with the trainer's state, as the rows are by then.
+            state.stateful_callbacks["LivePlot"] = {"args": {}, "attributes": {}, "rows": self.rows}
             for entry in state.log_history:
                 self.record(entry["step"], entry)
             self.max_steps, self.running = state.max_steps, True
             self.seconds_before = max((row["seconds"] or 0.0 for row in self.rows.values()), default=0.0)
-            self.began = self.since = self.paused_since = time.monotonic()
-            self.paused, self.tokens = 0.0, state.num_input_tokens_seen
+            self.tokens = state.num_input_tokens_seen
+            self.start_clock()
             if state.global_step:
                 self.draw()
 
-        def read_earlier(self) -> list[dict[str, float | None]]:
-            try:
-                return read_curves(folder / "curves.csv") if (folder / "curves.csv").exists() else []
-            except CurvesError as error:
-                print(f"The curves begin anew. {error}")
-                return []
+        def start_clock(self) -> None:
+            self.clock_started = False
+            self.began = self.since = self.paused_since = time.monotonic()
+            self.paused = 0.0
+
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            if not self.clock_started:  # what other callbacks did before the first step (a rehearsal) was no training
+                self.start_clock()
+                self.clock_started = True
 
         def record(self, step: int, logs: Mapping[str, Any]) -> dict[str, float | None]:
             row = self.rows.setdefault(step, dict.fromkeys(MEASURES))
@@ -503,16 +490,31 @@ def _sum_losses(head: Any, hidden: Any, labels: Any, config: Any) -> Any:
 
 
 def frozen_checksum(model: Any) -> int:
-    """A checksum over every weight that is not trained (all bits, order matters little): equal before and after."""
+    """A checksum over every weight that is not trained: equal before and after training.
+
+    It is a sum over all bits, as 32-bit numbers, so that it does not notice when such numbers change places. Of a 4-bit
+    weight it covers the scales too (bitsandbytes' `quant_state`), without which the 4 bits mean nothing.
+    """
     import torch
 
     total = 0
+    for tensor in _frozen_tensors(model):
+        data = tensor.detach().contiguous().flatten().view(torch.uint8)
+        words = data[: data.numel() // 4 * 4].view(torch.int32)
+        total += int(words.sum(dtype=torch.int64)) + int(data[data.numel() // 4 * 4 :].sum(dtype=torch.int64))
+    return total
+
+
+def _frozen_tensors(model: Any) -> Iterator[Any]:
+    """The weights that are not trained, and the scales of those that are in 4 bits."""
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            data = parameter.detach().contiguous().view(torch.uint8).flatten()
-            words = data[: data.numel() // 4 * 4].view(torch.int32)
-            total += int(words.sum(dtype=torch.int64)) + int(data[data.numel() // 4 * 4 :].sum(dtype=torch.int64))
-    return total
+            yield parameter
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:
+                yield state.absmax
+                if state.nested:  # the scales are quantised themselves ("double quantisation")
+                    yield from (state.state2.absmax, state.offset)
 
 
 @dataclass(frozen=True)
@@ -558,10 +560,10 @@ def check_evidence(
     The held-out loss must have fallen by more than its uncertainty: the lower end of the paired 95 % interval of the
     fall (`bootstrap_interval` of the differences, conversation by conversation) is above 0.
 
-    A gradient norm that is infinite or not a number is a fault, but for float16: its loss scaler starts too high on
-    purpose, halves until the gradients fit, and tries a higher scale now and then; such a step is skipped. Allowed are
-    up to 10 of them at the start and single ones later. (Transformers replaces a loss that is not a number by the
-    average before it logs it, unless `logging_nan_inf_filter=False`: the gradient norm is what tells.)
+    A gradient norm that is infinite or not a number is a fault, but for float16, whose scaler skips such a step: as
+    many are allowed as `stop_on_divergence` lets pass (`allowed_overflows`), but not every step. (Transformers replaces
+    a loss that is not a number by the average before it logs it, unless `logging_nan_inf_filter=False`: the gradient
+    norm is what tells.)
 
     The highest learning rate of the log must be the one that was set, to `RATE_TOLERANCE`. With each step logged that
     is exact for Transformers' schedules with warm-up: step k has the factor (k - 1) / warmup_steps, which is 1 at step
@@ -581,12 +583,13 @@ def check_evidence(
     changed, total = count_changed_adapters(model)
     norms = [float(entry["grad_norm"]) for entry in log if "grad_norm" in entry]
     losses = [float(entry["loss"]) for entry in log if "loss" in entry]
-    skipped = [not math.isfinite(norm) for norm in norms]
-    finite = bool(norms) and all(map(math.isfinite, losses)) and _may_be_skipped(skipped, float16)
+    skipped = sum(not math.isfinite(norm) for norm in norms)
+    few = skipped <= allowed_overflows(len(norms), fp16=float16) and skipped < len(norms)
+    finite = all(map(math.isfinite, losses)) and few
     highest = max((norm for norm in norms if math.isfinite(norm)), default=math.nan)
     norms_seen = f"norms up to {highest:.2f}"
-    if any(skipped):
-        norms_seen += f", not finite in {sum(skipped)} of {len(norms)} steps"
+    if skipped:
+        norms_seen += f", not finite in {skipped} of {len(norms)} steps"
     low, high = fall_interval(before, after)
     fall = (
         f"{before.loss:.3f} -> {after.loss:.3f}, a fall of {before.loss - after.loss:.3f} (95 % interval {low:.3f} to "
@@ -607,16 +610,6 @@ def check_evidence(
         ("held-out loss fell by more than its uncertainty", fall, low > 0),
     ]
     return Evidence(tuple(rows), describe_overfitting(log))
-
-
-def _may_be_skipped(skipped: Sequence[bool], float16: bool) -> bool:
-    """Whether these steps may have had gradients that are not finite. Example: float16, [1, 1, 0, 0, 1, 0] -> True."""
-    if not float16:
-        return not any(skipped)
-    start = next((number for number, bad in enumerate(skipped) if not bad), len(skipped))
-    later = skipped[start:]
-    twice = any(first and second for first, second in zip(later, later[1:], strict=False))
-    return start <= BACK_OFF_STEPS and bool(later) and not twice
 
 
 def describe_overfitting(log: Sequence[Mapping[str, Any]]) -> str:
@@ -676,6 +669,9 @@ def count_trainable(model: Any) -> TrainableParameters:
     arXiv:2106.09685). Example: q_proj of Llama 3.2 1B, (2048, 2048), r = 16 -> 65,536 a layer.
 
     A 4-bit weight stores two parameters a byte, so the total counts what the layers compute with, not the bytes.
+
+    Raises:
+        EvidenceError: the model has no LoRA matrices.
     """
     found: dict[str, list[tuple[int, int, int]]] = {}
     adapters = 0
@@ -690,5 +686,8 @@ def count_trainable(model: Any) -> TrainableParameters:
         (kind, len(layers), f"{layers[0][1][0]} × {layers[0][1][1]}", layers[0][0], sum(count for *_, count in layers))
         for kind, layers in found.items()
     )
+    if not rows:
+        fix = "call get_peft_model first; if you did, check target_modules"
+        raise EvidenceError("model", found="no LoRA matrices", expected="a PEFT model with LoRA", fix=fix)
     trainable, total = model.get_nb_trainable_parameters()
     return TrainableParameters(rows, total, trainable)

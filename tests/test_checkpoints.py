@@ -13,12 +13,26 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from helpers.checkpoints import _copy_whole, _newest_good, _read_manifest, _reason, _saved_in, compare_settings
+from helpers.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    _copy_name,
+    _copy_whole,
+    _handed_over,
+    _newest_good,
+    _ordered,
+    _read_manifest,
+    _reason,
+    _saved_in,
+    compare_settings,
+)
 
 STEPS = 12
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +142,18 @@ def stopped(trainings, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def trainer_of():
+    """`trainer_of(folder, **settings)`: the trainer of these tests, in this process."""
+    from train_once import make_trainer
+    from transformers import AutoTokenizer
+
+    from helpers.smollm2 import prepare_smollm2
+
+    tokenizer = AutoTokenizer.from_pretrained(prepare_smollm2())
+    return lambda folder, **settings: make_trainer(folder, tokenizer, **settings)
+
+
 @pytest.fixture
 def folder(stopped, tmp_path):
     """A copy of `stopped` to do harm to."""
@@ -143,6 +169,77 @@ def test_the_clock_decides_when_to_save(trainings, whole, tmp_path):
     assert steps_in(tmp_path / "a") == [11, 12]  # the older ones are deleted
     assert trainings.run(tmp_path / "b", every_seconds=1000).result == each_step.result == whole
     assert steps_in(tmp_path / "b") == [12]  # the end is always saved
+
+
+@pytest.mark.parametrize(
+    ("seconds", "every_seconds", "saved"),
+    [
+        ([10] * 12, 35, [3, 6, 9, 12]),  # after the fourth it would be too late
+        ([10] * 12, 40, [3, 6, 9, 12]),
+        ([10] * 12, 45, [4, 8, 12]),
+        ([10, 10, 40] + [10] * 9, 60, [3, 5, 7, 9, 11, 12]),  # once a step has taken 40 s, the next one may
+        ([10] * 12, 1000, [12]),
+        ([10] * 12, 5, list(range(1, 13))),
+    ],
+)
+def test_never_more_than_one_interval_is_lost(trainer_of, tmp_path, monkeypatch, seconds, every_seconds, saved):
+    """By a clock that only steps move."""
+    from transformers import TrainerCallback
+
+    clock, saves = [0], [(0, 0)]
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            clock[0] += seconds[state.global_step - 1]
+
+        def on_save(self, args, state, control, **kwargs):
+            saves.append((state.global_step, clock[0]))
+
+    monkeypatch.setattr("helpers.checkpoints.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    trainer = trainer_of(tmp_path, eval_strategy="no")
+    trainer.add_callback(Clock())
+    with Checkpoints(trainer, every_seconds=every_seconds) as last:
+        trainer.train(resume_from_checkpoint=last)
+    assert [step for step, _ in saves[1:]] == saved
+    lost = [after - before for (_, before), (_, after) in itertools.pairwise(saves)]
+    assert max(lost) <= max(every_seconds, *seconds)
+
+
+def test_the_order_of_the_rows_is_that_of_seed_and_epoch():
+    import torch
+    from torch.utils.data import RandomSampler, SequentialSampler
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    lengths = [number % 7 + 1 for number in range(40)]
+
+    def order(seed, epoch, *, grouped):
+        torch.rand(seed + epoch)  # as after other work
+        sampler = LengthGroupedSampler(4, lengths=lengths) if grouped else RandomSampler(lengths)
+        ordered = _ordered(sampler, seed)
+        assert len(ordered) == 40
+        first = list(ordered)
+        ordered.set_epoch(epoch)
+        assert (list(ordered) == first) == (epoch == 0)
+        return list(ordered)
+
+    for grouped in (False, True):
+        orders = [order(seed, epoch, grouped=grouped) for seed, epoch in ((1, 0), (1, 1), (1, 2), (9, 0))]
+        assert len({tuple(each) for each in orders}) == 4
+        assert all(sorted(each) == list(range(40)) for each in orders)
+        assert orders == [order(seed, epoch, grouped=grouped) for seed, epoch in ((1, 0), (1, 1), (1, 2), (9, 0))]
+    sequential = SequentialSampler(lengths)
+    assert _ordered(sequential, 1) is sequential
+
+
+def test_the_rows_are_read_once_at_the_start(trainer_of, folder, monkeypatch):
+    """Their fingerprint goes through all of them."""
+    from helpers.handoff import fingerprint_rows
+
+    seen = []
+    monkeypatch.setattr("helpers.checkpoints.fingerprint_rows", lambda rows: seen.append(1) or fingerprint_rows(rows))
+    with Checkpoints(trainer_of(folder)) as last:
+        assert last.endswith("checkpoint-6")
+    assert seen == [1]
 
 
 def test_another_seed_is_another_run(trainings, whole, tmp_path):
@@ -171,8 +268,7 @@ def test_twenty_kills(trainings, whole, tmp_path):
         torn += bool(unfinished_in(folder))
         copies = _saved_in(mirror / folder.name)
         assert not any(saved.damage() for saved in copies)
-        half_deleted = [int(path.name.partition("-")[2]) for path in unfinished_in(mirror / folder.name)]
-        assert not half_deleted or max(half_deleted) < copies[-1].step, "a copy appears whole or not at all"
+        assert not unfinished_in(mirror / folder.name), "a copy appears whole or not at all"
         if trial % 4 == 3:
             shutil.rmtree(folder)
             safe = copies[-1].step if copies else 0
@@ -180,6 +276,7 @@ def test_twenty_kills(trainings, whole, tmp_path):
             safe = done - 1  # saved at each step: the last may have been on its way
         resumed = trainings.run(folder, mirror=mirror, every_seconds=1000)
         assert resumed.result == whole, f"trial {trial}"
+        assert not list(folder.glob("*-other")), "an unfinished checkpoint is known as ours"
         assert safe <= resumed.began_at <= done
         began.append(resumed.began_at)
     assert torn >= 3, "too few kills in the middle of a save"
@@ -230,9 +327,72 @@ def test_all_damaged(trainings, whole, folder):
     assert resumed.result == whole
 
 
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(trainings, whole, folder):
+    truncate(folder / "checkpoint-6")
+    assert trainings.run(folder, every_seconds=1000, interrupt_at=7).code == 130
+    assert steps_in(folder) == [5, 7]
+    truncate(folder / "checkpoint-7")
+    resumed = trainings.run(folder)
+    assert resumed.began_at == 5 and resumed.result == whole
+
+
+def test_nor_does_one_in_the_mirror(trainings, whole, tmp_path):
+    folder, mirror = tmp_path / "run", tmp_path / "drive"
+    trainings.run(folder, mirror=mirror, interrupt_at=6)
+    truncate(_saved_in(mirror / "run")[-1].path)
+    shutil.rmtree(folder)
+    assert trainings.run(folder, mirror=mirror, every_seconds=1000, interrupt_at=7).code == 130
+    assert steps_in(mirror / "run") == steps_in(folder) == [5, 7]
+    truncate(_saved_in(mirror / "run")[-1].path)
+    shutil.rmtree(folder)
+    resumed = trainings.run(folder, mirror=mirror)
+    assert resumed.began_at == 5 and resumed.result == whole
+
+
+def test_a_damaged_checkpoint_that_the_mirror_has_whole_is_fetched(trainings, whole, folder, tmp_path):
+    mirror = tmp_path / "drive" / folder.name
+    for step in (5, 6):
+        _copy_whole(folder / f"checkpoint-{step}", mirror / f"checkpoint-{step}")  # as they were named before
+    truncate(folder / "checkpoint-6")
+    resumed = trainings.run(folder, mirror=tmp_path / "drive", every_seconds=1000, interrupt_at=7)
+    assert resumed.began_at == 6 and "Fetched checkpoint-6 from" in resumed.output
+    assert steps_in(folder) == steps_in(mirror) == [6, 7]
+    assert not any(saved.damage() for saved in _saved_in(folder))
+
+
+def plain_checkpoint(path):
+    """As Transformers writes one by itself."""
+    path.mkdir()
+    (path / "trainer_state.json").write_text("{}")
+    return path
+
+
+@pytest.mark.parametrize("start_afresh", [False, True])
+def test_checkpoints_of_another_program_stay(trainings, whole, folder, start_afresh):
+    for step in (3, 7):
+        plain_checkpoint(folder / f"checkpoint-{step}")
+    training = trainings.run(folder, start_afresh=start_afresh)
+    assert training.began_at == (0 if start_afresh else 6) and training.result == whole
+    assert steps_in(folder) == [11, 12]
+    assert (folder / ("checkpoint-3-other" if start_afresh else "checkpoint-3") / "trainer_state.json").exists()
+    assert (folder / "checkpoint-7-other" / "trainer_state.json").read_text() == "{}"
+    assert (
+        "checkpoint-7 has no manifest.json, so another program wrote it: kept as checkpoint-7-other" in training.output
+    )
+
+
+def test_what_an_ended_process_left_is_deleted(trainings, folder):
+    for name in (".unfinished-checkpoint-3", ".deleted-checkpoint-4"):
+        plain_checkpoint(folder / name)
+    trainings.run(folder, interrupt_at=8)
+    names = sorted(path.name for path in folder.iterdir() if "checkpoint" in path.name)
+    assert names == ["checkpoint-7", "checkpoint-8"]
+
+
 def test_stop_saves_first(trainings, whole, tmp_path):
     stopped = trainings.run(tmp_path, every_seconds=1000, interrupt_at=6)
     assert stopped.code == 130 and steps_in(tmp_path) == [6]
+    assert "stopped after step 6; run the chapter again to go on" in stopped.output
     resumed = trainings.run(tmp_path, every_seconds=1000)
     assert resumed.began_at == 6 and resumed.result == whole
 
@@ -256,12 +416,13 @@ def test_a_trained_model_does_not_start_at_step_0(trainings, tmp_path):
         ({"max_steps": 20}, "max_steps was 12, is 20"),
         ({"seed": 1}, "seed was 3407, is 1"),
         ({"texts": ["Other words."] * 20}, "data was 20 rows,"),
+        ({"base_name": "someone/other"}, "base model was , is someone/other"),
     ],
 )
 def test_other_settings_are_refused(trainings, folder, settings, difference):
     refused = trainings.run(folder, settings=settings)
     assert refused.code == 1 and difference in refused.output and "START_AFRESH = True" in refused.output
-    assert steps_in(folder) == [5, 6] and _newest_good(folder).step == 6
+    assert steps_in(folder) == [5, 6] and _newest_good(_saved_in(folder))[0].step == 6
 
 
 def test_other_settings_afresh(trainings, folder):
@@ -295,6 +456,10 @@ def test_a_complete_run_that_is_handed_over_makes_room(trainings, whole, tmp_pat
     resumed = trainings.run(folder, mirror=mirror)  # the new run's step 3, not the old one's step 12
     assert resumed.began_at == 3 and resumed.result == whole
     assert trainings.run(folder, settings={"rank": 8}).code == 1  # complete, but not handed over
+    assert len(_handed_over(mirror / "run")) == 1
+    trainings.run(folder, mirror=mirror, hand_over=True)
+    assert len(_handed_over(folder)) == 1 and len(_handed_over(mirror / "run")) == 2
+    assert "and handed over" in trainings.run(folder, interrupt_at=1).output
 
 
 def contents(folder):
@@ -330,6 +495,9 @@ def test_a_full_disk_is_a_warning(trainings, whole, tmp_path):
     full = trainings.run(tmp_path, fill_at=4, interrupt_at=8)
     assert full.code == 130 and full.steps_done == 8
     assert "checkpoint-4 could not be saved (File too large" in full.output and "training goes on" in full.output
+    last = next(line for line in full.output.splitlines() if line.startswith("checkpoint-8 could not be saved"))
+    assert last.endswith("older checkpoints stay") and "training goes on" not in last
+    assert "stopped after step 8, which could not be saved; run the chapter again to go on from an older" in full.output
     assert steps_in(tmp_path) == [2, 3] and not unfinished_in(tmp_path)
     resumed = trainings.run(tmp_path)
     assert resumed.began_at == 3 and resumed.result == whole
@@ -361,17 +529,131 @@ def test_a_mirror_that_drops_is_said_once(trainings, whole, tmp_path):
     assert training.result == whole
 
 
+def test_a_mirror_that_cannot_be_read_is_not_an_empty_one(trainings, whole, folder, tmp_path):
+    """Else a run would begin anew, and its copies would replace the old run's once Drive is back."""
+    drive = tmp_path / "drive"
+    drive.mkdir()
+    (drive / folder.name).symlink_to(folder.name)  # a loop: even root cannot read it
+    shutil.rmtree(folder)
+    refused = trainings.run(folder, mirror=drive)
+    assert refused.code == 1 and refused.steps_done == 0
+    assert f"{drive / folder.name}: found Too many levels of symbolic links" in refused.output
+    assert "mount Drive again" in refused.output
+    (drive / folder.name).unlink()
+    assert trainings.run(folder, mirror=drive).result == whole
+
+
+def test_a_full_disk_is_not_the_mirrors_fault(trainings, whole, folder, tmp_path):
+    mirror = tmp_path / "drive" / folder.name
+    _copy_whole(folder / "checkpoint-6", mirror / "checkpoint-6")
+    shutil.rmtree(folder)
+    refused = trainings.run(folder, mirror=tmp_path / "drive", fill_at=0)
+    assert refused.code == 1 and refused.steps_done == 0
+    assert f"CheckpointError: {folder}: found [Errno 27] File too large, expected room for" in refused.output
+    assert "Fetched" not in refused.output and "mount Drive" not in refused.output
+    assert not [path for path in folder.iterdir() if path.name != ".lock"]
+    assert trainings.run(folder, mirror=tmp_path / "drive").result == whole
+
+
+def test_a_mirror_that_drops_while_it_is_read_is(trainer_of, folder, tmp_path, monkeypatch):
+    mirror = tmp_path / "drive" / folder.name
+    _copy_whole(folder / "checkpoint-6", mirror / "checkpoint-6")
+    shutil.rmtree(folder)
+
+    def drop(source, target):
+        shutil.rmtree(mirror)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("helpers.checkpoints._copy_whole", drop)
+    with pytest.raises(CheckpointError, match="drive.*found Input/output error.*mount Drive again") as caught:
+        with Checkpoints(trainer_of(folder), mirror=tmp_path / "drive"):
+            pass
+    assert str(caught.value).startswith(str(mirror))
+
+
+def test_a_slow_mirror_is_not_waited_for(trainer_of, tmp_path, monkeypatch, capsys):
+    """What is being copied is kept meanwhile, and copied in the end."""
+    folder, mirror, go_on = tmp_path / "run", tmp_path / "drive", threading.Event()
+
+    def copy_slowly(source, target):
+        assert go_on.wait(60)
+        return _copy_whole(source, target)
+
+    monkeypatch.setattr("helpers.checkpoints._copy_whole", copy_slowly)
+    monkeypatch.setattr("helpers.checkpoints.MIRROR_WAIT_SECONDS", 0.2)
+    trainer, began = trainer_of(folder), time.monotonic()
+    with Checkpoints(trainer, mirror=mirror, every_seconds=0) as last:
+        trainer.train(resume_from_checkpoint=last)
+    assert time.monotonic() - began < 50 and trainer.state.global_step == 12
+    assert steps_in(folder) == [1, 11, 12] and not mirror.exists()
+    assert capsys.readouterr().out.count("No copy in") == 1
+    go_on.set()
+    deadline = time.monotonic() + 30
+    while (not mirror.exists() or steps_in(mirror / "run") != [11, 12]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert steps_in(mirror / "run") == [11, 12] and not any(saved.damage() for saved in _saved_in(mirror / "run"))
+
+
+def plant(source, mirror, *, run, step):
+    """A copy as a run of another machine leaves it."""
+    path = Path(shutil.copytree(source, mirror / _copy_name(run, step)))
+    content = json.loads((path / "manifest.json").read_text()) | {"run": run, "step": step}
+    (path / "manifest.json").write_text(json.dumps(content))
+    return path
+
+
+def test_two_machines_with_one_mirror(trainer_of, stopped, tmp_path, capsys):
+    """Neither deletes what the other copies; of an older run, what is handed over goes; a newer run is spoken of."""
+    from transformers import TrainerCallback
+
+    newer, older, over = "2999-01-01T00:00:00.5+00:00", "2000-01-01T00:00:00.5+00:00", "2001-01-01T00:00:00.5+00:00"
+    folder, mirror = tmp_path / "run", tmp_path / "drive" / "run"
+    stay, go = [], []
+
+    class OtherMachines(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                source = stopped / "checkpoint-6"
+                stay.extend(plant(source, mirror, run=run, step=step) for run in (newer, older) for step in (4, 5, 12))
+                go.extend(plant(source, mirror, run=over, step=step) for step in (11, 12))
+                stay.append(plain_checkpoint(mirror / f".unfinished-{_copy_name(newer, 6)}"))
+                go.append(plain_checkpoint(mirror / f".unfinished-{_copy_name(over, 6)}"))
+                (mirror / "handed_over").write_text(f"{over}\n{newer}")
+
+    trainer = trainer_of(folder)
+    trainer.add_callback(OtherMachines())
+    keeper = Checkpoints(trainer, mirror=tmp_path / "drive", every_seconds=0)
+    with keeper as last:
+        trainer.train(resume_from_checkpoint=last)
+    assert all(path.exists() for path in stay) and not any(path.exists() for path in go)
+    assert [saved.step for saved in _saved_in(mirror) if saved.run == keeper.run] == [11, 12]
+    printed = capsys.readouterr().out
+    assert printed.count(f"holds checkpoints of a run that began after this one ({newer})") == 1
+    assert "No copy in" not in printed
+    keeper.hand_over()
+    assert _handed_over(mirror) == {over, newer, keeper.run}
+
+
+def test_a_damaged_copy_of_another_run_is_not_ours_to_delete(trainer_of, stopped, folder, tmp_path):
+    mirror = tmp_path / "drive" / folder.name
+    theirs = plant(stopped / "checkpoint-6", mirror, run="2999-01-01T00:00:00.5+00:00", step=3)
+    truncate(theirs)
+    with Checkpoints(trainer_of(folder), mirror=tmp_path / "drive") as last:
+        assert last.endswith("checkpoint-6")
+    assert theirs.exists()
+
+
 def test_a_mirror_that_is_full_keeps_no_rest(folder, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(OSError) as caught:
-            _copy_whole(folder / "checkpoint-6", tmp_path / "mirror")
+            _copy_whole(folder / "checkpoint-6", tmp_path / "mirror" / "checkpoint-6")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert _reason(caught.value) == "[Errno 27] File too large"
     assert list((tmp_path / "mirror").iterdir()) == []
-    assert _copy_whole(folder / "checkpoint-6", tmp_path / "mirror").name == "checkpoint-6"
+    assert _copy_whole(folder / "checkpoint-6", tmp_path / "mirror" / "copy").name == "copy"
 
 
 def test_differences():

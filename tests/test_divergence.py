@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from helpers.divergence import DivergenceError, find_divergence, stop_on_divergence
+from helpers.divergence import DivergenceError, allowed_overflows, find_divergence, stop_on_divergence
 from helpers.errors import InputError
 
 
@@ -71,9 +71,34 @@ def test_the_scaler_may_back_off():
     losses = [2.0] * 40
     first_steps = [math.inf] * 7 + [1.0] * 33
     assert stopped_at(losses, first_steps, fp16=True) is None
-    assert stopped_at(losses, ([math.nan] * 16 + [1.0]) * 2 + [1.0] * 6, fp16=True) is None
-    assert stopped_at(losses, [1.0] * 3 + [math.inf] * 37, fp16=True) == 20  # 17 in a row: it has no end
+    assert stopped_at(losses, [math.nan] * 16 + [1.0] * 24, fp16=True) is None
+    assert stopped_at(losses, [1.0] * 3 + [math.inf] * 37, fp16=True) == 20  # the 17th: it has no end
+    assert stopped_at(losses, [math.nan, 1.0] * 20, fp16=True) == 33  # the 17th too, and nothing was doubled
     assert stopped_at(losses, first_steps, fp16=False) == 1  # nothing skips such a step
+
+
+@pytest.mark.parametrize("good_steps", [0, 1, 1900, 2000, 4000])
+def test_the_overflows_that_are_allowed_are_those_of_the_real_scaler(good_steps):
+    """After as many as are allowed PyTorch's scaler multiplies by 1, and no earlier."""
+    import torch
+
+    scaler, weight = torch.amp.GradScaler("cpu"), torch.nn.Parameter(torch.zeros(1))
+    optimizer, steps = torch.optim.SGD([weight]), good_steps
+
+    def step(gradient):
+        scaler.scale(weight.sum())  # it makes its factor when it is first used
+        weight.grad = torch.tensor([gradient])
+        scaler.step(optimizer)
+        scaler.update()
+
+    for _ in range(good_steps):
+        step(1.0)
+    overflows = 0
+    while scaler.get_scale() > 1 or not overflows:
+        step(math.inf)
+        overflows, steps = overflows + 1, steps + 1
+    assert overflows == allowed_overflows(steps, fp16=True)
+    assert allowed_overflows(steps, fp16=False) == 0
 
 
 @pytest.fixture(scope="module")

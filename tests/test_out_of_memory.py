@@ -1,5 +1,6 @@
 """A plan for the memory, checked against what was measured; and a run that goes on when memory runs out."""
 
+import contextlib
 import csv
 import json
 import os
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 MEASURED = list(csv.DictReader((ROOT / "benchmarks/results/planner.csv").read_text().splitlines()))
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+LOGGED = ("step", "loss", "grad_norm", "eval_loss", "num_tokens", "mean_token_accuracy", "entropy")
 MODES = {"True": True, "False": False, "unsloth": "unsloth"}
 
 
@@ -171,16 +173,75 @@ def test_such_a_trainer_trains_where_everything_fits(tmp_path):
     assert trainer.state.global_step == 4 and not fitting.splits
 
 
-def test_an_evaluation_that_does_not_fit_is_split_or_refused(tmp_path, capsys):
-    asked = dict(when=lambda model: not model.training, eval_strategy="steps", eval_steps=2)
-    trainer = plain_trainer(tmp_path, most=50, **asked)
-    with fit_into_memory(trainer):
-        trainer.train()
-    assert trainer.args.per_device_eval_batch_size < 4
-    assert "ran out in the evaluation" in capsys.readouterr().out
-    trainer = plain_trainer(tmp_path, most=5, **asked)
+def held_out_of(trainer):
+    return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+
+
+EVALUATING = dict(eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=3)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_evaluation_that_does_not_fit_is_split_and_has_the_same_loss(tmp_path, capsys, late):
+    """In the rehearsal, or later: then the optimiser's averages take room too."""
+    steps = []
+    when = lambda model: not model.training and (not late or bool(steps))  # noqa: E731
+    whole, split = (plain_trainer(tmp_path, most=most, when=when, **EVALUATING) for most in (1000, 30))
+    for trainer in (whole, split):
+        steps.clear()
+        trainer.optimizer_step_ended = trainer.callback_handler.on_step_end
+        trainer.callback_handler.on_step_end = lambda *given, t=trainer: (
+            steps.append(1) or t.optimizer_step_ended(*given)
+        )
+        # One row of a batch without labels: its part has no mean loss.
+        rows = [dict(row, labels=[-100] * len(row["labels"])) if n == 1 else row for n, row in enumerate(small_rows(4))]
+        trainer.eval_dataset = trainer.eval_dataset.from_list(rows)
+        with fit_into_memory(trainer) as fitting:
+            trainer.train()
+    assert len(held_out_of(split)) == 2 and held_out_of(split) == pytest.approx(held_out_of(whole), rel=1e-5)
+    assert losses_of(split) == losses_of(whole)
+    assert fitting.evaluated_at_once <= 30 and fitting.tokens_at_once is None
+    assert split.args.per_device_eval_batch_size == 3
+    assert capsys.readouterr().out.count("Memory ran out in the evaluation") <= 2
+    assert "prediction_step" not in vars(split)
+
+
+def test_an_evaluation_that_cannot_be_split_is_refused(tmp_path):
+    asked = dict(when=lambda model: not model.training)
+    trainer = plain_trainer(tmp_path, most=5, **asked, **EVALUATING)
     with pytest.raises(DoesNotFit, match="not enough memory to evaluate it alone"), fit_into_memory(trainer):
         trainer.train()
+    trainer = plain_trainer(tmp_path, most=30, **asked, **EVALUATING)
+    trainer.compute_metrics = lambda predictions: {}
+    with pytest.raises(DoesNotFit, match="smaller per_device_eval_batch_size"), fit_into_memory(trainer):
+        trainer.evaluate()
+
+
+def test_other_errors_of_an_evaluation_are_passed_on(tmp_path):
+    trainer = plain_trainer(tmp_path, most=1000)
+    trainer.eval_dataset = trainer.eval_dataset.map(lambda row: {"input_ids": [1000] * len(row["input_ids"])})
+    with pytest.raises(IndexError), fit_into_memory(trainer):
+        trainer.evaluate()
+
+
+def test_the_rehearsal_changes_nothing(tmp_path):
+    """Weights and losses are those of a run outside `fit_into_memory`, to the bit; dropout draws in each step."""
+    import torch
+    from train_once import digest_of, make_trainer
+    from transformers import AutoTokenizer
+
+    from helpers.smollm2 import prepare_smollm2
+
+    seen, tokenizer = [], AutoTokenizer.from_pretrained(prepare_smollm2())
+    for name in ("rehearsed", "alone"):
+        trainer = make_trainer(tmp_path / name, tokenizer, max_steps=3, eval_steps=2)
+        torch.manual_seed(5)
+        with fit_into_memory(trainer) if name == "rehearsed" else contextlib.nullcontext() as fitting:
+            trainer.train()
+        assert fitting is None or fitting.rehearsal.seconds > 0
+        log = [{name: entry[name] for name in entry if name in LOGGED} for entry in trainer.state.log_history]
+        seen.append((digest_of(trainer.model), log))
+    assert seen[0] == seen[1]
+    assert set(LOGGED) == {name for entry in seen[0][1] for name in entry}
 
 
 def test_where_nothing_is_trained_the_rehearsal_took_no_time(tmp_path):
@@ -202,6 +263,7 @@ def trained(tmp_path_factory):
 def test_a_batch_that_does_not_fit_is_split_and_no_step_is_lost(trained, run):
     whole, split = trained["whole"], trained[run]
     assert split["steps"] == whole["steps"] == 6
+    assert split["held_out"] == pytest.approx(whole["held_out"], rel=0.01)
     # The halves' gradients are added in bfloat16, in another order: 3 significant digits.
     assert split["losses"] == pytest.approx(whole["losses"], rel=0.01)
     assert split["norms"] == pytest.approx(whole["norms"], rel=0.05)
@@ -212,8 +274,11 @@ def test_a_batch_that_does_not_fit_is_split_and_no_step_is_lost(trained, run):
 
 @pytest.mark.slow
 def test_the_rehearsal_changes_nothing_and_is_measured(trained):
-    assert trained["whole"]["rehearsed_gib"] > 0
-    assert trained["late"]["losses"][:3] == trained["whole"]["losses"][:3]
+    whole, alone = trained["whole"], trained["alone"]
+    assert whole["rehearsed_gib"] > 0
+    for name in ("losses", "norms", "held_out", "weights"):
+        assert whole[name] == alone[name]
+    assert trained["late"]["losses"][:3] == whole["losses"][:3]
 
 
 @pytest.mark.slow

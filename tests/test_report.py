@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -10,7 +11,7 @@ from test_training import PNG, small_trainer
 
 from helpers.chat import Comparison
 from helpers.masking import Finding, MaskReport
-from helpers.memory import track_memory
+from helpers.memory import MemoryStats, Stage, track_memory
 from helpers.report import SECTIONS, ReportError, make_report, write_report
 from helpers.training import check_evidence, frozen_checksum, held_out_losses, live_plot
 
@@ -83,9 +84,51 @@ def test_the_content_is_plain_json_with_the_keys_that_others_read(run):
     assert (report["held_out_loss"]["before"], report["held_out_loss"]["after"]) == (before.loss, after.loss)
     assert report["perplexity"]["after"] == pytest.approx(math.exp(after.loss))
     assert report["steps"] == 12 and report["seconds"] == run["stages"][-1].seconds
+    assert report["resumed_from_step"] == 0
     assert report["house_style"]["after"] == 1.0 and report["log"][-1]["step"] == 12
     assert report["data"]["dataset"] == "conversations.jsonl"  # no path of ours
     assert report["base_model"] == "someone/Llama-3.2-3B-Instruct"
+
+
+def test_the_time_of_a_resumed_run_is_that_of_all_sessions(run, tmp_path):
+    rows = run["curves"].rows
+    longer = replace(run["curves"], rows=(*rows[:-1], rows[-1] | {"seconds": 4000.0}))
+    report = report_of(run, curves=longer, resumed_from=7)
+    assert (report["seconds"], report["resumed_from_step"]) == (4000.0, 7)
+    assert report["memory"][-1]["seconds"] == run["stages"][-1].seconds
+    page = Page(write_report(report, tmp_path / "report.html"))
+    for words in ("1 h 6 min", "12 steps, resumed from step 7", "Training went on from step 7: these times"):
+        assert words in page.text
+    del report["resumed_from_step"]  # as in a report.json of before
+    assert "resumed" not in Page(write_report(report, tmp_path / "old.html")).text
+    assert "went on from" not in Page(write_report(report_of(run), tmp_path / "whole.html")).text
+
+
+def test_a_run_without_curves_took_what_its_stage_took(run):
+    assert report_of(run, curves=replace(run["curves"], rows=()))["seconds"] == run["stages"][-1].seconds
+
+
+def test_the_stages_are_drawn(monkeypatch):
+    from matplotlib.text import Text
+
+    from helpers.figures import draw_stages
+
+    monkeypatch.setattr("helpers.figures.as_image", lambda figure: figure)  # to read the figure, not its pixels
+    figures = dict(device="Tesla T4", is_gpu=True, total_gib=14.7)
+    load = MemoryStats(**figures, allocated_gib=2.0, reserved_gib=2.5, peak_reserved_gib=3.0)
+    training = MemoryStats(**figures, allocated_gib=4.0, reserved_gib=6.0, peak_reserved_gib=7.0)
+    stages = [Stage("load", 1.0, load, load), Stage("training", 9.0, load, training)]
+    figure = draw_stages(stages)
+    axes = figure.axes[0]
+    assert [[bar.get_width() for bar in bars] for bars in axes.containers] == [[3.0, 7.0], [2.0, 4.0]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["load", "training"]
+    assert axes.yaxis_inverted()  # the first stage on top
+    assert list(axes.lines[0].get_xdata()) == [14.7] * 2 and axes.get_xlim()[1] > 14.7
+    text = "\n".join(each.get_text() for each in figure.findobj(Text))
+    for words in ("at the peak", "in use at the end", "Tesla T4: 14.7 GiB"):
+        assert words in text
+    monkeypatch.undo()
+    assert draw_stages(stages).data.startswith(PNG)
 
 
 def test_what_was_not_judged_or_is_not_finite(run):
@@ -106,7 +149,7 @@ def test_the_model_card_reads_it(run, tmp_path):
         adapter.mkdir()
         (adapter / "x").write_text("x")
     folder.write_json("report.json", report_of(run), base_model="base")
-    card = make_model_card(folder, form="adapter", name="me/tuned", base_model="base", dataset="a/b")
+    card = make_model_card(folder, form="adapter", name="me/tuned", base_model="base")
     assert "held-out loss" in card and "replies with the right help" in card
 
 

@@ -30,7 +30,7 @@ COMMON = dict(
 )
 
 
-def make_trainer(folder, tokenizer, *, rank=4, texts=TEXTS, micro_batch=2, **arguments):
+def make_trainer(folder, tokenizer, *, rank=4, texts=TEXTS, micro_batch=2, base_name="", **arguments):
     """The chapter's kind of trainer on a tiny Llama: LoRA, here with dropout; accumulation to 4 rows a step; rows
     grouped by length; an evaluation in the middle; more than two epochs of 5 steps."""
     import torch
@@ -42,6 +42,7 @@ def make_trainer(folder, tokenizer, *, rank=4, texts=TEXTS, micro_batch=2, **arg
     torch.manual_seed(1)
     sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     base = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=len(tokenizer)))
+    base.name_or_path = base_name
     lora = LoraConfig(r=rank, lora_dropout=0.1, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     rows = Dataset.from_list([{"input_ids": tokenizer(text).input_ids} for text in texts])
     batch = dict(per_device_train_batch_size=micro_batch, gradient_accumulation_steps=4 // micro_batch)
@@ -128,7 +129,8 @@ def run(
         checkpoints: arguments of `Checkpoints`.
         settings: arguments of the function that makes the trainer.
         interrupt_at: press Ctrl-C while this step is computed.
-        fill_at: from this step on no file may be longer than 20,000 bytes, as on a disk that is full.
+        fill_at: from this step on no file may be longer than 20,000 bytes, as on a disk that is full. 0: from before
+            the checkpoints are looked for.
         again: arguments of `Checkpoints` for a second `train` with the same trainer.
         hand_over: call it at the end.
         as_nobody: train as a user who may write nothing here.
@@ -154,6 +156,8 @@ def run(
     torch.randn(os.getpid() % 100 + 1)  # as after cells that an earlier session did not run
     trainer.add_callback(Happenings())
     keeper = Checkpoints(trainer, **checkpoints)
+    if fill_at == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     if as_nobody and os.geteuid() == 0:
         os.setuid(65534)
     try:
@@ -188,7 +192,8 @@ def serve(make, tokenizer, replies):
             try:
                 run(make, tokenizer, **job)
                 code = 0
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as error:
+                print(error)
                 code = 130
             except BaseException:
                 traceback.print_exc()

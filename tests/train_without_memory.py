@@ -3,6 +3,7 @@
 python train_without_memory.py FOLDER
 """
 
+import contextlib
 import json
 import sys
 
@@ -10,7 +11,7 @@ import unsloth  # noqa: F401  (before transformers)
 
 # isort: split
 import torch
-from train_once import make_chapter_trainer
+from train_once import digest_of, make_chapter_trainer
 from transformers import AutoTokenizer
 
 from helpers.memory import GIB
@@ -19,26 +20,35 @@ from helpers.smollm2 import prepare_smollm2
 
 
 def train(folder, tokenizer, *, most, from_step=0):
-    """Losses and the Fitting of a run in which more than `most` tokens at once do not fit, from a step on."""
+    """Losses and the Fitting of a run in which more than `most` tokens at once do not fit, from a step on.
+
+    `most=None`: a run outside `fit_into_memory`.
+    """
     trainer = make_chapter_trainer(folder, tokenizer)
 
     def refuse(module, args, given):
         ids = given.get("input_ids", args[0] if args else None)
-        if module.training and trainer.state.global_step >= from_step and ids.numel() > most:
+        if trainer.state.global_step >= from_step and ids.numel() > most:
             raise torch.OutOfMemoryError(f"no room for {ids.numel()} tokens")
 
-    trainer.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    with fit_into_memory(trainer) as fitting:
+    if most is not None:
+        trainer.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    with contextlib.nullcontext() if most is None else fit_into_memory(trainer) as fitting:
         trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    seen = dict(losses=losses, norms=norms, steps=trainer.state.global_step, splits=fitting.splits)
-    return seen | dict(tokens_at_once=fitting.tokens_at_once, rehearsed_gib=fitting.rehearsal.peak_reserved_gib)
+    log = trainer.state.log_history
+    names = dict(losses="loss", norms="grad_norm", held_out="eval_loss")
+    seen = {key: [entry[name] for entry in log if name in entry] for key, name in names.items()}
+    seen |= dict(steps=trainer.state.global_step, weights=digest_of(trainer.model))
+    if fitting is not None:
+        seen |= dict(splits=fitting.splits, tokens_at_once=fitting.tokens_at_once)
+        seen |= dict(rehearsed_gib=fitting.rehearsal.peak_reserved_gib)
+    return seen
 
 
 def main(folder):
     tokenizer = AutoTokenizer.from_pretrained(prepare_smollm2())
-    saw = {"whole": train(folder, tokenizer, most=GIB), "split": train(folder, tokenizer, most=150)}
+    saw = {"alone": train(folder, tokenizer, most=None), "whole": train(folder, tokenizer, most=GIB)}
+    saw["split"] = train(folder, tokenizer, most=150)
     saw["late"] = train(folder, tokenizer, most=150, from_step=3)
     try:
         train(folder, tokenizer, most=10)
