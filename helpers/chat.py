@@ -3,6 +3,7 @@
 import html
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from helpers.errors import InputError
 
 Message = dict[str, str]
+_LOCKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class ChatError(InputError):
@@ -20,19 +22,22 @@ def render_prompt(tokenizer: Any, conversation: Sequence[Message]) -> str:
     """The text that the model continues: the conversation as in training, and the opening of an answer.
 
     Raises:
-        ChatError: the text would begin with two BOS tokens.
+        ChatError: the text would begin with two BOS tokens, or with none where training texts begin with one.
 
     Example:
         >>> render_prompt(tokenizer, [{"role": "user", "content": "Hi "}])
         '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'
     """
+    from helpers.template import adds_bos
     from helpers.turns import render
 
     stripped = [message | {"content": message["content"].strip()} for message in conversation]
     prompt = render(tokenizer, stripped, add_generation_prompt=True)
-    if tokenizer.bos_token and prompt.startswith(tokenizer.bos_token * 2):
-        fix = "leave one {{ bos_token }} in tokenizer.chat_template"
-        raise ChatError("prompt", found=f"two {tokenizer.bos_token} at its start", expected="one", fix=fix)
+    bos = tokenizer.bos_token
+    if bos and (prompt.startswith(bos * 2) or (adds_bos(tokenizer) and not prompt.startswith(bos))):
+        found = f"{'two' if prompt.startswith(bos) else 'no'} {bos} at its start"
+        fix = "write one {{ bos_token }} at the start of tokenizer.chat_template"
+        raise ChatError("prompt", found=found, expected="one", fix=fix)
     return prompt
 
 
@@ -83,6 +88,15 @@ def trim_conversation(
             raise ChatError("the last question", found=found, expected=f"at most {max_seq_length} in all", fix=fix)
         turns = turns[later:]
     return system + turns, total - len(turns)
+
+
+def generating(model: Any) -> threading.RLock:
+    """The lock that a model is asked under, one question after another: `with generating(model): …`.
+
+    Two threads (the chat box's, and a cell that you run meanwhile) would mix their replies up, and one would switch the
+    other's adapter off. `stream_reply`, `batch_replies` and the box take it; `model.generate` of your own does not.
+    """
+    return _LOCKS.setdefault(model, threading.RLock())
 
 
 def print_text(text: str) -> None:
@@ -162,7 +176,7 @@ def stream_reply(
     prompt = encode_prompts(tokenizer, [conversation]).to(model.device)
     sampling = dict(do_sample=True, temperature=temperature, min_p=min_p) if temperature else dict(do_sample=False)
     ends = stop_tokens(tokenizer, model)
-    with torch.inference_mode():
+    with generating(model), torch.inference_mode():
         output = model.generate(
             input_ids=prompt["input_ids"],
             attention_mask=prompt["attention_mask"],
@@ -212,7 +226,7 @@ def batch_replies(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = encode_prompts(tokenizer, [conversations[row] for row in rows]).to(model.device)
-        with torch.inference_mode():
+        with generating(model), torch.inference_mode():
             output = model.generate(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],

@@ -3,6 +3,7 @@
 import contextlib
 import html
 import json
+import os
 import sys
 import threading
 import time
@@ -11,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers.chat import ChatError, Message, Reply, stream_reply, trim_conversation
+from helpers.chat import ChatError, Message, Reply, generating, stream_reply, trim_conversation
 from helpers.profiles import shown
 
 REFRESH_SECONDS = 0.1  # each refresh sends the whole history to the browser
+BESIDE = "<div style='display:flex;gap:8px;align-items:flex-start'>{}</div>"
 BUBBLE = (
-    "<div style='margin:4px 0;padding:6px 10px;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere;"
-    "line-height:1.4;background:{colour};color:#111'>{who}{text}</div>"
+    "<div style='flex:1;min-width:0;margin:4px 0;padding:6px 10px;border-radius:6px;white-space:pre-wrap;"
+    "overflow-wrap:anywhere;line-height:1.4;background:{colour};color:#111'>{who}{text}</div>"
 )
 COLOURS = {"you": "#e8eef7", "tuned": "#e7f4e4", "base": "#f4efe0", "note": "#f0f0f0"}
 
@@ -76,7 +78,10 @@ class ChatBox:
         return messages
 
     def ask(self, question: str) -> dict[str, Reply]:
-        """Ask every chosen side and wait; the history is refreshed while the replies come."""
+        """Ask every chosen side and wait; the history is refreshed while the replies come.
+
+        A side that has not begun when the reader presses Stop is not asked: it has no reply in what is returned.
+        """
         with self._busy:
             self._stop.clear()
             exchange = Exchange(question)
@@ -84,7 +89,13 @@ class ChatBox:
                 side: [*self.conversation(side), {"role": "user", "content": question}] for side in self.sides
             }
             self.exchanges.append(exchange)
-            return {side: self._reply(side, conversations[side], exchange) for side in self.sides}
+            replies = {}
+            for side, conversation in conversations.items():
+                if self._stop.is_set():
+                    exchange.notes.append(f"{side}: not asked, you pressed Stop")
+                else:
+                    replies[side] = self._reply(side, conversation, exchange)
+            return replies
 
     def _reply(self, side: str, conversation: list[Message], exchange: Exchange) -> Reply:
         def on_text(text: str) -> None:
@@ -98,7 +109,7 @@ class ChatBox:
         exchange.replies[side] = ""
         switched = self.model.disable_adapter() if side == "base" else contextlib.nullcontext()
         options = dict(temperature=self.temperature, min_p=self.min_p, max_new_tokens=self.max_new_tokens)
-        with switched:
+        with generating(self.model), switched:
             reply = stream_reply(self.model, self.tokenizer, kept, on_text=on_text, stop=self._stop, **options)
         exchange.replies[side] = reply.text
         exchange.notes.append(f"{side}: {reply}")
@@ -136,10 +147,9 @@ class ChatBox:
         """The history. All that was typed or generated is escaped: markup in a reply is shown, never executed."""
         parts = []
         for exchange in self.exchanges:
-            shown = [("you", "<b>you</b>\n", exchange.question)]
-            shown += [(side, f"<b>{side} model</b>\n", text) for side, text in exchange.replies.items()]
-            shown += [("note", "", note) for note in exchange.notes]
-            parts += [BUBBLE.format(colour=COLOURS[kind], who=who, text=html.escape(text)) for kind, who, text in shown]
+            replies = [_bubble(side, f"<b>{side} model</b>\n", text) for side, text in exchange.replies.items()]
+            parts += [_bubble("you", "<b>you</b>\n", exchange.question), BESIDE.format("".join(replies))]
+            parts += [_bubble("note", "", note) for note in exchange.notes]
         return "".join(parts)
 
     def __repr__(self) -> str:
@@ -186,10 +196,11 @@ class ChatBox:
             "temperature": w.FloatSlider(self.temperature, min=0, max=2, step=0.1, description="temperature", **named),
             "min_p": w.FloatSlider(self.min_p, min=0, max=0.5, step=0.01, description="min_p", **named),
             "max_new_tokens": w.IntSlider(
-                self.max_new_tokens, min=8, max=self.max_seq_length // 2, description="max tokens", **named
+                self.max_new_tokens, min=8, max=max(8, self.max_seq_length // 2), description="max tokens", **named
             ),
         }
         for name in ("system", "temperature", "min_p", "max_new_tokens"):
+            setattr(self, name, made[name].value)  # a slider keeps to its range, and the box to its sliders
             made[name].observe(lambda change, name=name: setattr(self, name, change["new"]), "value")
         made["sides"].observe(lambda change: setattr(self, "sides", sides[change["new"]]), "value")
         made["send"].on_click(lambda _: self._send())
@@ -236,8 +247,17 @@ class ChatBox:
             self._widgets["history"].value = self.html()
 
 
+def _bubble(kind: str, who: str, text: str) -> str:
+    return BUBBLE.format(colour=COLOURS[kind], who=who, text=html.escape(text))
+
+
 def has_reader() -> bool:
-    """Whether a person can answer: papermill and nbval run cells without a channel to type into, browsers with one."""
+    """Whether a person can answer: papermill and nbval run cells without a channel to type into, browsers with one.
+
+    Colab's own kernel says nothing of it; `helpers.series` therefore sets HEADLESS=1 for the chapters that it runs.
+    """
+    if os.environ.get("HEADLESS") == "1":
+        return False
     if "google.colab" in sys.modules:
         return True
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None

@@ -1,6 +1,7 @@
 """Around an export: does it fit, does the adapter fit its base, which files stay, how they are published."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -15,19 +16,84 @@ GIB = 2**30
 # Bytes a parameter takes. Quantised files keep some tensors at more bits, small models more of them.
 BYTES_PER_PARAMETER = {"16-bit": 2.0, "q8_0": 1.1, "q4_k_m": 0.8, "other": 1.1}
 PROCESS_GIB = 1.5  # Python, torch and the libraries
+GPU_PROCESS_GIB = 1.0  # CUDA's own, and a batch's cache and logits: an estimate
+# Without a GPU, times the weights in float32; measured with 0.75 billion parameters: 2.27, 2.93 and 1.09.
+CPU_MEMORY = {"merge": 2.3, "GGUF": 3.0, "reload": 1.1}
+# Written by Unsloth and llama-quantize under these names, with fewer bits than 16 and without an importance matrix.
+GGUF_TYPES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s")
+GGUF_TYPES += ("q5_k_m", "q6_k", "q8_0")
+FORMS = ("adapter", "merged", "gguf")
 
 
 class ExportError(InputError):
     """A model cannot be saved here, does not load, or does not answer as the one that was saved."""
 
 
+def read_gguf_types(text: str) -> tuple[str, ...]:
+    """The GGUF types that a form field names, each once.
+
+    Raises:
+        ExportError: one is none of `GGUF_TYPES`: another name, 16 bits or more, or Unsloth's name for several.
+
+    Example: "Q4_K_M, q8_0" -> ("q4_k_m", "q8_0")
+    """
+    names = tuple(dict.fromkeys(str(text or "").replace(",", " ").lower().split()))
+    if unknown := [name for name in names if name not in GGUF_TYPES]:
+        fix = "use names of this list, such as q4_k_m, or leave GGUF empty; merged/ holds the 16-bit weights"
+        raise ExportError("GGUF", found=", ".join(unknown), expected=f"some of {', '.join(GGUF_TYPES)}", fix=fix)
+    return names
+
+
+def check_push(repository: str, form: str, *, quantization: Sequence[str]) -> None:
+    """Refuse at once what would only fail at the end of the chapter, when the model is to be published.
+
+    Args:
+        repository: PUSH_TO; empty where nothing is published.
+        form: PUSH_FORM, the form that the model card describes.
+        quantization: `read_gguf_types(GGUF)`.
+
+    Raises:
+        ExportError: an unknown form, GGUF files that this run does not write (others would be of another adapter), a
+            name that is not OWNER/NAME, or no token.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if form not in FORMS:
+        expected = f"one of {', '.join(FORMS)}"
+        raise ExportError("PUSH_FORM", found=repr(form), expected=expected, fix="choose one")
+    if form == "gguf" and not quantization:
+        fix = "name GGUF types, such as q4_k_m, or choose another PUSH_FORM"
+        raise ExportError("PUSH_FORM", found="gguf, and an empty GGUF", expected="files that this run writes", fix=fix)
+    if not repository:
+        return
+    try:
+        validate_repo_id(repository)
+        named = repository.count("/") == 1
+    except HFValidationError:
+        named = False
+    if not named:
+        expected, fix = "your-name/your-model", "give a repository's name, or leave it empty to publish nothing"
+        raise ExportError("PUSH_TO", found=repr(repository), expected=expected, fix=fix)
+    hub_token()
+
+
 @dataclass(frozen=True)
 class ExportPlan:
-    """What an export needs against what is free, in GiB; rows of (step, disk while it runs, disk kept, memory)."""
+    """What an export needs against what is free, in GiB.
+
+    Attributes:
+        rows: (step, disk while it runs, disk kept, memory).
+        free_disk_gib, free_memory_gib: what is free now.
+        gpu_gib: (needed, free) of the GPU's memory; None without a GPU.
+        drive_gib: (needed, free) in DRIVE_DIR; None without one, or where it is on the run folder's own disk.
+    """
 
     rows: tuple[tuple[str, float, float, float], ...]
     free_disk_gib: float
     free_memory_gib: float
+    gpu_gib: tuple[float, float] | None = None
+    drive_gib: tuple[float, float] | None = None
 
     @property
     def needed_disk_gib(self) -> float:
@@ -40,72 +106,117 @@ class ExportPlan:
         return max((row[3] for row in self.rows), default=0.0)
 
     @property
+    def limits(self) -> dict[str, tuple[float, float]]:
+        """{what: (needed, free)} of everything that has to fit."""
+        limits = {"disk": (self.needed_disk_gib, self.free_disk_gib)}
+        limits["memory"] = (self.needed_memory_gib, self.free_memory_gib)
+        limits |= {"GPU memory": self.gpu_gib} if self.gpu_gib else {}
+        return limits | ({"DRIVE_DIR": self.drive_gib} if self.drive_gib else {})
+
+    @property
     def ok(self) -> bool:
-        return self.needed_disk_gib <= self.free_disk_gib and self.needed_memory_gib <= self.free_memory_gib
+        return all(needed <= free for needed, free in self.limits.values())
 
     def raise_if_failed(self) -> None:
         """Raises ExportError: it does not fit; the message says what would."""
         gguf = any(row[0].startswith("GGUF") for row in self.rows)
-        smaller = "leave GGUF empty, or " if gguf else ""
-        for what, needed, free, fix in (
-            ("disk", self.needed_disk_gib, self.free_disk_gib, "free some, or set RUN_DIR to a larger disk"),
-            ("memory", self.needed_memory_gib, self.free_memory_gib, "restart the kernel, or take a smaller model"),
-        ):
+        smaller = "leave GGUF empty, or " if gguf else ""  # of no help to memory: a merge needs about as much
+        fixes = {
+            "disk": f"{smaller}free some, or set RUN_DIR to a larger disk",
+            "DRIVE_DIR": f"{smaller}free some, or leave DRIVE_DIR empty and copy what you need yourself",
+        }
+        for what, (needed, free) in self.limits.items():
             if needed > free:
                 found, expected = f"{free:.1f} GiB free", f"{needed:.1f} GiB, as predicted from the model's size"
                 kept = "the adapter is saved already, and with its base model it is the whole of your work"
-                raise ExportError(what, found=found, expected=expected, fix=f"{smaller}{fix}; {kept}")
+                fix = fixes.get(what, "restart the kernel, or take a smaller model")
+                raise ExportError(what, found=found, expected=expected, fix=f"{fix}; {kept}")
 
-    def _rows(self) -> list[list[str]]:
-        rows = [[name, *(f"{value:.2f}" for value in values)] for name, *values in self.rows]
-        rows.append(["needed", f"{self.needed_disk_gib:.2f}", "", f"{self.needed_memory_gib:.2f}"])
-        return [*rows, ["free", f"{self.free_disk_gib:.2f}", "", f"{self.free_memory_gib:.2f}"]]
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        more = [name for name in self.limits if name not in ("disk", "memory")]
+        rows = [[name, *(f"{value:.2f}" for value in values), *("" for _ in more)] for name, *values in self.rows]
+        for number, name in enumerate(("needed", "free")):
+            shown = {what: f"{both[number]:.2f}" for what, both in self.limits.items()}
+            rows.append([name, shown["disk"], "", shown["memory"], *(shown[what] for what in more)])
+        return ["step", "disk while it runs", "disk kept", "memory", *more], rows
 
     def __repr__(self) -> str:
-        return text_table(["step", "disk while it runs", "disk kept", "memory"], self._rows()) + "\n(all in GiB)"
+        return text_table(*self._table()) + "\n(all in GiB)"
 
     def _repr_html_(self) -> str:
-        head = ["step", "disk while it runs", "disk kept", "memory"]
-        return html_table(head, self._rows()) + "<p>(all in GiB)</p>"
+        return html_table(*self._table()) + "<p>(all in GiB)</p>"
 
 
-def plan_export(parameters: int, *, folder: str | Path, quantization: Sequence[str] = ()) -> ExportPlan:
-    """Predict from the model's size what its export takes, and look at what is free.
+def plan_export(
+    parameters: int, *, folder: str | Path, quantization: Sequence[str] = (), drive: str | Path | None = None
+) -> ExportPlan:
+    """Predict from the model's size what its export takes, and look at what is free: before its weights are loaded.
 
     Args:
-        parameters: how many the whole model has.
+        parameters: how many the whole model has; see `count_parameters`.
         folder: where it will be written.
         quantization: the GGUF files wanted, such as ("q4_k_m", "q8_0").
+        drive: the run's `mirror`, a folder that gets a copy of what is kept.
 
-    Example: 1,235,814,400 parameters, q4_k_m and q8_0 ->
-        step       disk while it runs    disk kept    memory
-        merge                    2.30         2.30      3.80
-        GGUF                     6.80         2.19      3.80
+    Example: 1,235,814,400 parameters, q4_k_m and q8_0, on a GPU ->
+        step                 disk while it runs    disk kept    memory    GPU memory
+        merge                              2.30         2.30      3.80
+        GGUF q4_k_m, q8_0                  6.79         2.19      3.80
         …
     """
     import psutil
+    import torch
 
+    on_gpu = torch.cuda.is_available()
     size = parameters / GIB
     whole = size * BYTES_PER_PARAMETER["16-bit"]
     files = sum(size * BYTES_PER_PARAMETER.get(name, BYTES_PER_PARAMETER["other"]) for name in quantization)
-    rows = [("merge", whole, whole, whole + PROCESS_GIB)]
-    if quantization:  # Unsloth merges again and converts to a 16-bit GGUF file, and quantises that one
-        rows.append((f"GGUF {', '.join(quantization)}", 2 * whole + files, files, whole + PROCESS_GIB))
-    rows.append(("reload and ask", 0.0, 0.0, whole + PROCESS_GIB))
+    on_same_disk = drive is not None and os.stat(drive).st_dev == os.stat(folder).st_dev
+    copies = 2 if on_same_disk else 1
+    # Unsloth merges again for GGUF, converts to a 16-bit GGUF file, and quantises that one.
+    merged = whole if on_gpu else 2 * whole  # without a GPU Unsloth computes in float32, and so merges for GGUF
+    gguf_disk = merged + whole + files * copies
+
+    def memory(step: str) -> float:
+        return (whole if on_gpu else CPU_MEMORY[step] * merged) + PROCESS_GIB
+
+    rows = [("merge", whole * copies, whole * copies, memory("merge"))]
+    if quantization:
+        rows.append((f"GGUF {', '.join(quantization)}", gguf_disk, files * copies, memory("GGUF")))
+    rows.append(("reload and ask", 0.0, 0.0, memory("reload")))
+    kept = whole + files
+    drive_gib = (kept, shutil.disk_usage(drive).free / GIB) if drive is not None and not on_same_disk else None
+    gpu_gib = (whole + GPU_PROCESS_GIB, _free_gpu_gib()) if on_gpu else None
     free_memory = psutil.virtual_memory().available / GIB
-    return ExportPlan(tuple(rows), shutil.disk_usage(folder).free / GIB, free_memory)
+    return ExportPlan(tuple(rows), shutil.disk_usage(folder).free / GIB, free_memory, gpu_gib, drive_gib)
 
 
-def count_parameters(model: Any) -> int:
-    """How many parameters a model has without its adapter's.
+def _free_gpu_gib() -> float:
+    """What the card has free, and what this process has reserved of it without using it."""
+    import torch
 
-    Raises:
-        ExportError: its weights are quantised, so that a merge would keep their rounding errors.
-    """
+    free, _ = torch.cuda.mem_get_info()
+    return (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / GIB
+
+
+def count_parameters(base_model: str | Path) -> int:
+    """How many parameters a model has, from its configuration: no weights are loaded."""
+    return sum(value.numel() for value in _without_weights(base_model).parameters())
+
+
+def _without_weights(base_model: str | Path) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(base_model)))
+
+
+def require_16_bit(model: Any) -> None:
+    """Raises ExportError: the weights are quantised, so that a merge would keep their rounding errors."""
     if getattr(model.config, "quantization_config", None):
         fix = "load it with load_in_4bit=False"
         raise ExportError("the model", found="quantised weights", expected="16-bit ones to merge into", fix=fix)
-    return sum(value.numel() for name, value in model.named_parameters() if "lora_" not in name)
 
 
 def _plain_name(base_model: str | Path) -> str:
@@ -126,9 +237,7 @@ def check_adapter(folder: str | Path, base_model: str | Path) -> str:
     Raises:
         ExportError: a file is missing; another base model, another rank or a shape that the base model does not have.
     """
-    import torch
     from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"):
@@ -140,9 +249,7 @@ def check_adapter(folder: str | Path, base_model: str | Path) -> str:
     if _plain_name(named) != _plain_name(base_model):
         fix = "set MODEL_NAME to the model that the adapter was trained on"
         raise ExportError(where, found=f"base model {named}", expected=str(base_model), fix=fix)
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(base_model)))
-    shapes = {name: tuple(value.shape) for name, value in base.named_parameters()}
+    shapes = {name: tuple(value.shape) for name, value in _without_weights(base_model).named_parameters()}
     matrices = 0
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118, not a dict

@@ -167,7 +167,10 @@ def serve_gguf(
     context_tokens: int = 2048,
     timeout_seconds: float = 120,
 ) -> Iterator[Server]:
-    """Serve a GGUF file on this machine alone, and stop the server when the block ends.
+    """Serve a GGUF file on this machine alone, and stop the server when the block ends, or this process does.
+
+    The server takes a free port itself, and is asked on the one that its own process listens on: a port picked here
+    could be another program's by then, and that program would answer.
 
     Args:
         model: a .gguf file.
@@ -185,12 +188,12 @@ def serve_gguf(
     import httpx
     from openai import OpenAI
 
-    port = _free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [str(program or find_server()), "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    command = [str(program or find_server()), "--model", str(model), "--host", "127.0.0.1", "--port", "0"]
     command += ["--ctx-size", str(context_tokens), "--parallel", "1", "--no-webui", "--offline"]
     # Its threads wait for each other by spinning: more of them than free cores make each token many times slower.
     command += ["--threads", str(min(4, os.cpu_count() or 1))]
+    if shutil.which("setpriv"):  # Linux: the server ends also where this process is killed and cannot end it
+        command = ["setpriv", "--pdeathsig", "KILL", *command]
     environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
@@ -198,14 +201,14 @@ def serve_gguf(
         )
         try:
             deadline = time.monotonic() + timeout_seconds
-            while process.poll() is not None or not _is_healthy(url):
+            while not (url := _healthy_url(process.pid)):
                 late = time.monotonic() > deadline
                 if late or process.poll() is not None:
                     log.seek(0)
                     fix = "allow more timeout_seconds" if late else "export the file again"
                     state = f"no answer in {timeout_seconds:.0f} s" if late else f"ended with {process.returncode}"
                     found = f"{state}, last words: {_last_words(log.read())}"
-                    raise GgufError(f"llama-server on port {port}", found=found, expected="a served model", fix=fix)
+                    raise GgufError("llama-server", found=found, expected="a served model", fix=fix)
                 time.sleep(0.1)
             client = OpenAI(base_url=f"{url}/v1", api_key="none", http_client=httpx.Client(trust_env=False))
             with client:
@@ -219,19 +222,19 @@ def serve_gguf(
                 process.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _is_healthy(url: str) -> bool:
+def _healthy_url(pid: int) -> str:
+    """Where a process serves and says that its model is loaded; "" while it does not."""
     import httpx
+    import psutil
 
     try:
-        return httpx.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
+        for own in psutil.Process(pid).connections("tcp"):
+            url = f"http://127.0.0.1:{own.laddr.port}"
+            if own.status == psutil.CONN_LISTEN and httpx.get(f"{url}/health", timeout=2, trust_env=False).is_success:
+                return url
+    except (httpx.HTTPError, psutil.Error):
+        pass
+    return ""
 
 
 def _last_words(log: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from helpers.errors import InputError
 from helpers.handoff import Run
+from helpers.smollm2 import GGUF_FILE, NAME, PACKAGE
 from helpers.tables import text_table
 
 # A base model's name begins with this -> (its licence on the Hub, what its licence asks of your card)
@@ -15,7 +16,14 @@ LICENCES = {
     "llama-3.1": ("llama3.1", "Built with Llama. The Llama 3.1 Community License applies, and its use policy."),
     "smollm2": ("apache-2.0", "The base model is under the Apache License 2.0."),
 }
-HUB_NAMES = {"SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+HUB_NAMES = {NAME: f"HuggingFaceTB/{NAME}"}
+SMOLLM2_ORIGIN = (  # what `helpers.smollm2` makes of it
+    f"In training, the base weights were those of {GGUF_FILE} (package {PACKAGE}), 4 bits each, turned into 16 bits: "
+    "on the original weights an adapter may answer differently."
+)
+# What the card says of `report.json`'s settings, besides the batch, the steps and the precision.
+SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "learning_rate", "lr_scheduler_type")
+SETTINGS += ("warmup_steps", "optim", "weight_decay", "max_length", "seed")
 USE = {
     "adapter": """from unsloth import FastLanguageModel
 
@@ -38,22 +46,23 @@ def hub_name(base_model: str) -> str:
 
     Example: "SmolLM2-135M-Instruct" -> "HuggingFaceTB/SmolLM2-135M-Instruct"
     """
-    name = HUB_NAMES.get(Path(base_model).name, base_model)
-    return name if name.count("/") == 1 and not name.startswith(("/", ".", "~")) else ""
+    if known := HUB_NAMES.get(Path(base_model).name):
+        return known
+    folder = base_model.startswith(("/", ".", "~")) or Path(base_model).is_dir()
+    return base_model if base_model.count("/") == 1 and not folder else ""
 
 
-def make_model_card(
-    run: Run, *, form: str, name: str, base_model: str, dataset: str, exports: Any = None, rows: int = 0
-) -> str:
+def make_model_card(run: Run, *, form: str, name: str, base_model: str, exports: Any = None) -> str:
     """The card's text: base model and licence, data, settings, versions, metrics, how to use it, limits.
 
+    Data, settings and metrics are those of the training, from `report.json`, not those of the present form fields.
+
     Args:
-        run: holds `lora.json`, `adapter` and `report.json`.
+        run: holds `adapter` and `report.json`.
         form: "adapter", "merged" or "gguf": how the card says to load it.
-        name: the model's name, or `owner/name` on the Hub.
-        base_model, dataset: as in the profile; of a folder or file only its name is written.
+        name: `owner/name` on the Hub; or a name of your own, and then the card loads the form's folder.
+        base_model: as in the profile; of a folder only its name is written.
         exports: the `ExportReport` of chapter 06.
-        rows: how many conversations were trained on.
 
     Raises:
         CardError: the card does not pass `check_model_card`.
@@ -65,8 +74,11 @@ def make_model_card(
         (both for start, both in LICENCES.items() if base.lower().startswith(start)),
         ("other", "The base model's licence applies; look it up before you publish."),
     )
-    data_name = Path(dataset).name if dataset.endswith((".json", ".jsonl")) else dataset
-    public_data = dataset == data_name and "/" in dataset
+    origin = f" {SMOLLM2_ORIGIN}" if base_model == NAME else ""
+    recorded = report["data"]["dataset"]
+    is_file = recorded.endswith((".json", ".jsonl"))
+    data_name = Path(recorded).name if is_file else recorded
+    on_hub = data_name.count("/") == 1
     metrics = [("held-out loss", report["held_out_loss"]["before"], report["held_out_loss"]["after"])]
     metrics += [
         (label, report[key]["before"], report[key]["after"])
@@ -86,7 +98,7 @@ def make_model_card(
     data = ModelCardData(
         model_name=name.rpartition("/")[2],
         base_model=hub_name(base_model) or None,
-        datasets=[data_name] if public_data else None,
+        datasets=[data_name] if on_hub else None,
         library_name={"adapter": "peft", "merged": "transformers", "gguf": "llama.cpp"}[form],
         license=licence,
         license_name="see-the-base-model" if licence == "other" else None,
@@ -95,25 +107,36 @@ def make_model_card(
         tags=["unsloth", "lora", "conversational"],
         eval_results=results,
     )
-    settings = {**run.read_json("lora.json").get("lora", {}), "steps": report["steps"]}
+    place = name if "/" in name else f"./{form}"
     table = [[label, f"{before:.3f}", f"{after:.3f}"] for label, before, after in metrics]
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {name.rpartition('/')[2]}",
-        f"{base}, fine-tuned with LoRA and Unsloth on conversations; this is its {form} form. {terms}",
-        f"## Data\n\n{data_name}" + (f", {rows} training conversations." if rows else "."),
-        f"## Settings\n\n{_code(_lines(settings))}",
+        f"{base}, fine-tuned with LoRA and Unsloth on conversations; this is its {form} form. {terms}{origin}",
+        f"## Data\n\n{data_name}. Trained on: {report['data']['training rows']}. "
+        f"Held out: {report['data']['held-out rows']}.",
+        f"## Settings\n\n{_code(_lines(_settings(report)))}",
         f"## Results\n\n{_code(text_table(['', 'before', 'after'], table))}",
     ]
     if exports is not None:
         parts.append(f"Each saved form against the model in memory:\n\n{_code(repr(exports))}")
     parts += [
-        f"## How to use it\n\n```\n{USE[form].format(name=name)}\n```",
+        f"## How to use it\n\n```\n{USE[form].format(name=place)}\n```",
         "## Limits\n\nIt answers in the manner of its training conversations, also where that does not fit. What it "
         "says may be wrong: check it before you rely on it. It was measured on held-out conversations of the same kind "
         "and on nothing else.",
         f"## Versions\n\n{_code(_lines(run.facts('adapter')['versions']))}",
     ]
     return check_model_card("\n\n".join(parts) + "\n")
+
+
+def _settings(report: Mapping[str, Any]) -> dict[str, Any]:
+    given = report["settings"]
+    chosen = {name: given[name] for name in SETTINGS if name in given}
+    if "target_modules" in chosen:
+        chosen["target_modules"] = ", ".join(chosen["target_modules"])
+    batch = given.get("per_device_train_batch_size", 1) * given.get("gradient_accumulation_steps", 1)
+    computed = {"precision": report["environment"]["precision"], "steps": report["steps"]}
+    return chosen | {"conversations a step": batch} | computed
 
 
 def check_model_card(text: str) -> str:
@@ -158,13 +181,17 @@ def hub_files(folder: str | Path, *, card: str, base_model: str) -> dict[str, Pa
 def publish(folder: str | Path, *, repository: str, card: str, base_model: str, token: str) -> str:
     """Upload a verified artefact to the Hub in one commit; returns the commit's address.
 
+    Before it uploads, the client lets the Hub check the card's header.
+
     Args:
         repository: `owner/name`; made, as a private one, if it does not exist.
         token: one with write access; it is handed to the Hub's client and kept nowhere.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
-    ModelCard(card).validate()
+    Raises:
+        ValueError: the Hub refuses the card; nothing was uploaded.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
     api = HfApi(token=token)
     api.create_repo(repository, private=True, exist_ok=True)
     files = hub_files(folder, card=card, base_model=base_model)

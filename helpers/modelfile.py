@@ -1,5 +1,6 @@
 """An Ollama `Modelfile` whose template is read off the tokenizer's own chat template."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,25 +22,25 @@ class TemplateParts:
 
     Attributes:
         start: in front of the first question, where there is no system message (some templates write one themselves).
-        before_system, after_system: around a system message.
+        before_system, after_system: around a system message; None where the template refuses one.
         to_answer: between a question and its answer; also what ends a prompt.
         to_question: between an answer and the next question.
     """
 
     start: str
-    before_system: str
-    after_system: str
+    before_system: str | None
+    after_system: str | None
     to_answer: str
     to_question: str
 
     def render(self, conversation: Sequence[Message]) -> str:
-        """The prompt for a conversation that ends with a question."""
+        """The prompt for a conversation that ends with a question; without a refused system message, as by Ollama."""
         text = self.start
         for message in conversation:
-            if message["role"] == "system":
-                text = self.before_system + message["content"] + self.after_system
-            else:
+            if message["role"] != "system":
                 text += message["content"] + (self.to_answer if message["role"] == "user" else self.to_question)
+            elif self.before_system is not None:
+                text = self.before_system + message["content"] + self.after_system
         return text
 
 
@@ -49,38 +50,50 @@ def read_template_parts(tokenizer: Any) -> TemplateParts:
     A BOS token that the runtime writes itself (`tokenizer("")` begins with it) is left out.
 
     Raises:
-        ModelfileError: the template does more than put fixed text around each message, so no such parts exist.
+        ModelfileError: the template does more than put fixed text around each message, so no such parts exist; or it
+            refuses a conversation of questions and answers.
     """
+    from jinja2 import TemplateError
+
     probe = [
         {"role": role, "content": _MARK.format(number)}
         for number, role in enumerate(("system", "user", "assistant", "user", "assistant", "user"))
     ]
-    texts = [render_prompt(tokenizer, conversation) for conversation in (probe, probe[1:2])]
-    bos = tokenizer.bos_token or ""
-    if bos and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
-        texts = [text.removeprefix(bos) for text in texts]
-    pieces = _split(texts[0], range(6)), _split(texts[1], [1])
-    if None not in pieces:
-        before_system, after_system, to_answer, to_question, *_ = pieces[0]
-        parts = TemplateParts(pieces[1][0], before_system, after_system, to_answer, to_question)
-        if [parts.render(probe), parts.render(probe[1:2])] == texts:
-            return parts
-    raise ModelfileError(
+    talks = [probe[1:2], probe[1:], probe]
+    try:
+        texts = [_prompt(tokenizer, talk) for talk in talks[:2]]
+    except TemplateError as error:
+        raise _unwritable(f"an error, {error}") from None
+    start, to_answer, to_question = _between_marks(texts[1])
+    before_system = after_system = None
+    try:
+        texts.append(_prompt(tokenizer, probe))
+        before_system, after_system, _ = _between_marks(texts[2])
+    except TemplateError:  # Gemma's own template, for one, refuses a system message
+        talks.pop()
+    parts = TemplateParts(start, before_system, after_system, to_answer, to_question)
+    if [parts.render(talk) for talk in talks] != texts:
+        raise _unwritable("one that changes messages or depends on their place")
+    return parts
+
+
+def _prompt(tokenizer: Any, conversation: Sequence[Message]) -> str:
+    text, bos = render_prompt(tokenizer, conversation), tokenizer.bos_token or ""
+    return text.removeprefix(bos) if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else text
+
+
+def _between_marks(text: str) -> list[str]:
+    """What stands before the first three marks; "" where a template dropped or changed one."""
+    return [*re.split(_MARK.format("[0-9]"), text), "", ""][:3]
+
+
+def _unwritable(found: str) -> ModelfileError:
+    return ModelfileError(
         "the chat template",
-        found="one that changes messages or depends on their place",
+        found=found,
         expected="the same text around each question and answer",
         fix="write the Modelfile's TEMPLATE by hand; llama.cpp uses the template inside the GGUF file",
     )
-
-
-def _split(text: str, numbers: Sequence[int]) -> list[str] | None:
-    pieces = []
-    for number in numbers:
-        before, found, text = text.partition(_MARK.format(number))
-        if not found:
-            return None
-        pieces.append(before)
-    return [*pieces, text]
 
 
 def ollama_template(parts: TemplateParts) -> str:
@@ -91,11 +104,15 @@ def ollama_template(parts: TemplateParts) -> str:
         {{ .System }}<|im_end|>
         <|im_start|>user
         {{ else }}… and so on, to the opening of the answer
+
+    Where the chat template refuses system messages, there is no branch for `.System`: Ollama then leaves one out.
     """
+    start = _literal(parts.start)
+    if parts.before_system is not None:
+        system = f"{_literal(parts.before_system)}{{{{ .System }}}}{_literal(parts.after_system)}"
+        start = f"{{{{ if .System }}}}{system}{{{{ else }}}}{start}{{{{ end }}}}"
     question = f'{{{{ if eq .Role "user" }}}}{{{{ .Content }}}}{_literal(parts.to_answer)}'
     answer = f'{{{{ else if eq .Role "assistant" }}}}{{{{ .Content }}}}{_literal(parts.to_question)}{{{{ end }}}}'
-    system = f"{_literal(parts.before_system)}{{{{ .System }}}}{_literal(parts.after_system)}"
-    start = f"{{{{ if .System }}}}{system}{{{{ else }}}}{_literal(parts.start)}{{{{ end }}}}"
     return f"{start}{{{{ range .Messages }}}}{question}{answer}{{{{ end }}}}"
 
 

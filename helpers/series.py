@@ -152,7 +152,8 @@ def run_chapters(
     """
     chapters, runs, parameters = list(chapters), [], absolute_paths(parameters or {})
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else each kernel start prints four lines about it
-    before, os.environ["CATCH_UP"] = os.environ.get("CATCH_UP"), "0"
+    before = {name: os.environ.get(name) for name in ("CATCH_UP", "HEADLESS")}
+    os.environ |= {"CATCH_UP": "0", "HEADLESS": "1"}  # HEADLESS: Colab's kernel does not know that nobody reads along
     try:
         for number, chapter in enumerate(chapters, 1):
             print(f"[{number}/{len(chapters)}] {chapter} …", flush=True)
@@ -162,9 +163,9 @@ def run_chapters(
             if run.failure:
                 break
     finally:
-        os.environ.pop("CATCH_UP")
-        if before is not None:
-            os.environ["CATCH_UP"] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ |= {} if value is None else {name: value}
     return runs
 
 
@@ -189,9 +190,10 @@ def save_measures(runs: Iterable[ChapterRun], path: Path, *, profile: str) -> No
     import torch
 
     gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name(0) if gpu else f"{os.cpu_count()} CPU cores"
     # Losses depend on a CPU's kind, not on how many cores it has: the regression asks for this name.
-    kind = device if gpu else f"{torch.backends.cpu.get_cpu_capability()} CPU"
+    capability = torch.backends.cpu.get_cpu_capability()
+    kind = torch.cuda.get_device_name(0) if gpu else f"{capability} CPU"
+    device = kind if gpu else f"{os.cpu_count()} CPU cores with {capability}"
     where = {"profile": profile, "device": device, "kind": kind}
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     kept = before if all(before.get(name) == value for name, value in where.items()) else {}

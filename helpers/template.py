@@ -1,14 +1,39 @@
 """Render conversations with the tokenizer's chat template, and check that the two fit together."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from helpers.errors import InputError
+from helpers.handoff import fingerprint
 from helpers.tables import html_table, text_table
-from helpers.turns import TokenBytes, Turns, TurnsError, joined, read_turns, render
+from helpers.turns import FIXED_DATE, TokenBytes, Turns, TurnsError, joined, read_turns, render
 
+# What a server hands to a template, with values as they may be: llama-server does (common/chat.cpp), and so do others.
+SERVER_VARIABLES = {
+    "date_string": "Zq2d",
+    "datetime": "Zq2d",
+    "enable_thinking": True,
+    "strftime_now": "Zq2d{}".format,
+}
 _QUESTION = [{"role": "user", "content": "Zq0u"}]
 _ANSWER = [{"role": "assistant", "content": "Zq1a"}]
+
+
+def pin_date(template: str) -> str:
+    """A chat template that prints 26 July 2024 whoever renders it: a server would hand today's date to it.
+
+    So a model is asked with the very text that it was trained with. Unsloth's Llama template prints this date by
+    itself, so that what the tokenizer renders stays the same; a template without a date is returned as it is.
+
+    Example: "{{- bos_token }}… {{ date_string }}" ->
+        "{%- set date_string = \"26 July 2024\" %}{{- bos_token }}… {{ date_string }}"
+    """
+    call = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
+    template = call.sub(lambda found: f"{found[1]}{FIXED_DATE.strftime(found[2])}{found[1]}", template)
+    pinned = f'{{%- set date_string = "{FIXED_DATE:%d %B %Y}" %}}'
+    return pinned + template if "date_string" in template and not template.startswith(pinned) else template
 
 
 class FormatError(InputError):
@@ -43,7 +68,7 @@ def format_conversations(examples: Mapping, tokenizer) -> dict[str, list[str]]:
             expected="a column 'conversations'",
             fix="rename the column, and call standardize_sharegpt on ShareGPT data first",
         )
-    extra = tokenizer.bos_token if _adds_bos(tokenizer) else ""
+    extra = tokenizer.bos_token if adds_bos(tokenizer) else ""
     texts = []
     for row, messages in enumerate(examples["conversations"]):
         try:
@@ -151,7 +176,9 @@ def check_template(tokenizer, *, model=None, original=None) -> TemplateReport:
         ("end of an answer", repr(table.text(turns.answer_end))),
     ]
     problems += [*_stop(tokenizer, turns, model), *_bos(tokenizer), *_generation_prompt(tokenizer, table, turns)]
-    if len({render(tokenizer, _QUESTION + _ANSWER) for _ in range(20)}) > 1:
+    if len({render(tokenizer, _QUESTION + _ANSWER) for _ in range(20)}) == 1:
+        problems += _server_variables(tokenizer)
+    else:
         problems.append(
             TemplateCheck(
                 "not_deterministic",
@@ -162,7 +189,27 @@ def check_template(tokenizer, *, model=None, original=None) -> TemplateReport:
     return TemplateReport(tuple(facts), tuple(problems), tuple(_put_right(tokenizer)))
 
 
-def _adds_bos(tokenizer) -> bool:
+def require_template(tokenizer: Any, *, expected: str, model: Any = None) -> None:
+    """Make sure that a saved model was loaded with the chat template that it was trained with, and that the two fit.
+
+    Args:
+        tokenizer: as it was loaded.
+        expected: the fingerprint that chapter 04 recorded: `run.facts("adapter")["template"]`.
+        model: as for `check_template`.
+
+    Raises:
+        TemplateError: another template, or one that `check_template` finds a problem in.
+    """
+    found = fingerprint(tokenizer.chat_template or "")
+    if found != expected:
+        fix = "load the tokenizer from the adapter's folder, and set no template after that; or run chapter 04 again"
+        raise TemplateError(
+            "chat template", found=f"fingerprint {found}", expected=f"{expected}, as in training", fix=fix
+        )
+    check_template(tokenizer, model=model).raise_if_failed()
+
+
+def adds_bos(tokenizer) -> bool:
     """Whether the tokenizer puts a BOS token in front of every text by itself."""
     return tokenizer.bos_token_id is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
 
@@ -245,7 +292,7 @@ def _bos(tokenizer) -> Iterator[TemplateCheck]:
             f"training texts begin with {trained} BOS tokens, prompts at inference with {inferred}",
             "write {{ bos_token }} at the start of tokenizer.chat_template",
         )
-    if _adds_bos(tokenizer) and tokenizer.bos_token in tokenizer.chat_template:
+    if adds_bos(tokenizer) and tokenizer.bos_token in tokenizer.chat_template:
         yield TemplateCheck(
             "bos_spelled_out",
             f"the template spells {tokenizer.bos_token} out; Unsloth on a GPU then adds no BOS token to the texts",
@@ -278,15 +325,22 @@ def _generation_prompt(tokenizer, table: TokenBytes, turns: Turns) -> Iterator[T
         )
 
 
+def _server_variables(tokenizer) -> Iterator[TemplateCheck]:
+    text = render(tokenizer, _QUESTION)
+    for name, value in SERVER_VARIABLES.items():
+        if render(tokenizer, _QUESTION, **{name: value}) != text:
+            yield TemplateCheck(
+                "server_variable",
+                f"the text changes with {name}, which a server such as llama-server sets in its own way",
+                "tokenizer.chat_template = pin_date(tokenizer.chat_template) pins a date; write others into it",
+            )
+
+
 def _put_right(tokenizer) -> Iterator[TemplateCheck]:
     text = render(tokenizer, _QUESTION)
-    if _adds_bos(tokenizer) and text.startswith(tokenizer.bos_token):
+    if adds_bos(tokenizer) and text.startswith(tokenizer.bos_token):
         yield TemplateCheck(
             "double_bos",
             f"both the template and the tokenizer write {tokenizer.bos_token}",
             "format_conversations leaves it to the tokenizer",
-        )
-    if text != render(tokenizer, _QUESTION, strftime_now="{}".format):
-        yield TemplateCheck(
-            "prints_date", "the template prints today's date", "format_conversations gives it a fixed one"
         )

@@ -16,6 +16,7 @@ from helpers.errors import InputError
 
 ROW_END = b"\xff\xff"  # between rows, and in place of padding
 _CODE_LENGTH = 7  # one byte 0xFF and six digits of base 7, 0xF8 to 0xFE
+FIXED_DATE = datetime.date(2024, 7, 26)  # Llama 3's templates print this one unless they are told another
 
 
 class TurnsError(InputError):
@@ -168,8 +169,7 @@ def _next(positions: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 def render(tokenizer, messages: list[dict], **options) -> str:
     """The template's text for one conversation. A template that prints today's date prints 26 July 2024, as Llama's."""
-    fixed_date = {"strftime_now": datetime.date(2024, 7, 26).strftime}
-    return tokenizer.apply_chat_template(messages, tokenize=False, **(fixed_date | options))
+    return tokenizer.apply_chat_template(messages, tokenize=False, **({"strftime_now": FIXED_DATE.strftime} | options))
 
 
 def joined(tokenizer, table: TokenBytes, text: str) -> bytes:

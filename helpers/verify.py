@@ -22,6 +22,7 @@ SCORED_TOKENS = 64  # how much of each held-out answer is scored
 TOP_TOKENS = 100  # how many candidates a server is asked for at each scored token
 TIE = 0.5  # logits: bfloat16 rounds those of the best tokens, 16 to 32, to steps of 0.125, and every layer rounds too
 TIED_TOKENS = 8  # candidates that are looked at for a tie
+END = -1  # stands for whichever token ends a reply
 PERPLEXITY_LIMITS = {"q8_0": 0.01, "q4_k_m": 0.10}  # how far perplexity may be off; other quantised files: the latter
 
 
@@ -33,8 +34,8 @@ class Probe:
         replies: its greedy replies, one a conversation.
         log_probs: for each held-out answer, the log-probability of each of its tokens.
         distributions: the same for every token of the vocabulary, an array (tokens, vocabulary) an answer; or none.
-        rivals: for each token of each reply, the best tokens in its place, {token: how many logits it is from the one
-            that was taken}; or none.
+        rivals: for each token of each reply and for its end, the best tokens in its place, {token: how many logits it
+            is from the one that was taken}, with the reply's end as `END`; or none.
     """
 
     replies: tuple[str, ...]
@@ -63,13 +64,19 @@ def held_out_answer(tokenizer: Any, model_stops: Sequence[int], conversation: Se
 
 
 def probe_model(
-    model: Any, tokenizer: Any, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int = 96
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int = 96,
+    with_rivals: bool = True,
 ) -> Probe:
     """Ask a loaded model for its replies, and how likely it finds the held-out answers.
 
     Args:
         conversations: held-out ones, each ending with an answer.
         max_new_tokens: the longest reply.
+        with_rivals: look for near ties, which only the model that others are held against needs.
     """
     stops = stop_tokens(tokenizer, model)
     replies = batch_replies(model, tokenizer, [turns[:-1] for turns in conversations], max_new_tokens=max_new_tokens)
@@ -79,17 +86,23 @@ def probe_model(
         distribution = _next_tokens(model, prompt_ids, answer_ids).log_softmax(-1)
         distributions.append(distribution.numpy())
         chosen.append(tuple(distribution[range(len(answer_ids)), answer_ids].tolist()))
-        rivals.append(_rivals(model, prompt_ids, reply_tokens(tokenizer, reply)))
+        if with_rivals:
+            rivals.append(_rivals(model, prompt_ids, reply_tokens(tokenizer, reply), stops))
     return Probe(tuple(replies), tuple(chosen), tuple(distributions), tuple(rivals))
 
 
-def _rivals(model: Any, prompt_ids: list[int], reply_ids: list[int]) -> tuple[dict[int, float], ...]:
-    if not reply_ids:
-        return ()
-    logits = _next_tokens(model, prompt_ids, reply_ids)
+def _rivals(
+    model: Any, prompt_ids: list[int], reply_ids: list[int], stops: Sequence[int]
+) -> tuple[dict[int, float], ...]:
+    import torch
+
+    logits = _next_tokens(model, prompt_ids, [*reply_ids, END])
+    ends = logits[:, list(stops)].amax(1)
+    taken = torch.cat([logits[torch.arange(len(reply_ids)), torch.tensor(reply_ids, dtype=torch.long)], ends[-1:]])
     best = logits.topk(TIED_TOKENS)
-    gaps = (best.values - logits[range(len(reply_ids)), reply_ids][:, None]).abs().tolist()
-    return tuple(dict(zip(*pair, strict=True)) for pair in zip(best.indices.tolist(), gaps, strict=True))
+    gaps, end_gaps = (best.values - taken[:, None]).abs().tolist(), (ends - taken).abs().tolist()
+    places = zip(best.indices.tolist(), gaps, end_gaps, strict=True)
+    return tuple(dict(zip(tokens, gap, strict=True)) | {END: end_gap} for tokens, gap, end_gap in places)
 
 
 def reply_tokens(tokenizer: Any, reply: str) -> list[int]:
@@ -173,7 +186,7 @@ def _probe_job(job: Mapping[str, Any]) -> dict[str, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype="auto").to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(job["folder"])
-    probe = probe_model(model, tokenizer, job["conversations"], max_new_tokens=job["max_new_tokens"])
+    probe = probe_model(model, tokenizer, job["conversations"], max_new_tokens=job["max_new_tokens"], with_rivals=False)
     for row, distribution in enumerate(probe.distributions):
         np.save(Path(job["scratch"]) / f"{row}.npy", distribution)
     return {"replies": probe.replies, "log_probs": probe.log_probs}
@@ -399,6 +412,7 @@ def _compare_replies(reference: Probe, replies: Sequence[str], tokenizer: Any) -
         if expected == found:
             same += 1
             continue
+        ours, theirs = [*ours, END], [*theirs, END]  # one may stop where the other goes on
         part = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
         if part is not None:
             ties += reference.rivals[row][part].get(theirs[part], TIE + 1) <= TIE

@@ -10,6 +10,8 @@ import json
 import pathlib
 from dataclasses import dataclass
 
+from helpers.template import pin_date
+
 CORPUS = [
     "What is the capital of France? The capital of France is Paris.",
     "Please write a function that adds two numbers:\n\ndef add(a, b):\n    return a + b\n",
@@ -87,7 +89,7 @@ def chat_template(name: str) -> str:
 
 
 def build(name: str):
-    """The tokenizer of `ALL_KINDS[name]`."""
+    """The tokenizer of `ALL_KINDS[name]`, its template's date pinned as chapter 03 does."""
     if name == "smollm2":
         from transformers import AutoTokenizer
 
@@ -96,7 +98,7 @@ def build(name: str):
         return AutoTokenizer.from_pretrained(prepare_smollm2())
     kind = ALL_KINDS[name]
     tokenizer = llama3() if name == "llama-3.1" else _wrap(_small(kind), kind)
-    tokenizer.chat_template = chat_template(kind.template)
+    tokenizer.chat_template = pin_date(chat_template(kind.template))
     return tokenizer
 
 

@@ -1,7 +1,11 @@
 """Replies of the real small model."""
 
 import copy
+import json
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +22,7 @@ from helpers.chat import (
 )
 from helpers.smollm2 import prepare_smollm2
 
+ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = [
     "What is the capital of France?",
     "Hi!",
@@ -85,6 +90,13 @@ def test_two_bos_tokens_are_refused(shared_tokenizer):
         render_prompt(tokenizer, conversations()[0])
 
 
+def test_a_missing_bos_token_is_refused_where_training_has_one(shared_tokenizer):
+    tokenizer = copy.deepcopy(shared_tokenizer("llama-3.1"))
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{- bos_token }}", "")
+    with pytest.raises(ChatError, match="no <.begin_of_text.> at its start, expected one"):
+        render_prompt(tokenizer, conversations()[0])
+
+
 def test_the_streamed_pieces_are_the_reply(chat_model):
     model, tokenizer = chat_model
     pieces = []
@@ -120,6 +132,43 @@ def test_sampling_draws(chat_model):
     torch.manual_seed(1)
     drawn = {stream_reply(*chat_model, conversations()[2], max_new_tokens=12, temperature=1.5).text for _ in range(4)}
     assert len(drawn) > 1
+
+
+def test_min_p_leaves_out_what_is_less_likely(chat_model):
+    """At 1.0 only the likeliest token is left, however flat the distribution: the greedy reply."""
+    import torch
+
+    torch.manual_seed(1)
+    options = dict(max_new_tokens=12)
+    drawn = stream_reply(*chat_model, conversations()[2], temperature=1.5, min_p=1.0, **options)
+    assert drawn.text == stream_reply(*chat_model, conversations()[2], **options).text
+
+
+UNSLOTH = """
+import json, sys
+from unsloth import FastLanguageModel
+import torch
+from helpers.chat import batch_replies, stream_reply
+folder, *questions = json.loads(sys.argv[1])
+model, tokenizer = FastLanguageModel.from_pretrained(folder, dtype=torch.float32, load_in_4bit=False)
+FastLanguageModel.for_inference(model)
+conversations = [[{"role": "user", "content": question}] for question in questions]
+batched = batch_replies(model, tokenizer, conversations, max_new_tokens=24, batch_size=3)
+single = [batch_replies(model, tokenizer, [one], max_new_tokens=24)[0] for one in conversations]
+streamed = [stream_reply(model, tokenizer, one, max_new_tokens=24).text for one in conversations]
+print(json.dumps([batched, single, streamed]))
+"""
+
+
+@pytest.mark.slow
+def test_batched_replies_equal_single_ones_through_unsloth():
+    """In a process of its own: Unsloth patches Transformers, and its inference mode has its own way to generate."""
+    given = json.dumps([str(prepare_smollm2()), *QUESTIONS])
+    done = subprocess.run([sys.executable, "-c", UNSLOTH, given], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    batched, single, streamed = json.loads(done.stdout.splitlines()[-1])
+    assert batched == single == streamed
+    assert "Paris" in batched[0]
 
 
 LONG = [

@@ -1,11 +1,14 @@
 """The chat box with the real small model: what it remembers, shows, escapes and saves. The browser: test_browser.py."""
 
 import json
+import sys
+import threading
 import time
+import types
 
 import pytest
 
-from helpers.chat import stream_reply
+from helpers.chat import batch_replies, stream_reply
 from helpers.chat_box import ChatBox, Exchange, has_reader
 from helpers.smollm2 import prepare_smollm2
 
@@ -84,6 +87,14 @@ def test_headless_it_asks_the_script(box, capsys):
     assert printed.count("you: ") == 2 and printed.count("tuned: ") == 2 and printed.count("base: ") == 2
 
 
+def test_a_run_without_a_reader_says_so_itself(monkeypatch):
+    """Colab's kernel cannot be asked: there, what `helpers.series` sets decides."""
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    assert has_reader()
+    monkeypatch.setenv("HEADLESS", "1")
+    assert not has_reader()
+
+
 def wait_until(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -109,18 +120,72 @@ def test_the_widgets_work(box, tmp_path):
     assert box.exchanges == [] and widgets["history"].value == ""
 
 
+STORY = "Tell me a very long story about a lighthouse, with many chapters."
+
+
 def test_the_stop_button_ends_a_reply(box):
     box.widget()
     widgets = box._widgets
     widgets["max_new_tokens"].value = 256
     widgets["sides"].value = "base model"
-    widgets["question"].value = "Tell me a very long story about a lighthouse, with many chapters."
+    widgets["question"].value = STORY
     widgets["send"].click()
     wait_until(lambda: box.exchanges and box.exchanges[0].replies.get("base"))
     widgets["stop"].click()
     wait_until(lambda: not widgets["send"].disabled)
-    assert any("stop" in note or "end of turn" in note for note in box.exchanges[0].notes)
-    assert int(box.exchanges[0].notes[-1].split()[1]) < 256
+    note = box.exchanges[0].notes[-1]
+    assert note.endswith(", stop")  # left alone, the reply ends at its limit
+    assert int(note.split()[1]) < 200
+
+
+def test_stop_skips_the_side_that_has_not_begun(box):
+    box.widget()
+    widgets = box._widgets
+    widgets["max_new_tokens"].value = 256
+    box.sides = ("base", "tuned")  # the base model first: this adapter's replies are noise, and may be short
+    widgets["question"].value = STORY
+    widgets["send"].click()
+    wait_until(lambda: box.exchanges and box.exchanges[0].replies.get("base"))
+    widgets["stop"].click()
+    wait_until(lambda: not widgets["send"].disabled)
+    assert list(box.exchanges[0].replies) == ["base"]
+    assert box.exchanges[0].notes[-1] == "tuned: not asked, you pressed Stop"
+    assert box.conversation("tuned") == []
+    assert [row["model"] for row in box.transcript()] == ["base"]
+
+
+def test_both_replies_stand_in_two_columns(box):
+    box.exchanges.append(Exchange("Hi", {"tuned": "t1", "base": "b1"}, ["note"]))
+    columns = box.html().split("display:flex")[1]
+    assert columns.index("t1") < columns.index("b1")
+    inside = columns[: columns.index("b1")]
+    assert inside.count("<div") - inside.count("</div>") == 1  # b1's own: the row is still open, t1 is closed
+    assert "flex:1" in inside and "display:flex" not in box.html().split("display:flex")[0]
+
+
+def test_sliders_and_box_agree_at_once(tuned):
+    box = ChatBox(*tuned, max_seq_length=64, max_new_tokens=96, temperature=3.0, min_p=0.9)
+    box.widget()
+    for name, value in {"max_new_tokens": 32, "temperature": 2.0, "min_p": 0.5}.items():
+        assert (getattr(box, name), box._widgets[name].value) == (value, value)
+
+
+def test_a_cell_waits_while_the_box_answers(box, tuned):
+    """The box asks the base model; what a cell asks meanwhile is answered afterwards, and by the tuned model."""
+    model, tokenizer = tuned
+    alone = batch_replies(model, tokenizer, [[{"role": "user", "content": QUESTION}]], max_new_tokens=12)
+    box.sides, box.max_new_tokens = ("base",), 48
+    thread = threading.Thread(target=box.ask, args=(STORY,))
+    thread.start()
+    wait_until(lambda: box.exchanges and box.exchanges[0].replies.get("base"))
+    meanwhile = batch_replies(model, tokenizer, [[{"role": "user", "content": QUESTION}]], max_new_tokens=12)
+    finished = bool(box.exchanges[0].notes)
+    thread.join()
+    assert meanwhile == alone
+    assert finished
+    with model.disable_adapter():
+        base = stream_reply(model, tokenizer, [{"role": "user", "content": STORY}], max_new_tokens=48)
+    assert box.exchanges[0].replies["base"] == base.text
 
 
 def test_a_question_that_is_too_long_is_answered_in_the_status_line(box):

@@ -1,6 +1,7 @@
 """What an export refuses before it writes, and what it leaves behind when it is interrupted."""
 
 import collections
+import importlib.util
 import json
 import os
 import shutil
@@ -10,9 +11,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub import serve_hub
 
-from helpers.export import ExportError, check_adapter, count_parameters, hub_token, keep_gguf, list_files, plan_export
-from helpers.handoff import HandoffError, open_run
+from helpers.export import (
+    GGUF_TYPES,
+    ExportError,
+    check_adapter,
+    check_push,
+    count_parameters,
+    hub_token,
+    keep_gguf,
+    list_files,
+    plan_export,
+    read_gguf_types,
+    require_16_bit,
+)
+from helpers.handoff import HandoffError, fingerprint, open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ["q_proj", "down_proj"]
@@ -110,40 +124,138 @@ def test_a_quantised_model_is_not_merged(saved):
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(saved[0])
-    count = base.num_parameters()
+    assert count_parameters(saved[0]) == base.num_parameters()
     model = PeftModel.from_pretrained(base, saved[1])
-    assert count_parameters(model) == count
+    require_16_bit(model)
     model.config.quantization_config = {"load_in_4bit": True}
     with pytest.raises(ExportError, match="load_in_4bit=False"):
-        count_parameters(model)
+        require_16_bit(model)
 
 
-def free(monkeypatch, *, disk_gib, memory_gib):
+def test_parameters_are_counted_once_and_without_weights(tmp_path):
+    from helpers.smollm2 import prepare_smollm2
+
+    for name in ("config.json", "generation_config.json"):  # its embedding is also its last layer
+        shutil.copy(prepare_smollm2() / name, tmp_path)
+    assert count_parameters(tmp_path) == 134_515_008
+
+
+# What the form says
+
+
+def test_the_form_names_gguf_types():
+    assert read_gguf_types("Q4_K_M, q8_0 q8_0") == ("q4_k_m", "q8_0")
+    assert read_gguf_types("") == read_gguf_types(None) == ()
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16", "f32", "fast_quantized", "not_quantized", "q4_k", "iq2_xxs", "q9"])
+def test_a_gguf_type_that_would_fail_later_is_refused(name):
+    with pytest.raises(ExportError, match=f"GGUF: found {name}, expected some of q2_k, .*q8_0.*leave GGUF empty"):
+        read_gguf_types(f"q8_0, {name}")
+
+
+def test_the_allowed_types_are_known_to_unsloth_and_to_llama_cpp():
+    from helpers.gguf import cached_llama_cpp
+
+    source = Path(importlib.util.find_spec("unsloth").submodule_search_locations[0], "save.py").read_text()
+    allowed = source[source.index("ALLOWED_QUANTS = {") : source.index("IMATRIX_QUANTS = {")]
+    assert all(f'"{name}":' in allowed for name in GGUF_TYPES)
+    program = cached_llama_cpp() / "llama-quantize"
+    if not program.exists():
+        pytest.skip("llama.cpp is not built: run `make llama-cpp`")
+    said = subprocess.run([program], capture_output=True, text=True)
+    words = (said.stdout + said.stderr).split()
+    assert all(name.upper() in words for name in GGUF_TYPES)
+
+
+@pytest.fixture
+def no_token(monkeypatch, tmp_path):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+
+
+def test_what_can_be_published_passes(monkeypatch, no_token):
+    check_push("", "adapter", quantization=())  # nothing is published: no token is needed
+    monkeypatch.setenv("HF_TOKEN", "from-the-environment")
+    check_push("me/Llama-3.2-mine", "gguf", quantization=("q8_0",))
+
+
+@pytest.mark.parametrize(
+    ("push_to", "form", "quantization", "said"),
+    [
+        ("", "GGUF", ("q8_0",), "PUSH_FORM: found 'GGUF', expected one of adapter, merged, gguf"),
+        ("", "gguf", (), "PUSH_FORM: found gguf, and an empty GGUF"),
+        ("me/tuned", "gguf", (), "PUSH_FORM: found gguf, and an empty GGUF"),
+        ("tuned", "adapter", (), "PUSH_TO: found 'tuned', expected your-name/your-model"),
+        ("me/my/tuned", "adapter", (), "PUSH_TO: found 'me/my/tuned'"),
+        ("me/my model", "adapter", (), "PUSH_TO: found 'me/my model'"),
+        ("https://huggingface.co/me/tuned", "adapter", (), "PUSH_TO: found 'https"),
+        ("me/tuned", "adapter", (), "HF_TOKEN: found no token"),
+    ],
+)
+def test_what_could_not_be_published_is_refused_at_once(no_token, push_to, form, quantization, said):
+    with pytest.raises(ExportError, match=said):
+        check_push(push_to, form, quantization=quantization)
+
+
+def free(monkeypatch, *, disk_gib, memory_gib, gpu_gib=None, drive_gib=None, drive=None):
+    """A machine with so much free; `drive` is on a disk of its own where `drive_gib` is given."""
     import psutil
+    import torch
 
     memory = collections.namedtuple("memory", "available")(memory_gib * 2**30)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    usage = collections.namedtuple("usage", "free")(disk_gib * 2**30)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    usage, stat = collections.namedtuple("usage", "free"), os.stat
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage((drive_gib if path == drive else disk_gib) * 2**30))
+    if drive_gib is not None:
+        device = collections.namedtuple("stat", "st_dev")(-1)
+        monkeypatch.setattr(os, "stat", lambda path, **given: device if path == drive else stat(path, **given))
+    if gpu_gib is not None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gpu_gib * 2**30, 15 * 2**30))
 
 
-LLAMA_3B, LLAMA_8B = 3_212_749_824, 8_030_261_248
+LLAMA_1B, LLAMA_3B, LLAMA_8B = 1_235_814_400, 3_212_749_824, 8_030_261_248
 
 
-def test_the_prediction_follows_the_models_size(tmp_path):
+def test_the_prediction_follows_the_models_size(tmp_path, monkeypatch):
+    free(monkeypatch, disk_gib=70, memory_gib=11, gpu_gib=14.5)
     plan = plan_export(2**30, folder=tmp_path, quantization=("q8_0", "q4_k_m"))
     assert plan.rows[0] == ("merge", 2.0, 2.0, 3.5)
     assert plan.rows[1][1:3] == (pytest.approx(4 + 1.9), pytest.approx(1.9))
     assert plan.needed_disk_gib == pytest.approx(2 + 4 + 1.9)
+    assert plan.limits["GPU memory"] == (3.0, 14.5)
+    shown = repr(plan_export(LLAMA_1B, folder=tmp_path, quantization=("q4_k_m", "q8_0")))
+    for numbers in ("2.30 2.30 3.80", "6.79 2.19 3.80"):  # the docstring's example
+        assert numbers in " ".join(shown.split())
+
+
+def test_without_a_gpu_it_counts_float32_weights(tmp_path, monkeypatch):
+    """As measured: 0.75 billion parameters took 6.3 and 8.2 GiB of memory, and 5.4 GiB of disk for the GGUF files."""
+    free(monkeypatch, disk_gib=70, memory_gib=20)
+    plan = plan_export(748_750_000, folder=tmp_path, quantization=("q4_k_m", "q8_0"))
+    assert 6.3 < plan.rows[0][3] < 8.2 and 8.2 < plan.rows[1][3] < 10.7
+    assert plan.rows[1][1] == pytest.approx(5.4, rel=0.05)
+    assert "GPU memory" not in plan.limits
 
 
 def test_a_free_colab_vm_exports_3b_but_not_8b(tmp_path, monkeypatch):
-    free(monkeypatch, disk_gib=70, memory_gib=11)
+    free(monkeypatch, disk_gib=70, memory_gib=11, gpu_gib=14.5)
     assert plan_export(LLAMA_3B, folder=tmp_path, quantization=("q4_k_m",)).ok
     plan = plan_export(LLAMA_8B, folder=tmp_path, quantization=("q4_k_m",))
     assert not plan.ok
-    with pytest.raises(ExportError, match="memory: found 11.0 GiB free, expected 16.5 GiB.*the adapter is saved"):
+    with pytest.raises(
+        ExportError, match="memory: found 11.0 GiB free, expected 16.5 GiB.*the adapter is saved"
+    ) as said:
         plan.raise_if_failed()
+    assert "GGUF" not in str(said.value)  # without the GGUF files it would need no less
+
+
+def test_a_gpu_that_is_too_small_is_refused(tmp_path, monkeypatch):
+    free(monkeypatch, disk_gib=70, memory_gib=50, gpu_gib=6)
+    with pytest.raises(ExportError, match="GPU memory: found 6.0 GiB free, expected 7.0 GiB.*restart the kernel"):
+        plan_export(LLAMA_3B, folder=tmp_path).raise_if_failed()
 
 
 def test_too_small_a_disk_is_refused_with_what_would_fit(tmp_path, monkeypatch):
@@ -151,6 +263,20 @@ def test_too_small_a_disk_is_refused_with_what_would_fit(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="disk: found 8.0 GiB free, expected .*Fix: leave GGUF empty, or free some"):
         plan_export(LLAMA_3B, folder=tmp_path, quantization=("q4_k_m",)).raise_if_failed()
     plan_export(LLAMA_3B, folder=tmp_path).raise_if_failed()
+
+
+def test_the_copy_on_drive_is_counted(tmp_path, monkeypatch):
+    drive = tmp_path / "drive"
+    drive.mkdir()
+    without = plan_export(LLAMA_3B, folder=tmp_path, quantization=("q4_k_m",))
+    beside = plan_export(LLAMA_3B, folder=tmp_path, quantization=("q4_k_m",), drive=drive)
+    kept = sum(row[2] for row in without.rows)
+    assert beside.needed_disk_gib == pytest.approx(without.needed_disk_gib + kept) and beside.drive_gib is None
+    free(monkeypatch, disk_gib=70, memory_gib=50, drive=drive, drive_gib=5)
+    plan = plan_export(LLAMA_3B, folder=tmp_path, quantization=("q4_k_m",), drive=drive)
+    assert plan.drive_gib == (pytest.approx(kept), 5) and plan.needed_disk_gib == without.needed_disk_gib
+    with pytest.raises(ExportError, match="DRIVE_DIR: found 5.0 GiB free, expected .*leave DRIVE_DIR empty"):
+        plan.raise_if_failed()
 
 
 def test_only_finished_gguf_files_stay(tmp_path):
@@ -235,10 +361,7 @@ def test_the_token_comes_from_the_environment(monkeypatch):
     assert hub_token() == "from-the-environment"
 
 
-def test_the_token_is_the_one_that_hf_auth_login_wrote_or_its_lack_is_said(monkeypatch, tmp_path):
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+def test_the_token_is_the_one_that_hf_auth_login_wrote_or_its_lack_is_said(no_token, tmp_path):
     with pytest.raises(ExportError, match="HF_TOKEN: found no token"):
         hub_token()
     (tmp_path / "token").write_text("from-the-file\n")
@@ -252,7 +375,7 @@ COUNTED = ", ".join(map(str, range(1, 13)))
 
 @pytest.mark.slow
 def test_chapter_06_in_an_awkward_folder_with_a_token_in_the_environment(tmp_path, monkeypatch, capfd):
-    """The real chapter; what it writes is complete, and the token is in none of it."""
+    """The real chapter, publishing to a stand-in Hub; what it writes is complete, and the token is in none of it."""
     from helpers.gguf import cached_llama_cpp
     from helpers.series import run_chapter
 
@@ -262,10 +385,17 @@ def test_chapter_06_in_an_awkward_folder_with_a_token_in_the_environment(tmp_pat
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, SECRET)
     monkeypatch.setenv("CATCH_UP", "0")
-    parameters = {"PROFILE": "cpu", "RUN_DIR": str(run_dir), "GGUF": "q8_0"}
-    done = run_chapter("06_save", executed_dir=run_dir / "executed", parameters=parameters)
+    parameters = {"PROFILE": "cpu", "RUN_DIR": str(run_dir), "GGUF": "q8_0", "PUSH_TO": "me/tuned"}
+    with serve_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        done = run_chapter("06_save", executed_dir=run_dir / "executed", parameters=parameters)
     assert done.failure == ""
-    assert "exports answer as the model in memory" in done.result
+    assert "forms answer within their limits" in done.result
+    files = hub.committed_files()
+    assert {"README.md", "adapter_model.safetensors", "tokenizer.json"} < set(files)
+    assert not [name for name, content in files.items() if SECRET.encode() in content]
+    assert f"{hub.url}/me/tuned/commit/1" in (run_dir / "executed" / "06_save.ipynb").read_text()
     run = open_run(run_dir)
     assert {path.name for path in run.artefact("gguf").iterdir()} == {"model-q8_0.gguf", "Modelfile"}
     assert (run.artefact("merged") / "model.safetensors").exists()
@@ -294,12 +424,30 @@ def make_run(run_dir):
     answer = {"role": "assistant", "content": f"{COUNTED}."}
     turns = [[question, answer], [question, answer, question, answer]]
     run.write_json("lora.json", {"lora": {"r": 4}}, base_model=NAME)
+    template = fingerprint(tokenizer.chat_template)
     with run.write("dataset", base_model=NAME) as folder:
         rows = Dataset.from_dict({"conversations": turns})
         DatasetDict({"train": rows, "held_out": rows}).save_to_disk(folder)
-    with run.write("adapter", base_model=NAME) as folder:
+    with run.write("adapter", base_model=NAME, template=template) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     report = {"held_out_loss": {"before": 2.0, "after": 1.0}, "house_style": {}, "right_help": {}, "steps": 1}
+    report["data"] = {
+        "dataset": "counting.jsonl",
+        "training rows": "2 conversations",
+        "held-out rows": "2 conversations",
+    }
+    report |= {"settings": {"r": 4, "learning_rate": 1e-3}, "environment": {"precision": "bfloat16"}}
     run.write_json("report.json", report, base_model=NAME)
     return run_dir
+
+
+@pytest.mark.slow
+def test_chapter_06_refuses_at_once_what_it_could_not_publish(tmp_path, monkeypatch):
+    from helpers.series import run_chapter
+
+    monkeypatch.setenv("CATCH_UP", "0")
+    parameters = {"PROFILE": "cpu", "RUN_DIR": str(tmp_path / "run"), "GGUF": "", "PUSH_FORM": "gguf"}
+    done = run_chapter("06_save", executed_dir=tmp_path / "executed", parameters=parameters)
+    assert "PUSH_FORM: found gguf, and an empty GGUF" in done.failure
+    assert not (tmp_path / "run").exists()

@@ -1,8 +1,14 @@
 """llama.cpp's server: real where it is built (`make llama-cpp`), and what happens when it does not serve."""
 
+import contextlib
 import importlib.util
 import os
+import shutil
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -11,6 +17,7 @@ import pytest
 from helpers.gguf import GgufError, build_llama_cpp, cached_llama_cpp, find_server, serve_gguf, use_llama_cpp
 from helpers.smollm2 import GGUF_FILE
 
+ROOT = Path(__file__).resolve().parent.parent
 needs_llama_cpp = pytest.mark.skipif(
     not (cached_llama_cpp() / "llama-server").exists(), reason="llama.cpp is not built: run `make llama-cpp`"
 )
@@ -37,6 +44,57 @@ def test_a_file_is_served_and_the_server_ends_with_the_block(small_gguf, monkeyp
         sockets = psutil.Process(server.pid).connections()
         assert {found.laddr.ip for found in sockets if found.status == "LISTEN"} == {"127.0.0.1"}
     assert not psutil.pid_exists(server.pid)
+
+
+@needs_llama_cpp
+def test_a_port_that_is_taken_is_not_used(small_gguf, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("LLAMA_ARG_PORT", str(port))  # where the server would listen if it were not told
+        with serve_gguf(small_gguf, context_tokens=256) as server:
+            assert not server.url.endswith(f":{port}")
+            assert server.post("/tokenize", {"content": "Hello"})["tokens"]
+
+
+def test_another_program_on_the_port_is_not_taken_for_the_server(tmp_path):
+    """It answers the health check on the very port that the command names; the server itself never does."""
+    (tmp_path / "health").write_text("ok")
+    listen = f"cd '{tmp_path}' && exec '{sys.executable}' -m http.server --bind 127.0.0.1 \"$1\""
+    text = f"while [ \"$1\" != --port ]; do shift; done; shift\n({listen}) & echo $! > '{tmp_path}/pid'; exec sleep 600"
+    try:
+        with (
+            pytest.raises(GgufError, match="no answer in 3 s"),
+            serve_gguf("x.gguf", program=program(tmp_path, text), timeout_seconds=3),
+        ):
+            pass
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="no setpriv here: a killed Python leaves its server")
+def test_the_server_ends_with_a_python_that_is_killed(tmp_path):
+    silent = program(
+        tmp_path, f"echo $$ > '{tmp_path}/unfinished'; mv '{tmp_path}/unfinished' '{tmp_path}/pid'; exec sleep 600"
+    )
+    code = f"from helpers.gguf import serve_gguf\nwith serve_gguf('x.gguf', program={str(silent)!r}): pass"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as parent:
+        wait_until((tmp_path / "pid").exists)
+        parent.kill()
+    pid = int((tmp_path / "pid").read_text())
+    wait_until(lambda: not runs(pid))
+
+
+def runs(pid):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.05)
 
 
 @needs_llama_cpp

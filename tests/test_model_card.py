@@ -1,24 +1,45 @@
 """The card says what the run recorded, passes the Hub client's reading, and carries no path of this machine."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from hub import serve_hub
 
 from helpers.handoff import open_run
 from helpers.model_card import CardError, check_model_card, hub_files, hub_name, make_model_card
 
+ROOT = Path(__file__).resolve().parent.parent
 REPORT = {
     "held_out_loss": {"before": 4.5, "after": 0.25},
     "house_style": {"before": 0.0, "after": 0.95},
     "right_help": {},
     "steps": 60,
+    "settings": {
+        "r": 16,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj", "v_proj"],
+        "learning_rate": 0.0002,
+        "max_length": 2048,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "report_to": "none",
+    },
+    "environment": {"precision": "float16"},
+    "data": {
+        "dataset": "mlabonne/FineTome-100k",
+        "training rows": "480 conversations, 200,000 tokens, 150,000 of them in answers",
+        "held-out rows": "64 conversations, 9,000 tokens, 7,000 of them in answers",
+    },
 }
 
 
 @pytest.fixture
 def run(tmp_path):
     run = open_run(tmp_path / "run")
-    run.write_json("lora.json", {"lora": {"r": 16, "lora_alpha": 16}}, base_model="base")
     with run.write("adapter", base_model="base") as folder:
         folder.mkdir()
         (folder / "README.md").write_text("an empty form")
@@ -32,7 +53,11 @@ def run(tmp_path):
 
 def card(run, **changes):
     given = dict(form="adapter", name="me/Llama-3.2-mine", base_model="unsloth/Llama-3.2-3B-Instruct")
-    return make_model_card(run, **(given | {"dataset": "mlabonne/FineTome-100k"} | changes))
+    return make_model_card(run, **(given | changes))
+
+
+def trained_on(run, dataset):
+    run.write_json("report.json", REPORT | {"data": REPORT["data"] | {"dataset": dataset}}, base_model="base")
 
 
 def test_the_header_is_read_back_by_the_hubs_client(run):
@@ -51,11 +76,44 @@ def test_the_header_is_read_back_by_the_hubs_client(run):
 
 
 def test_the_text_holds_settings_versions_results_use_and_limits(run):
-    text = card(run, exports="the table of exports", rows=480)
-    for part in ("r: 16", "steps: 60", "unsloth: ", "0.950", "480 training", "the table of exports", "## Limits"):
+    text = card(run, exports="the table of exports")
+    for part in ("r: 16", "steps: 60", "unsloth: ", "0.950", "the table of exports", "## Limits", "precision: float16"):
         assert part in text
-    assert "Built with Llama" in text
+    for part in (
+        "target_modules: q_proj, v_proj",
+        "learning_rate: 0.0002",
+        "conversations a step: 8",
+        "max_length: 2048",
+    ):
+        assert part in text
+    assert "mlabonne/FineTome-100k. Trained on: 480 conversations, 200,000 tokens" in text
+    assert "Held out: 64 conversations" in text and "report_to" not in text
+    assert "Built with Llama" in text and "Q4_1" not in text
     assert 'from_pretrained("me/Llama-3.2-mine", load_in_4bit=True)' in text
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_what_is_not_published_is_loaded_from_its_folder(run, form):
+    text = card(run, name="Llama-3.2-3B-Instruct-tuned", form=form)
+    assert f'from_pretrained("./{form}"' in text and "# Llama-3.2-3B-Instruct-tuned" in text
+
+
+@pytest.mark.parametrize(
+    ("dataset", "shown", "on_hub"),
+    [
+        ("mlabonne/FineTome-100k", "mlabonne/FineTome-100k", ["mlabonne/FineTome-100k"]),
+        ("talks.jsonl", "talks.jsonl", None),
+        ("data/talks.jsonl", "talks.jsonl", None),
+        ("squad", "squad", None),
+    ],
+)
+def test_the_data_are_those_of_the_training(run, dataset, shown, on_hub):
+    from huggingface_hub import ModelCard
+
+    trained_on(run, dataset)
+    text = card(run)
+    assert ModelCard(text).data.datasets == on_hub
+    assert f"## Data\n\n{shown}. Trained on:" in text
 
 
 @pytest.mark.parametrize(
@@ -66,7 +124,8 @@ def test_each_form_says_how_it_is_used(run, form, said):
 
 
 def test_folders_of_this_machine_are_not_in_the_card(run, tmp_path):
-    text = card(run, base_model=str(tmp_path / "my model"), dataset=str(tmp_path / "talks.jsonl"), name="mine")
+    trained_on(run, str(tmp_path / "talks.jsonl"))
+    text = card(run, base_model=str(tmp_path / "my model"), name="mine")
     assert str(tmp_path) not in text
     assert "my model, fine-tuned" in text and "talks.jsonl" in text
     assert "license: other" in text
@@ -75,7 +134,16 @@ def test_folders_of_this_machine_are_not_in_the_card(run, tmp_path):
 def test_smollm2_is_named_as_on_the_hub(run):
     assert hub_name("SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert hub_name("/home/me/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert "license: apache-2.0" in card(run, base_model="SmolLM2-135M-Instruct")
+    text = card(run, base_model="SmolLM2-135M-Instruct")
+    assert "license: apache-2.0" in text
+    assert "the base weights were those of SmolLM2-135M-Instruct.Q4_1.gguf" in text  # not on the Hub's
+
+
+def test_a_local_folder_is_not_taken_for_a_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub_name("models/mine") == "models/mine"
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert hub_name("models/mine") == ""
 
 
 def test_a_card_that_the_hub_would_refuse_is_refused():
@@ -93,3 +161,59 @@ def test_what_is_published_names_the_base_model_and_has_our_card(run):
     assert files["README.md"] == b"our card"
     config = json.loads(files["adapter_config.json"])
     assert config == {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "r": 16}
+
+
+@pytest.fixture
+def hub():
+    with serve_hub() as server:
+        yield server
+
+
+TOKEN = "hf_" + "neverShowThis" * 2
+# The client reads HF_ENDPOINT when it is imported: so in a process of its own. The token comes by standard input.
+PUBLISH = """
+import json, sys
+from helpers.model_card import publish
+folder, *options = json.loads(sys.stdin.read())
+print(publish(folder, **dict(zip(("repository", "card", "base_model", "token"), options))))
+"""
+
+
+def published(hub, folder, text):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
+    given = json.dumps([str(folder), "me/tuned", text, "unsloth/Llama-3.2-3B-Instruct", TOKEN])
+    command = [sys.executable, "-c", PUBLISH]
+    return subprocess.run(command, input=given, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def test_publishing_uploads_the_verified_files_into_a_private_repository(run, hub):
+    done = published(hub, run.artefact("adapter"), card(run))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{hub.url}/me/tuned/commit/1"
+    bodies = {path: body for path, _, body in hub.requests}
+    created = json.loads(bodies["/api/repos/create"])
+    assert (created["name"], created["organization"], created["visibility"]) == ("tuned", "me", "private")
+    assert json.loads(bodies["/api/validate-yaml"])["content"] == card(run)
+    files = hub.committed_files()
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert files["README.md"].decode() == card(run)
+    assert files["adapter_model.safetensors"] == b"weights"
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "unsloth/Llama-3.2-3B-Instruct"
+
+
+def test_the_token_is_in_nothing_but_the_authorization_header(run, hub):
+    done = published(hub, run.artefact("adapter"), card(run))
+    asked = [path for path, headers, _ in hub.requests if headers.get("authorization") == f"Bearer {TOKEN}"]
+    assert {"/api/repos/create", "/api/models/me/tuned/commit/main"} <= set(asked)
+    for path, headers, body in hub.requests:
+        others = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+        assert TOKEN not in f"{path} {others}" and TOKEN.encode() not in body
+    assert TOKEN not in done.stdout + done.stderr + card(run)
+    assert not [file for file in run.path.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()]
+
+
+def test_a_card_that_the_hub_refuses_stops_before_anything_is_uploaded(run, hub):
+    done = published(hub, run.artefact("adapter"), "---\nlicense: mit\n---\n# Mine\n")
+    assert done.returncode != 0 and "the Hub says no" in done.stderr
+    assert [path for path, _, body in hub.requests if body] == ["/api/repos/create", "/api/validate-yaml"]

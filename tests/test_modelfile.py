@@ -1,5 +1,6 @@
 """The Modelfile's template gives the tokenizer's own prompt: rendered by Go's template engine where there is one."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -48,7 +49,7 @@ def expected(tokenizer, conversation):
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
-@pytest.mark.parametrize("kind", [kind for kind in templates.ALL_KINDS if kind not in ("gemma", "mistral")])
+@pytest.mark.parametrize("kind", [kind for kind in templates.ALL_KINDS if kind not in ("gemma", "mistral", "zephyr")])
 def test_the_parts_render_as_the_tokenizer(kind, conversation, shared_tokenizer):
     tokenizer = shared_tokenizer(kind)
     assert read_template_parts(tokenizer).render(conversation) == expected(tokenizer, conversation)
@@ -75,11 +76,48 @@ def go_render(tmp_path_factory):
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
-@pytest.mark.parametrize("kind", ["llama-3.1", "smollm2", "chatml", "qwen", "phi-3", "zephyr"])
+@pytest.mark.parametrize("kind", ["llama-3.1", "smollm2", "chatml", "qwen", "phi-3", "gemma-own"])
 def test_go_renders_the_template_as_the_tokenizer(kind, conversation, shared_tokenizer, go_render):
-    tokenizer = shared_tokenizer(kind)
+    tokenizer = gemma(shared_tokenizer) if kind == "gemma-own" else shared_tokenizer(kind)
     template = ollama_template(read_template_parts(tokenizer))
-    assert go_render(template, conversation) == expected(tokenizer, conversation)
+    heard = [turn for turn in conversation if kind != "gemma-own" or turn["role"] != "system"]
+    assert go_render(template, conversation) == expected(tokenizer, heard)
+
+
+# As Google ships it, white space aside.
+GEMMA = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def gemma(shared_tokenizer):
+    tokenizer = copy.deepcopy(shared_tokenizer("gemma"))
+    tokenizer.chat_template = GEMMA
+    return tokenizer
+
+
+def test_a_template_that_refuses_system_messages_gets_no_branch_for_them(shared_tokenizer):
+    tokenizer = gemma(shared_tokenizer)
+    parts = read_template_parts(tokenizer)
+    assert (parts.before_system, parts.after_system) == (None, None)
+    for conversation in ([QUESTION], [QUESTION, ANSWER, QUESTION]):
+        assert parts.render(conversation) == expected(tokenizer, conversation)
+    assert ".System" not in ollama_template(parts)
+    assert ollama_template(parts).startswith("<start_of_turn>user\n{{ range .Messages }}")
+
+
+def test_a_template_that_refuses_every_conversation_is_no_jinja_error(shared_tokenizer):
+    tokenizer = copy.deepcopy(shared_tokenizer("smollm2"))
+    tokenizer.chat_template = "{{ raise_exception('tools are missing') }}"
+    with pytest.raises(ModelfileError, match="found an error, tools are missing.*TEMPLATE by hand"):
+        read_template_parts(tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["llama-3.1", "smollm2"])
@@ -97,8 +135,6 @@ def test_a_text_that_looks_like_a_template_is_printed_as_it_is(shared_tokenizer,
 
 
 def test_a_template_that_changes_messages_is_refused(shared_tokenizer):
-    import copy
-
     tokenizer = copy.deepcopy(shared_tokenizer("smollm2"))
     tokenizer.chat_template = "{% for m in messages %}{{ loop.index }} {{ m['content'] | upper }}\n{% endfor %}"
     with pytest.raises(ModelfileError, match="TEMPLATE by hand"):
@@ -115,3 +151,14 @@ def test_the_modelfile_stops_where_the_tokenizer_ends_a_turn(shared_tokenizer, t
     assert text.startswith('FROM ./model-q8_0.gguf\nTEMPLATE """{{ if .System }}<|im_start|>system\n')
     assert 'PARAMETER stop "<|im_end|>"\nPARAMETER num_ctx 512\n' in text
     assert write_modelfile(tmp_path, text).read_text(encoding="utf-8") == text
+
+
+def test_llamas_modelfile_stops_at_each_of_its_end_tokens(shared_tokenizer):
+    class Llama(Stops):
+        class generation_config:  # noqa: N801, as in Llama 3's generation_config.json
+            eos_token_id = [128001, 128008, 128009]
+
+    text = make_modelfile(Llama, shared_tokenizer("llama-3.1"), gguf_file="model-q4_k_m.gguf", context_tokens=2048)
+    stops = [line for line in text.splitlines() if line.startswith("PARAMETER stop")]
+    assert stops == [f'PARAMETER stop "<|{name}|>"' for name in ("end_of_text", "eom_id", "eot_id")]
+    assert "Today Date: 26 July 2024" in text and "<|begin_of_text|>" not in text  # Ollama writes the BOS token

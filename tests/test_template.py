@@ -7,7 +7,15 @@ import re
 import pytest
 from templates import ALL_KINDS, chat_template
 
-from helpers.template import FormatError, TemplateError, check_template, format_conversations
+from helpers.handoff import fingerprint
+from helpers.template import (
+    FormatError,
+    TemplateError,
+    check_template,
+    format_conversations,
+    pin_date,
+    require_template,
+)
 
 NAMES = list(ALL_KINDS)
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -196,8 +204,79 @@ def test_date_is_fixed(changed):
     today = datetime.date.today().strftime("%d %b %Y")
     assert tokenizer.apply_chat_template(TALK, tokenize=False).startswith(today)
     assert format_conversations(TALK_BATCH, tokenizer)["text"][0].startswith("26 Jul 2024\n")
+
+
+# The date that a server hands to a template
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "variable"),
+    [
+        ("llama-3.1", chat_template("llama-3.1"), "date_string"),
+        ("chatml", "{{ datetime }}\n{chatml}", "datetime"),
+        ("chatml", "{{ strftime_now('%d %b %Y') }}\n{chatml}", "strftime_now"),
+        ("chatml", "{% if enable_thinking %}<think>\n{% endif %}{chatml}", "enable_thinking"),
+    ],
+)
+def test_a_template_that_a_server_would_render_differently_is_refused(changed, name, template, variable):
+    tokenizer = changed(name)
+    tokenizer.chat_template = template.replace("{chatml}", tokenizer.chat_template)
     report = check_template(tokenizer)
-    assert report.ok and [check.code for check in report.fixed] == ["prints_date"]
+    assert report.problems == ("server_variable",)
+    assert f"changes with {variable}, which a server" in report.details[0].sentence
+
+
+def test_the_pinned_template_renders_as_unsloths_own_and_for_a_server_alike(changed):
+    tokenizer = changed("llama-3.1", chat_template=chat_template("llama-3.1"))
+    before = tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert "Today Date: 26 July 2024" in before
+    tokenizer.chat_template = pin_date(tokenizer.chat_template)
+    assert tokenizer.apply_chat_template(TALK, tokenize=False) == before
+    assert tokenizer.apply_chat_template(TALK, tokenize=False, date_string="25 Nov 2026") == before
+    assert pin_date(tokenizer.chat_template) == tokenizer.chat_template
+
+
+def test_a_template_that_asks_for_todays_date_is_pinned_in_its_own_format(changed):
+    tokenizer = changed("chatml")
+    tokenizer.chat_template = pin_date("{{ strftime_now('%Y-%m-%d') }}\n" + tokenizer.chat_template)
+    assert tokenizer.apply_chat_template(TALK, tokenize=False).startswith("2024-07-26\n")
+    assert check_template(tokenizer).ok
+
+
+def test_a_template_without_a_date_is_not_touched():
+    assert pin_date(chat_template("chatml")) == chat_template("chatml")
+
+
+# After loading
+
+
+def test_the_template_of_training_is_required(changed):
+    tokenizer = changed("llama-3.1")
+    require_template(tokenizer, expected=fingerprint(tokenizer.chat_template))
+    require_template(tokenizer, expected=fingerprint(tokenizer.chat_template), model=stops_on(tokenizer, "<|eot_id|>"))
+
+
+def stops_on(tokenizer, token):
+    return tiny_model(len(tokenizer), eos=tokenizer.convert_tokens_to_ids(token))
+
+
+def test_another_template_than_in_training_is_refused(changed):
+    tokenizer = changed("chatml")
+    recorded = fingerprint(tokenizer.chat_template)
+    tokenizer.chat_template += " "
+    with pytest.raises(TemplateError, match=f"found fingerprint .*, expected {recorded}, as in training"):
+        require_template(tokenizer, expected=recorded)
+    with pytest.raises(TemplateError, match="found fingerprint"):
+        require_template(changed("chatml", chat_template=None), expected=recorded)
+
+
+def test_the_template_of_training_is_checked_too(changed):
+    tokenizer = changed("chatml", pad_token=None)
+    with pytest.raises(TemplateError, match="no_pad"):
+        require_template(tokenizer, expected=fingerprint(tokenizer.chat_template))
+    llama = changed("llama-3.1")
+    with pytest.raises(TemplateError, match="wrong_stop"):
+        require_template(llama, expected=fingerprint(llama.chat_template), model=stops_on(llama, "<|end_of_text|>"))
 
 
 def test_missing_column(shared_tokenizer):
@@ -226,4 +305,5 @@ def test_the_templates_are_the_ones_that_unsloth_ships(shared_tokenizer):
 
     tokenizer = get_chat_template(copy.deepcopy(shared_tokenizer("llama-3.1")), "llama-3.1")
     assert tokenizer.chat_template == chat_template("llama-3.1")
+    tokenizer.chat_template = pin_date(tokenizer.chat_template)  # as chapter 03 goes on
     assert check_template(tokenizer, original=shared_tokenizer("llama-3.1")).ok

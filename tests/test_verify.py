@@ -1,19 +1,24 @@
 """Saved forms against the model in memory: the same passes, and everything that went wrong is said."""
 
+import datetime
 import importlib.util
 import math
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import templates
 
 from helpers.chat import render_prompt, stop_tokens
 from helpers.export import ExportError
 from helpers.gguf import cached_llama_cpp, serve_gguf
 from helpers.smollm2 import GGUF_FILE, prepare_smollm2
 from helpers.verify import (
+    END,
     FIRST_TOKENS,
     Probe,
     check_rendering,
@@ -22,6 +27,7 @@ from helpers.verify import (
     probe_gguf,
     probe_in_fresh_process,
     probe_model,
+    reply_tokens,
 )
 
 needs_llama_cpp = pytest.mark.skipif(
@@ -81,6 +87,7 @@ def test_the_same_files_in_a_fresh_process_pass(small, in_memory):
     assert report.ok
     assert (report.checks[0].same_replies, report.checks[0].same_first_tokens) == (2, 1.0)
     assert report.checks[0].divergence < 1e-4
+    assert in_memory.rivals and not again.rivals  # only the model in memory is looked at for near ties
 
 
 def test_files_that_do_not_load_are_reported_with_the_processes_words(tmp_path):
@@ -121,6 +128,44 @@ def test_another_template_than_the_files_is_refused(shared_tokenizer):
             check_rendering(server, tokenizer, CONVERSATIONS[1][:-1])
 
 
+@pytest.fixture(scope="module")
+def llama_gguf(tmp_path_factory):
+    """The GGUF file of a tiny random model with Llama 3's real tokenizer, as llama.cpp's own converter writes it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny llama")
+    tokenizer = templates.build("llama-3.1")
+    size = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **size, **ends)
+    LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    command = [sys.executable, cached_llama_cpp() / "convert_hf_to_gguf.py", folder, "--outtype", "f16"]
+    subprocess.run([*command, "--outfile", folder / "model.gguf"], check=True, capture_output=True)
+    return folder / "model.gguf"
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+def test_llamas_template_survives_once_its_date_is_pinned(llama_gguf, tmp_path):
+    """llama-server hands today's date to the template: the one that Unsloth ships would print it."""
+    tokenizer = templates.build("llama-3.1")
+    with serve_gguf(llama_gguf, context_tokens=256) as server:
+        for turns in CONVERSATIONS:
+            check_rendering(server, tokenizer, turns[:-1])
+    tokenizer.chat_template = templates.chat_template("llama-3.1")
+    (tmp_path / "unfixed.jinja").write_text(tokenizer.chat_template)
+    command = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", llama_gguf, tmp_path / "unfixed.gguf"]
+    subprocess.run([*command, "--chat-template-file", tmp_path / "unfixed.jinja"], check=True, capture_output=True)
+    today = datetime.date.today().strftime("%d %b %Y")
+    with (
+        serve_gguf(tmp_path / "unfixed.gguf", context_tokens=256) as server,
+        pytest.raises(ExportError, match=f"found .*Today Date: {today}.*, expected .*Today Date: 26 July 2024"),
+    ):
+        check_rendering(server, tokenizer, CONVERSATIONS[0][:-1])
+
+
 class Words:
     """A tokenizer that numbers words, for the comparison alone."""
 
@@ -134,9 +179,10 @@ class Words:
 
 TOKENIZER = Words()
 REPLIES = ("one two three", "four five six")
+TIED, OTHER = TOKENIZER("tied other").input_ids
 RIVALS = tuple(
-    tuple({token: 0.0, TOKENIZER("tied").input_ids[0]: 0.3, TOKENIZER("other").input_ids[0]: 3.0} for token in ids)
-    for ids in (TOKENIZER(reply).input_ids for reply in REPLIES)
+    tuple({TIED: 0.3, OTHER: 3.0, END: 3.0, token: 0.0} for token in [*TOKENIZER(reply).input_ids, END])
+    for reply in REPLIES
 )
 REFERENCE = Probe(REPLIES, ((-0.5, -0.1), (-0.2,)), (), RIVALS)
 
@@ -169,6 +215,32 @@ def test_a_near_tie_is_no_fault():
     assert report.ok
     assert "1 of 2 (+1 near ties)" in repr(report)
     assert report.checks[0].same_first_tokens == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize(("gap", "ties"), [(0.3, 1), (0.6, 0)])
+@pytest.mark.parametrize(
+    ("reply", "place"), [("one two", 2), ("", 0), ("one two three tied", 3), ("one two three five", 3)]
+)
+def test_to_stop_where_the_other_goes_on_is_judged_as_any_other_token(reply, place, gap, ties):
+    """The end, or what comes in its place, is `gap` logits from what the model in memory took."""
+    places = list(RIVALS[0])
+    places[place] = places[place] | {END if place < 3 else TOKENIZER(reply).input_ids[-1]: gap}
+    reference = replace(REFERENCE, rivals=(tuple(places), RIVALS[1]))
+    found = replace(reference, replies=(reply, REPLIES[1]))
+    check = compare_exports(reference, {"merged": found}, tokenizer=TOKENIZER).checks[0]
+    assert (check.near_ties, bool(check.faults)) == (ties, not ties)
+
+
+def test_the_rivals_of_a_real_reply(small, in_memory):
+    """What was taken is 0 logits from itself, at each token and at the end; a greedy reply has no better rival."""
+    model, tokenizer = small
+    for reply, rivals in zip(in_memory.replies, in_memory.rivals, strict=True):
+        ids = reply_tokens(tokenizer, reply)
+        assert len(rivals) == len(ids) + 1
+        assert all(place[token] == 0 for place, token in zip(rivals, ids, strict=False))
+        assert rivals[-1][END] == 0
+        end = next(iter(rivals[-1]))  # the most likely token after the whole reply
+        assert len(ids) >= 23 or end in stop_tokens(tokenizer, model)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +284,7 @@ def test_rounded_weights_may_change_words(form, changes):
 def test_replies_that_part_late_are_judged_too(word, near_ties):
     """After the tokens whose share is shown."""
     reply = " ".join(["one"] * (FIRST_TOKENS + 8))
-    reference = Probe((reply,), ((-0.5,),), (), (RIVALS[0][:1] * (FIRST_TOKENS + 8),))
+    reference = Probe((reply,), ((-0.5,),), (), (RIVALS[0][:1] * (FIRST_TOKENS + 9),))
     found = replace(reference, replies=(reply.removesuffix("one") + word,))
     check = compare_exports(reference, {"merged": found}, tokenizer=TOKENIZER).checks[0]
     assert (check.same_replies, check.near_ties, check.same_first_tokens) == (0, near_ties, 1.0)
