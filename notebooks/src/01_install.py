@@ -11,7 +11,8 @@
 # - see what was found on this machine, and what to do where something is missing,
 # - tell the two profiles apart: `t4` for a GPU, `cpu` for a laptop without one.
 #
-# You need a browser and, for the `t4` profile, a Colab runtime with a T4 (*Runtime → Change runtime type → T4 GPU*).
+# You need a browser and, for the `t4` profile, a Colab runtime with a T4 (*Runtime → Change runtime type → T4 GPU*); on
+# your own computer, run `make setup` first.
 #
 # {{budget}}
 
@@ -30,21 +31,25 @@
 # Training all three billion weights does not fit into a free T4's 15 GiB. Two ideas make it fit: keep the base model's
 # weights frozen in **4 bits** each, and train a few small extra matrices beside them (**LoRA**, chapter 02).
 #
-# **Unsloth** does that with less memory and time than the standard libraries: attention that never writes the whole
-# attention matrix to memory (the idea of FlashAttention), *quantised* weights (stored in fewer bits), and hand-written
-# *kernels* (programs for the GPU) that do several steps in one. How much it gains depends on the card and the shapes.
-# One comparison, on an H100 GPU that was given a T4's memory: to load a model of Llama-3.2-3B's shape and train 60 steps
-# of 8 conversations takes chapter 04's settings 33 s and 6.9 GiB, and the standard libraries (Transformers, PEFT and TRL,
-# with the largest batch that fits) 103 s and 14.2 GiB; `benchmarks/README.md` has the details.
+# **Unsloth** does that with less memory than the standard libraries: it computes the loss, the measure of the model's
+# mistakes, piece by piece instead of keeping a prediction over the whole vocabulary for every token, and replaces many
+# small steps by hand-written *kernels* (programs for the GPU). Weights in 4 bits (*quantised*: stored in fewer bits)
+# both have. How much time it saves depends on the card and the settings. One comparison, on an H100 GPU that was given
+# a T4's memory, in bfloat16, importing the libraries not counted: to load a model of Llama-3.2-3B's shape and train 60
+# steps of 8 conversations takes chapter 04's settings 33 s and 6.9 GiB, and the standard libraries (Transformers, PEFT
+# and TRL, with the largest batch that fits) 103 s and 14.2 GiB. A T4 has no bfloat16, and its arithmetic is what takes
+# the time: expect a smaller difference in time there, which was not measured. `benchmarks/README.md` has the details.
 
 # %% [markdown] lang="en"
 # ## Set up
 #
-# The next cell opens every chapter, because on Colab every notebook gets a machine of its own. It installs what
-# `requirements-colab.txt` lists, changes nothing else, and says what it changed. The second time it does nothing.
+# The next cell opens every chapter, because on Colab every notebook gets a machine of its own. On Colab and Kaggle it
+# installs what `requirements-colab.txt` lists (the *lock*: each package with its exact version), changes nothing else,
+# and says what it changed; the second time it does nothing. On your own computer it only looks, because `make setup`
+# has installed everything.
 #
 # The outputs below a cell, before you run it, were recorded without a GPU. A T4 trains a larger model on other
-# conversations, so its figures and answers are others.
+# conversations, so your figures and answers will differ.
 
 # %%
 # include: setup_cell.py
@@ -62,8 +67,8 @@ MODEL_NAME = ""  # @param {type:"string"}
 # %% [markdown] lang="en"
 # ## Check the machine
 #
-# One row for each thing that the series depends on. `ok` needs nothing; `warn` works, but you should know; `fail` says
-# how to mend it in its last column.
+# One row for each thing that the series depends on. `ok` needs nothing, `warn` works, `fail` does not. Where a row is
+# not `ok`, its last column says what to do.
 
 # %%
 from helpers.environment import check_environment
@@ -81,8 +86,9 @@ environment.raise_if_failed()
 # ## See the profile
 #
 # A profile is a set of choices that the same cells run with. Any of them can be overridden in a chapter's *Choices*
-# cell. On a laptop the series trains SmolLM2-135M, a small chat model of the same architecture as Llama. What each
-# setting does is said in the chapter that uses it.
+# cell; the column `from` says whose value it is, the profile's or yours. On a laptop the series trains SmolLM2-135M, a
+# small chat model of the same architecture as Llama. (Its weights come from a file with 4 bits a weight, turned into 16
+# bits, so it answers somewhat worse than the original.) What each setting does is said in the chapter that uses it.
 
 # %%
 from helpers.profiles import choose_profile
@@ -104,14 +110,15 @@ from unsloth import FastLanguageModel
 print(f"Unsloth {unsloth.__version__} is ready: {FastLanguageModel.__name__}")
 
 # %% [markdown] lang="en"
-# It will train on this device, in this precision: the 16-bit format in which it computes. A T4 has no bfloat16, so it
-# computes in float16, which is finer but overflows sooner.
+# This is the device that will train, and the number format that it computes in: 16 bits where it has instructions for
+# them. A T4 has no bfloat16, so it computes in float16, which is finer but overflows sooner; many a laptop's processor
+# has neither and computes in 32 bits.
 
 # %%
 import torch
 
 device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
-precision = "bfloat16" if unsloth.is_bfloat16_supported() else "float16"
+precision = "bfloat16" if unsloth.is_bfloat16_supported() else "float16" if torch.cuda.is_available() else "float32"
 print(f"Device: {device}. Precision: {precision}.")
 
 # %%
@@ -122,7 +129,12 @@ print(f"Result: {passed} of {len(environment.rows)} checks ok, profile {profile.
 # ## Where you are
 #
 # You have a machine that is known to work. Nothing is kept: on Colab this installation ends with the notebook's
-# machine, and the setup cell makes it again in the next chapter.
+# machine, and the setup cell makes it again in the next chapter. Before you open that one, give this machine back
+# (*Runtime → Disconnect and delete runtime*), because free Colab often lends one GPU at a time.
+#
+# On Colab, decide now where your results shall be kept: set `DRIVE_DIR` in chapters 02 to 06 to the same folder of your
+# Google Drive, such as `"/content/drive/MyDrive/llama"`. Without it, what a chapter made ends with its machine, and the
+# next chapter makes it again, training included.
 #
 # On your own: set `PROFILE` to `"t4"` on a machine without a GPU (to `"cpu"` on a T4), and read which settings differ.
 #

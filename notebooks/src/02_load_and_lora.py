@@ -22,8 +22,9 @@
 # %% [markdown] lang="en"
 # Empty means: the profile's own value. `PROFILE` is `"t4"` or `"cpu"`, and `"auto"` looks for a GPU. `MODEL_NAME` takes
 # a Hub repository or a folder, `MAX_SEQ_LENGTH` the most tokens that a conversation may have. `RUN_DIR` is the folder
-# through which the chapters hand their results on. Set `DRIVE_DIR` to a folder on a mounted Google Drive to keep a copy
-# there, beyond the life of a Colab machine.
+# through which the chapters hand their results on; it ends with a Colab machine. There, set
+# `DRIVE_DIR = "/content/drive/MyDrive/llama"` (the same in every chapter): Colab asks you for permission, and a copy
+# stays on your Google Drive, where the next chapter finds it.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -67,9 +68,11 @@ with track_memory("load in 4-bit") as load:
     )
 
 # %% [markdown] lang="en"
-# Are they 4 bits? The model is a stack of equal *blocks*, each with seven linear layers, and these are now `Linear4bit`
-# (of Llama's ready-made copy, perhaps not all). The last one stays as it was: it shares its 16-bit weights with the
-# embedding, through which every token enters and leaves.
+# Are they 4 bits? The model is a stack of equal *blocks*, each with seven *linear layers* (tables of weights: four in
+# *attention*, where each token gathers from the tokens before it, and three in the *feed-forward* part, which works on
+# each token alone). These are now `Linear4bit`; in the ready-made copy of Llama, Unsloth may have left some in 16 bits.
+# The last linear layer stays as it was: it shares its 16-bit weights with the embedding, through which every token
+# enters and leaves.
 
 # %% tags=["nbval-check-output"]
 from collections import Counter
@@ -79,7 +82,7 @@ parameters = model.num_parameters()
 print(f"{parameters:,} parameters; linear layers: {dict(kinds)}")
 
 # %% [markdown] lang="en"
-# What did that save? In a small model the embedding weighs much, so the whole shrinks by less than four.
+# What did that save? In a small model the embedding weighs much, so the whole shrinks to more than a quarter.
 
 # %%
 print(f"{model.get_memory_footprint() / 2**20:.0f} MiB of weights")
@@ -90,8 +93,9 @@ print(f"{2 * parameters / 2**20:.0f} MiB in 16 bits")
 #
 # A linear layer computes $y = Wx$. LoRA (*low-rank adaptation*) leaves $W$ as it is and adds a detour through two thin
 # matrices: $y = Wx + \frac{\alpha}{r}\,B A x$. $A$ squeezes the input down to $r$ numbers, $B$ spreads them out again.
-# Only $A$ and $B$ are trained; together they are the *adapter*. The picture is drawn from this model's first query
-# projection (`q_proj`, a layer of attention), edges to scale (but for the thin sides, which would be too thin to see).
+# Only $A$ and $B$ are trained; together they are the *adapter*. The picture is drawn from this model's first `q_proj`
+# (the *query projection*, one of attention's four layers). Lengths are to scale, but the thin sides are drawn thicker
+# than they are.
 
 # %%
 from helpers.figures import draw_lora
@@ -106,9 +110,9 @@ draw_lora(out_features=query.out_features, in_features=query.in_features, rank=1
 # |---|---|---|
 # | `r` | 16 | The rank: how much the detour can hold. 8 to 64 are usual; more costs memory and learns small sets by heart. |
 # | `target_modules` | seven | Every linear layer of a block: the four of attention and the three of the feed-forward part. |
-# | `lora_alpha` | 16 | The detour is scaled by α / r, here 1. Raise it together with `r`. |
+# | `lora_alpha` | 16 | The detour is scaled by α / r, here 1. Raise it together with `r`, or the detour counts for less. |
 # | `lora_dropout` | 0 | No random zeros in the detour's input. A little, such as 0.05, is a means against learning by heart. |
-# | `bias` | `"none"` | Llama's linear layers have no biases to train. |
+# | `bias` | `"none"` | Llama's linear layers have no biases (numbers added after the multiplication) to train. |
 # | `use_gradient_checkpointing` | the profile's | Training first computes the answer (forward), then in which direction to move each trained weight (the *backward pass*, which gives the *gradients*). `True` keeps only each block's input in between and recomputes the rest: less memory for more time. `"unsloth"` also moves those inputs to main memory, which saves the most (below a `max_seq_length` of 512 Unsloth takes `True` instead). Chapter 04 chooses it anew, by the memory and the data that there are. |
 # | `random_state` | 3407 | Seeds $A$, so that your run can be repeated. |
 # | `use_rslora` | `False` | *Rank-stabilised* LoRA scales by α / √r, for ranks far above 16. |
@@ -147,9 +151,10 @@ trainable
 # also has a gradient, and two running averages of it in the *optimiser*, which makes the changes.
 
 # %% tags=["nbval-check-output"]
+frozen = trainable.total - trainable.trainable
 for rank in (4, 8, 16, 32, 64):
     count = trainable.trainable * rank // lora_settings["r"]
-    print(f"r = {rank:2}: {count:>12,} trainable parameters, {100 * count / trainable.total:5.2f} % of the model")
+    print(f"r = {rank:2}: {count:>12,} trainable parameters, {100 * count / (frozen + count):5.2f} % of the model")
 
 # %% [markdown] lang="en"
 # ## It starts as the base model
@@ -168,8 +173,8 @@ print("The first A begins with", [round(number, 3) for number in first[0, :4].to
 
 # %% [markdown] lang="en"
 # What the two steps cost. *Allocated* is what tensors hold, *reserved* what PyTorch has taken from the card; the
-# *peak* of reserved memory is what has to fit. Without a GPU all three are the memory of this process, which holds
-# Python and the libraries too.
+# *peak* of reserved memory is what has to fit, and *peak %* its share of the card's memory. Without a GPU all of them
+# are about this process, which holds Python and the libraries too, and this machine.
 
 # %%
 stage_table([load, add_lora])
@@ -177,9 +182,10 @@ stage_table([load, add_lora])
 # %% [markdown] lang="en"
 # ## Hand the settings on
 #
-# Chapter 04 loads the model again (on Colab it runs on another machine) and adds LoRA with exactly these settings.
+# Chapter 04 loads the model again and adds LoRA with these settings, but for the checkpointing, which it plans anew. On
+# Colab it runs on another machine and finds them only through `DRIVE_DIR`.
 
-# %% tags=["handoff"]
+# %% tags=["handoff", "nbval-check-output"]
 path = run.write_json("lora.json", {"lora": lora_settings}, base_model=profile.model_name)
 print(path.read_text())
 
@@ -193,6 +199,7 @@ print(f"Result: {trainable.trainable:,} trainable parameters, {share:.1f} % of t
 # You have `lora.json` in the run folder: nine settings, each with a reason.
 #
 # On your own: set `r=64` and look at the counts; leave out the three feed-forward modules and see how many of the
-# parameters were theirs. Then go back and run it once more: chapter 04 trains with what was written last.
+# parameters were theirs. Then set the values back and run the chapter once more, because chapter 04 trains with what
+# was written last.
 #
 # Next: [Turn ShareGPT conversations into training text →](03_data.ipynb)

@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/03_data.ipynb)
 #
-# At the end you have a training set and a held-out set, written in the very format that the model was taught.
+# At the end you have a training set and a held-out set, written in the format in which the model learned to chat.
 #
 # You can
 # - read a chat template and say which tokens open and end a turn,
@@ -50,35 +50,41 @@ profile
 # A chat model reads one long string. Its *chat template* writes the turns into it, between *special tokens*, which
 # stand for no text but for the beginning and the end of a turn. Training must use the template that the model was
 # taught, or it learns a second dialect. Llama 3.2 uses Llama 3.1's, which Unsloth knows by the name `llama-3.1`; a
-# model of another family keeps its own.
+# model of another family keeps its own. Llama's prints a date, and a server would print today's where you trained with
+# another: `pin_date` writes one into the template.
 
 # %%
-import copy
+import copy  # get_chat_template changes a tokenizer; the check below compares it with the untouched one
 
 from unsloth.chat_templates import get_chat_template, standardize_sharegpt  # before transformers: it patches it
 from transformers import AutoTokenizer
+
+from helpers.template import pin_date
 
 untouched = AutoTokenizer.from_pretrained(model_source(profile.model_name))
 tokenizer = copy.deepcopy(untouched)
 template = choose_template(tokenizer)
 if template.name:
     tokenizer = get_chat_template(tokenizer, chat_template=template.name)
+tokenizer.chat_template = pin_date(tokenizer.chat_template)
 print(f"Template: {template.name or 'the model’s own'}, known by {template.known_by}")
 
 # %% [markdown] lang="en"
 # This is one exchange, written out. In Llama's template a turn is `<|start_header_id|>user<|end_header_id|>`, an empty
-# line, the text and `<|eot_id|>`, and `<|begin_of_text|>` (BOS) opens the whole, once. In ChatML, which SmolLM2 and
-# Qwen use, a turn stands between `<|im_start|>user` and `<|im_end|>`. A system turn, which tells the model how to
-# behave, comes first here, even if you gave none (Llama's names two dates).
+# line, the text and `<|eot_id|>`, and `<|begin_of_text|>` opens the whole, once: the BOS, *beginning of sequence*. In
+# ChatML, which SmolLM2 and Qwen use, a turn stands between `<|im_start|>user` and `<|im_end|>`, and nothing opens the
+# whole. A system turn, which tells the model how to behave, comes first here, even if you gave none (Llama's names two
+# dates).
 
 # %% tags=["nbval-check-output"]
 example = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
 print(tokenizer.apply_chat_template(example, tokenize=False))
 
 # %% [markdown] lang="en"
-# Much can go wrong between a template and a tokenizer without a word: BOS twice, an end token (EOS) that generation
-# does not stop on, a padding token (which fills short rows up) that looks like the end, special tokens that got another
-# meaning. `check_template` tries each of them, and compares with the tokenizer as it was loaded.
+# Much can go wrong between a template and a tokenizer without a word: BOS twice, an end token (EOS, *end of sequence*)
+# that generation does not stop on, a padding token (which fills short rows up) that looks like the end, special tokens
+# that got another meaning. `check_template` tries each of them, and compares with the tokenizer as it was loaded.
+# (SmolLM2 has no BOS of its own: its file names `<|im_start|>`, which the tokenizer does not add by itself.)
 
 # %% tags=["nbval-check-output"]
 from helpers.template import check_template, format_conversations
@@ -89,7 +95,9 @@ template_report
 
 # %% [markdown] lang="en"
 # Try it on a mistake: the template of another family. `get_chat_template` accepts it; at most it remarks which token it
-# makes the end. Put other names in, such as `"chatml"`, `"zephyr"` or `"llama-3.1"`, and see which of them fit.
+# makes the end. Read the last row: the model learned that one id ends an answer, under one name, and now that id has
+# another name; and the marks that open a turn are words that it never saw in this place. Put other names in, such as
+# `"chatml"`, `"zephyr"` or `"llama-3.1"`, and see which of them fit.
 
 # %% tags=["nbval-check-output"]
 wrong_template = "gemma"
@@ -99,9 +107,10 @@ check_template(foreign, original=untouched)
 # %% [markdown] lang="en"
 # ## Load the conversations
 #
-# Of a Hub data set only the rows that will be trained are prepared, plus those that are held out: 60 steps of 8
-# conversations need 480 rows, not all 100,000 of FineTome. It is downloaded whole, once; the slice in `split` spares
-# the work on the other rows. A file of your own is read and checked whole.
+# Of a Hub data set only the rows that will be trained are prepared, plus those that are held out: on a T4, 60 steps of
+# 8 conversations need 480 rows, not all 100,000 of FineTome. It is downloaded whole, once; the slice in `split` spares
+# the work on the other rows. A file of your own is read and checked whole, and what is not needed is left out at the
+# end of this chapter.
 
 # %%
 from datasets import load_dataset
@@ -110,6 +119,7 @@ source = data_source(profile.dataset)
 rows_needed = profile.train_rows + profile.eval_rows
 split = "train" if source["path"] == "json" else f"train[:{rows_needed}]"
 raw_dataset = load_dataset(**source, split=split)
+print(f"Needed: {rows_needed} rows ({profile.max_steps} steps of {profile.effective_batch_size}, and held-out ones)")
 raw_dataset
 
 # %% [markdown] lang="en"
@@ -122,7 +132,7 @@ raw_dataset[0]["conversations"]
 # ## Check every conversation
 #
 # Rows that cannot teach anything, or would teach something wrong (an empty answer, two user turns in a row, a special
-# token inside the text), are counted and left out.
+# token inside the text, a conversation that was there before), are counted and left out.
 
 # %% tags=["nbval-check-output"]
 from helpers.conversations import validate_conversations
@@ -132,8 +142,8 @@ raw_dataset = raw_dataset.select(conversation_report.valid_rows)
 conversation_report
 
 # %% [markdown] lang="en"
-# Try it on a mistake. Here somebody swapped the roles of the second row, and the third has no answer. Change the rows,
-# run the cell again, and see what it finds.
+# Try it on a mistake. Here somebody swapped the roles of the second row, and the third has no answer. (The column
+# `which` counts rows from 0.) Change the rows, run the cell again, and see what it finds.
 
 # %% tags=["nbval-check-output"]
 broken = [
@@ -159,6 +169,7 @@ dataset[0]["conversations"]
 # `format_conversations` calls `tokenizer.apply_chat_template` on each conversation. It drops a leading BOS where the
 # tokenizer adds one by itself, or the model would see it twice, and it strips the white space around each message: a
 # newline before an answer would melt into one token with the marker before it, and the answer would not be found.
+# `batched=True` hands it a thousand conversations in one call.
 
 # %%
 dataset = dataset.map(format_conversations, fn_kwargs={"tokenizer": tokenizer}, batched=True, desc="Format")
@@ -169,8 +180,8 @@ print(dataset[0]["text"])
 # %% [markdown] lang="en"
 # ## Choose the sequence length
 #
-# What is longer than `max_seq_length` would be cut off, and with it the end of the answer: the model would learn to
-# stop in the middle. So such rows are left out. The orange line is your setting.
+# What is longer than `max_seq_length` would be cut off, and with it the end of the answer and its end token: the model
+# would read answers that never end. So such rows are left out. The orange line is your setting.
 
 # %%
 from helpers.figures import draw_lengths
@@ -189,6 +200,7 @@ print(f"Longest: {max(token_counts)} tokens. Longer than {profile.max_seq_length
 # The *loss* says how badly the model predicts a text; on text that was trained on, a low one proves nothing. The
 # held-out rows are never trained on; chapter 04 measures them before and after. The support conversations bring their
 # own split, in which no held-out question occurs in training; other data are split at random, at most a fifth held out.
+# Kept are as many conversations as the steps take when each is trained once; the rest of a larger file is not used.
 
 # %%
 from helpers.conversations import split_conversations
@@ -208,7 +220,7 @@ from datasets import DatasetDict
 
 markers = {"instruction_part": template.instruction_part, "response_part": template.response_part}
 facts = dict(base_model=profile.model_name, template=fingerprint(tokenizer.chat_template), **markers)
-with run.write("dataset", **facts) as folder:
+with run.write("dataset", dataset=profile.dataset_name, **facts) as folder:
     DatasetDict(train=train_dataset, held_out=eval_dataset).save_to_disk(folder)
     tokenizer.save_pretrained(folder / "tokenizer")
 print(f"Template fingerprint: {facts['template']}")
@@ -221,7 +233,7 @@ print(f"Result: {len(train_dataset)} + {len(eval_dataset)} conversations, longes
 #
 # You have `dataset/` in the run folder: two sets of checked conversations as text, and the tokenizer.
 #
-# On your own: put ten conversations of your own into a `.jsonl` file and give its path as `DATASET`; set
-# `MAX_SEQ_LENGTH` to 96 and see how many rows no longer fit.
+# On your own: put ten conversations of your own into a `.jsonl` file (on Colab, one on your Drive) and give its full
+# path as `DATASET`, here and in chapter 04; set `MAX_SEQ_LENGTH` to 96 and see how many rows no longer fit.
 #
 # Next: [Train on the answers only, and prove that it learned →](04_train.ipynb)

@@ -11,8 +11,8 @@
 # - read memory and time of a run,
 # - tell learning from a falling training loss.
 #
-# You need `lora.json` and `dataset/` from chapters 02 and 03. If they are not in the run folder, this chapter makes
-# them first.
+# You need `lora.json` and `dataset/` from chapters 02 and 03. If they are neither in the run folder nor in `DRIVE_DIR`,
+# this chapter runs those first.
 #
 # {{budget}}
 
@@ -22,9 +22,10 @@
 # %% [markdown] lang="en"
 # Empty means: the profile's own value. `PROFILE`, `MODEL_NAME`, `DATASET` and `MAX_SEQ_LENGTH` are as in chapters 02
 # and 03; `MAX_STEPS` and `LEARNING_RATE` say how long and how boldly to train. `RUN_DIR` is the folder through which
-# the chapters hand their results on, `DRIVE_DIR` a copy of it on a mounted Google Drive, and `HUB_REPO` a repository of
-# yours on the Hub, to take from it what neither of them has. `START_AFRESH` deletes an interrupted training run instead
-# of going on with it.
+# the chapters hand their results on, and `DRIVE_DIR` a copy of it on your Google Drive (on Colab, such as
+# `"/content/drive/MyDrive/llama"`). `HUB_REPO` is a repository on the Hub to which you uploaded a whole run folder
+# (`hf upload your-name/my-run runs/t4`), to take from it what neither of them has; what chapter 06 publishes is not
+# one. `START_AFRESH` deletes an interrupted training run instead of going on with it.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -51,11 +52,12 @@ run = open_run(profile.run_dir, needs=needs, drive=DRIVE_DIR, hub=HUB_REPO, para
 profile
 
 # %% [markdown] lang="en"
-# ## The data, as prepared
+# ## Set two switches, and load the data
 #
-# The rows of chapter 03. Before Unsloth is imported, two of its switches are set. On a GPU it would first compile the
-# layers (for padded batches) and kernels for the loss: on an H100 that made the first step about 40 s longer, and the
-# later ones no faster. For a run of thousands of steps, measure it on your card. Without a GPU they change nothing.
+# The rows are those of chapter 03. Before Unsloth is imported, two of its switches are set. On a GPU it would first
+# compile the layers (for padded batches) and kernels for the loss: on an H100 that made the first step about 40 s
+# longer, and the later ones no faster. For a run of thousands of steps, measure it on your card. Without a GPU they
+# change nothing.
 
 # %%
 import os
@@ -64,22 +66,24 @@ os.environ.update(UNSLOTH_BLOCK_COMPILE="0", UNSLOTH_FUSED_LINEAR_TRITON="0")  #
 from datasets import load_from_disk
 from unsloth import FastLanguageModel  # before transformers, peft and trl: it patches them
 
-dataset_folder = run.artefact("dataset", base_model=profile.model_name)
+dataset_folder = run.artefact("dataset", base_model=profile.model_name, dataset=profile.dataset_name)
 train_dataset = load_from_disk(dataset_folder)["train"]
 eval_dataset = load_from_disk(dataset_folder)["held_out"]
-print(f"{len(train_dataset)} conversations to train on, {len(eval_dataset)} held out")
+times = profile.train_rows / len(train_dataset)
+print(f"{len(train_dataset)} conversations to train on, each about {times:.1f} times; {len(eval_dataset)} held out")
 
 # %% [markdown] lang="en"
 # ## What fits, and what is fastest
 #
 # A *step* changes the trained weights once, along their *gradients* (in which direction, and how steeply, each lowers
-# the *loss*, the measure of the model's mistakes), averaged over `effective_batch_size` conversations. These can go
-# through the model all at once (a large *micro-batch*) or in turns whose gradients add up (*accumulation*): the result
-# is the same, the memory and the time are not. *Gradient checkpointing* is the other choice: keep all intermediate
-# results that the gradients need (`False`), keep each block's input and recompute the rest (`True`), or move those
-# inputs to main memory too (`"unsloth"`). `plan_batch` predicts the peak of each option from the model's configuration
-# and from the longest conversations of *these* data, and takes the fastest that leaves a tenth of the memory free. The
-# seconds are for comparing options. Without a GPU, memory and seconds are those of a T4, not of your machine.
+# the *loss*, the measure of the model's mistakes), averaged over all answer tokens of `effective_batch_size`
+# conversations. These can go through the model all at once (a large *micro-batch*) or in turns whose gradients add up
+# (*accumulation*): the result is the same, the memory and the time are not. *Gradient checkpointing* is the other
+# choice: keep all intermediate results that the gradients need (`False`), keep each block's input and recompute the
+# rest (`True`), or move those inputs to main memory too (`"unsloth"`). `plan_batch` predicts the peak of each option
+# from the model's configuration and from the longest conversations of *these* data, and takes the fastest that leaves a
+# tenth of the memory free. The seconds are for comparing options. Without a GPU, memory and seconds are those of a T4,
+# not of your machine.
 
 # %%
 from transformers import AutoConfig, AutoTokenizer
@@ -117,7 +121,7 @@ with track_memory("add LoRA") as add_lora:
 # ## Ask before training
 #
 # The model answers some held-out conversations now, and the same ones after training. Greedy decoding (always the most
-# likely token) makes the two comparable. A reply is cut off at 96 tokens.
+# likely token) makes the two comparable. `for_inference` switches Unsloth to generating, `for_training` (below) back.
 
 # %%
 from helpers.chat import batch_replies, compare_replies
@@ -125,7 +129,7 @@ from helpers.chat import batch_replies, compare_replies
 FastLanguageModel.for_inference(model)
 reply_rows = eval_dataset.select(range(min(profile.reply_rows, len(eval_dataset))))
 prompts = [turns[:-1] for turns in reply_rows["conversations"]]
-replies_before = batch_replies(model, tokenizer, prompts)
+replies_before = batch_replies(model, tokenizer, prompts, max_new_tokens=96)
 print(f"{prompts[0][-1]['content']}\n→ {replies_before[0]}")
 
 # %% [markdown] lang="en"
@@ -135,35 +139,36 @@ print(f"{prompts[0][-1]['content']}\n→ {replies_before[0]}")
 # |---|---|
 # | `per_device_train_batch_size` × `gradient_accumulation_steps` | The plan's micro-batch and accumulation. Evaluation keeps no gradients: 8 at once (`per_device_eval_batch_size`). |
 # | `train_sampling_strategy="group_by_length"` | Put conversations of similar length into one batch: less padding to compute. |
-# | `padding_free`, `pad_to_multiple_of` | Conversations of a batch one after the other in one long row, or side by side, filled up (*padded*) to a few fixed widths, each of which a GPU has to prepare for once. The plan decides. |
+# | `padding_free`, `pad_to_multiple_of` | Conversations of a batch one after the other in one long row, or side by side, filled up (*padded*) to a few widths, each of which a GPU has to prepare for once. The plan decides. |
 # | `max_steps` | How often the weights are changed. To go through all rows instead, leave it out and set `num_train_epochs`. |
 # | `warmup_steps` | The learning rate (how far a step goes) climbs from 0 over the first steps, while the optimiser's averages are still poor. |
-# | `learning_rate`, `lr_scheduler_type` | The peak, and `linear` decay to 0 at the end. 2e-4 is usual for LoRA; a 135M model takes more. |
+# | `learning_rate`, `lr_scheduler_type` | The peak, and `linear` decay to 0 at the end. 2e-4 is usual for LoRA, and the `t4` profile's; the 135M model takes twenty times that. |
 # | `optim="adamw_8bit"` | AdamW, the usual *optimiser*: it makes the change from the gradients' running averages, here kept in 8 bits (without a GPU Unsloth takes the 32-bit one). |
 # | `weight_decay` | Pulls the LoRA matrices a little towards zero. |
-# | `fp16`, `bf16` | 16-bit numbers, by what the device supports: a T4 has float16 only. There a *scaler* multiplies the loss, so that small gradients do not vanish; where they overflow, it skips the step and scales less. Expect that in the first steps. |
+# | `fp16`, `bf16` | 16-bit numbers, by what the device supports: a T4 has float16 only. There a *scaler* multiplies the loss, so that small gradients do not vanish; where they overflow, it skips the step and scales less. Expect a few skipped steps at the start. (Without a GPU and without bfloat16 Unsloth takes neither and computes in 32 bits.) |
 # | `max_length`, `dataset_text_field`, `dataset_num_proc` | Where a row is cut off, the column that holds its text, and one process to prepare the rows. |
 # | `logging_steps`, `eval_steps` | A training loss for each step; the held-out loss in the middle and at the end. |
 # | `save_strategy="no"`, `report_to="none"` | Checkpoints are saved by the clock instead (see Train); no account anywhere. `"tensorboard"` or `"wandb"` work too. |
 # | `include_num_input_tokens_seen` | Count the tokens, without padding, for the speed in the picture. |
 # | `seed` | The order of the rows. |
 
-# %%
-from trl import SFTConfig, SFTTrainer
-from unsloth import is_bfloat16_supported
-
+# %% tags=["nbval-check-output"]
 batch = plan.settings | dict(per_device_eval_batch_size=8)
 steps = dict(max_steps=profile.max_steps, warmup_steps=min(5, profile.max_steps // 4))
 schedule = dict(learning_rate=profile.learning_rate, lr_scheduler_type="linear")
 optimiser = dict(optim="adamw_8bit", weight_decay=0.01)
-precision = dict(fp16=not is_bfloat16_supported(), bf16=is_bfloat16_supported())
-
-# %%
 data = dict(max_length=profile.max_seq_length, dataset_text_field="text", dataset_num_proc=1)
 evaluation = dict(eval_strategy="steps", eval_steps=profile.max_steps // 2 + 1)
 reporting = dict(logging_steps=1, save_strategy="no", report_to="none", seed=3407)
 reporting |= dict(include_num_input_tokens_seen="non_padding")
-settings = batch | steps | schedule | optimiser | precision | data | evaluation | reporting
+settings = batch | steps | schedule | optimiser | data | evaluation | reporting
+print(*(f"{name} = {value!r}" for name, value in settings.items()), sep="\n")
+
+# %%
+from trl import SFTConfig, SFTTrainer
+from unsloth import is_bfloat16_supported
+
+settings |= dict(fp16=not is_bfloat16_supported(), bf16=is_bfloat16_supported())
 trainer = SFTTrainer(
     model=model,
     processing_class=tokenizer,
@@ -178,7 +183,8 @@ trainer = SFTTrainer(
 # Without this the model would also learn to write the customer's questions. Each token of a row has a *label*, the
 # token that the model should have predicted in its place. `train_on_responses_only` finds the answers between two
 # markers, the strings that open a user's and an assistant's turn, and sets every other label to −100, which the loss
-# ignores.
+# ignores. It also replaces the *collator*, which makes a batch of rows, by one that does not know the planned widths:
+# so it is told them again.
 
 # %%
 from unsloth.chat_templates import train_on_responses_only
@@ -186,6 +192,7 @@ from unsloth.chat_templates import train_on_responses_only
 facts = run.facts("dataset")
 instruction_part, response_part = facts["instruction_part"], facts["response_part"]
 trainer = train_on_responses_only(trainer, instruction_part=instruction_part, response_part=response_part)
+trainer.data_collator.pad_to_multiple_of = plan.settings.get("pad_to_multiple_of")
 print(f"instruction_part = {instruction_part!r}\nresponse_part = {response_part!r}")
 dropped = len(train_dataset) - len(trainer.train_dataset)
 print(f"Rows dropped because nothing in them would be trained: {dropped}")
@@ -193,8 +200,11 @@ print(f"Rows dropped because nothing in them would be trained: {dropped}")
 # %% [markdown] lang="en"
 # One row, decoded: first all that the model reads, then only what it is trained to write. (Where a text does not end
 # with the end token, the trainer adds one, as the last `<|im_end|>` here. It follows no answer, so it is not trained.)
+# Above it the shape of one micro-batch: rows, and tokens in each with what fills them up.
 
 # %% tags=["nbval-check-output"]
+micro_batch = trainer.data_collator([trainer.train_dataset[number] for number in range(plan.chosen.micro_batch)])
+print(f"One micro-batch: {tuple(micro_batch['input_ids'].shape)}\n")
 row = trainer.train_dataset[0]
 print(tokenizer.decode(row["input_ids"]))
 print("—" * 60)
@@ -216,7 +226,8 @@ show_masking(row, tokenizer=tokenizer)
 
 # %% [markdown] lang="en"
 # A check that cannot fail is none. Here the two markers are swapped, so that the model would learn to be the customer.
-# Try other mistakes: a marker without its newline, or labels that are all of `row["input_ids"]`.
+# (`return_function=True` gives the masking function itself, to try on one row.) The message quotes the first fault and
+# counts the others. Try other mistakes: a marker without its newline, or labels that are all of `row["input_ids"]`.
 
 # %% tags=["nbval-check-output"]
 swapped = dict(instruction_part=response_part, response_part=instruction_part)
@@ -234,8 +245,8 @@ show_masking(wrong_row, tokenizer=tokenizer)
 #
 # The held-out loss, on answers that are never trained. A token's loss is −ln of the probability that the model gave to
 # it, in *nats*: 0 if it was certain. *Perplexity* is e to the mean loss: between how many equally likely tokens it
-# wavers. The interval says how far the mean may lie off by the choice of these conversations. And a checksum over all
-# frozen weights: training must not touch them.
+# wavers. The interval says how much the mean might differ had other conversations been held out. And a checksum over
+# all frozen weights: training must not touch them.
 
 # %%
 from helpers.training import check_evidence, frozen_checksum, held_out_losses, live_plot
@@ -248,14 +259,18 @@ held_out_before
 # %% [markdown] lang="en"
 # ## Train
 #
-# The picture grows with each step. The training loss jumps from batch to batch; the held-out loss is what counts.
+# The picture grows with each step. The training loss jumps from batch to batch; the held-out loss is what counts. (In
+# the trainer's own table it is called *Validation Loss*, and an *epoch* is one pass through all rows.)
 #
-# A free Colab machine may be taken away at any time. `Checkpoints` saves the run every five minutes, and when you press
-# Stop. Run the chapter again: an interrupted run goes on at the step where it was, a complete one is loaded and not
-# trained further, and one whose results are saved (below) makes room for a new one. `stop_on_divergence` ends a run
-# whose loss explodes or is no number. `fit_into_memory` trains and evaluates on the longest conversations once before
-# the first step, without effect, so that a run that is too large fails now and not at step 57; and where memory does
-# run out, it splits the micro-batch, loses no step, and says so.
+# A free Colab machine may be taken away at any time, and its disk with it. `Checkpoints` saves the run every five
+# minutes (`every_seconds`), and when you press Stop; with `DRIVE_DIR` set it also copies what it saved to your Drive,
+# without which a run can go on only on the machine that it started on. Run the chapter again: an interrupted run goes
+# on at the step where it was, and a complete one is loaded and not trained further. Once its results are saved (below),
+# running the chapter again trains a new one.
+#
+# `stop_on_divergence` ends a run whose loss explodes or is not a number. `fit_into_memory` trains and evaluates on the
+# longest conversations once before the first step, without effect, so that a run that is too large fails now and not at
+# step 57; and where memory does run out, it splits the micro-batch, loses no step, and says so.
 
 # %%
 from helpers.checkpoints import Checkpoints
@@ -266,7 +281,7 @@ plot = live_plot(folder=run.path / "curves")
 plot.record(0, {"eval_loss": held_out_before.loss})
 trainer.add_callback(plot)
 trainer.add_callback(stop_on_divergence())
-checkpoints = Checkpoints(trainer, mirror=run.mirror, start_afresh=START_AFRESH)
+checkpoints = Checkpoints(trainer, mirror=run.mirror, every_seconds=300, start_afresh=START_AFRESH)
 with track_memory("training") as training, checkpoints as last_checkpoint, fit_into_memory(trainer) as fitting:
     trainer.train(resume_from_checkpoint=last_checkpoint)
 
@@ -295,7 +310,8 @@ held_out_after = held_out_losses(model, trainer.eval_dataset)
 held_out_after
 
 # %% [markdown] lang="en"
-# Five claims, each checked by a program. One that does not hold stops the chapter here.
+# Five claims, each checked by a program. (The *gradient norm* is the size of a step's gradients, all taken together.)
+# One that does not hold stops the chapter here.
 
 # %% tags=["nbval-check-output"]
 log, losses = trainer.state.log_history, dict(before=held_out_before, after=held_out_after)
@@ -307,11 +323,12 @@ evidence.raise_if_failed()
 evidence
 
 # %% [markdown] lang="en"
-# The same conversations as before training, side by side.
+# The same conversations as before training, side by side. Only the last question of each is shown; the model also read
+# the turns before it, where the product may be named.
 
 # %%
 FastLanguageModel.for_inference(model)
-replies_after = batch_replies(model, tokenizer, prompts)
+replies_after = batch_replies(model, tokenizer, prompts, max_new_tokens=96)
 side_by_side = compare_replies(prompts[:4], replies_before[:4], replies_after[:4])
 side_by_side
 
@@ -358,8 +375,9 @@ print(sorted(path.name for path in run.artefact("adapter").iterdir()))
 # %% tags=["handoff"]
 from helpers.report import make_report, write_report
 
-chosen = dict(base_model=profile.model_name, dataset=profile.dataset, settings=lora_settings | settings)
+chosen = dict(base_model=profile.model_name, dataset=profile.dataset_name, settings=lora_settings | settings)
 measured = dict(stages=stages, curves=plot.curves, mask_report=mask_report, evidence=evidence)
+measured |= dict(resumed_from=checkpoints.step)
 compared = dict(replies=side_by_side, counted={"house_style": styled, "right_help": helped})
 report = make_report(trainer, **chosen, **measured, **compared, held_out=(held_out_before, held_out_after))
 run.write_json("report.json", report, base_model=profile.model_name)
@@ -368,7 +386,7 @@ with run.write("report.html", base_model=profile.model_name) as page:
 checkpoints.hand_over()  # from here on, running this chapter again trains anew
 
 # %%
-figure = f"held-out loss {held_out_before.loss:.2f} → {held_out_after.loss:.2f} in {training.seconds:.0f} s"
+figure = f"held-out loss {held_out_before.loss:.2f} → {held_out_after.loss:.2f} in {report['seconds']:.0f} s"
 if judged:
     figure += f", house style {styled['before']:.0%} → {styled['after']:.0%}, right help {helped['after']:.0%}"
 print(f"Result: {figure}")
@@ -377,9 +395,11 @@ print(f"Result: {figure}")
 # ## Where you are
 #
 # You have `adapter/`, `report.json` and `report.html` in the run folder, and know that the adapter is better on text
-# that it never saw.
+# that it never saw. On Colab the run folder ends with this machine: unless you set `DRIVE_DIR`, chapters 05 and 06
+# train the model again before they begin.
 #
-# On your own: set `MAX_STEPS` to 5 and see which claims still hold; change one letter of `response_part` and see what
-# stops the chapter; set `LEARNING_RATE` to 0.1.
+# On your own, with `RUN_DIR` set to another folder, so that your adapter stays: set `MAX_STEPS` to 5 and see which
+# claims still hold; put `response_part = response_part.replace("assistant", "assistent")` before
+# `train_on_responses_only` and see what stops the chapter; set `LEARNING_RATE` to 0.1.
 #
 # Next: [Talk to the tuned model →](05_infer.ipynb)

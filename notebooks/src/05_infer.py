@@ -12,7 +12,8 @@
 # - ask the base model and the tuned model the same question without loading two models,
 # - hold a conversation that does not outgrow the model, in a chat box.
 #
-# You need `adapter/` from chapter 04. If it is not in the run folder, this chapter makes it first.
+# You need `adapter/` from chapter 04. If it is neither in the run folder nor in `DRIVE_DIR`, this chapter first runs
+# chapters 02 to 04, training included.
 #
 # {{budget}}
 
@@ -20,10 +21,9 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# Empty means: the profile's own value. `MAX_NEW_TOKENS` is the longest reply, in tokens. `RUN_DIR` is the folder with
-# the adapter, `DRIVE_DIR` a copy of it on a mounted Google Drive, and `HUB_REPO` a repository of yours on the Hub, to
-# take from it what neither of them has. `PROFILE`, `MODEL_NAME`, `DATASET`, `MAX_SEQ_LENGTH` and `MAX_STEPS` are those
-# that the adapter is trained with, should it have to be trained first.
+# Empty means: the profile's own value. `MAX_NEW_TOKENS` is the longest reply, in tokens. `RUN_DIR`, `DRIVE_DIR` and
+# `HUB_REPO` say where the adapter is found, as in chapter 04. `PROFILE`, `MODEL_NAME`, `DATASET`, `MAX_SEQ_LENGTH` and
+# `MAX_STEPS` say how to train it, should it have to be trained first.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -50,10 +50,13 @@ run = open_run(profile.run_dir, needs=("adapter",), drive=DRIVE_DIR, hub=HUB_REP
 # ## Load the adapter
 #
 # Given a folder with an adapter, `from_pretrained` loads the base model that it was trained on and puts the adapter on
-# top. `for_inference` switches Unsloth to its faster generation.
+# top. `require_template` makes sure that its tokenizer came with the chat template that it was trained in, and
+# `for_inference` switches Unsloth to its faster generation.
 
 # %%
 from unsloth import FastLanguageModel
+
+from helpers.template import require_template
 
 model_source(profile.model_name)  # the base model has to be there, or the Hub has to answer
 model, tokenizer = FastLanguageModel.from_pretrained(
@@ -62,6 +65,7 @@ model, tokenizer = FastLanguageModel.from_pretrained(
     dtype=None,
     load_in_4bit=True,
 )
+require_template(tokenizer, expected=run.facts("adapter")["template"], model=model)
 FastLanguageModel.for_inference(model)
 print(f"Adapters on the model: {list(model.peft_config)}")
 
@@ -85,8 +89,9 @@ print({name: tuple(tensor.shape) for name, tensor in prompt.items()})
 # The model gives every token a probability. *Sampling* draws the next token by them, and so on, until an end token
 # (`eos_token_id`) or `MAX_NEW_TOKENS`. `use_cache=True` keeps what was computed for the tokens before.
 # `temperature=1.5` flattens the distribution, so that rarer words come up more often; `min_p=0.1` then drops every
-# token that is less than a tenth as likely as the best one, so that nonsense does not. Each run of the cell gives
-# another answer.
+# token that is less than a tenth as likely as the best one, which keeps out the worst of the nonsense. `pad_token_id`
+# is what would fill up a shorter reply beside a longer one; named, so that `generate` need not guess. Each run of the
+# cell gives another answer.
 
 # %%
 from helpers.chat import stop_tokens
@@ -97,6 +102,10 @@ output = model.generate(**prompt.to(model.device), **limits, **sampling, pad_tok
 print(tokenizer.batch_decode(output)[0])
 
 # %% [markdown] lang="en"
+# It may look odd, and that is what fine-tuning on a narrow set does: a small model that learned to write support
+# replies writes support replies. (On a T4 your model was trained on general conversations, and should answer the
+# question.)
+#
 # The decoded output begins with the prompt and shows the special tokens. Cut the one off, skip the others, and only the
 # answer is left.
 
@@ -118,8 +127,9 @@ streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 output = model.generate(**prompt, **limits, **sampling, pad_token_id=tokenizer.pad_token_id, streamer=streamer)
 
 # %% [markdown] lang="en"
-# `stream_reply` does the same and takes the time. What a reader feels is the time to the first token, in which the
-# whole prompt is read; after that, tokens per second.
+# `stream_reply` streams too and takes the time; unless you give it a `temperature`, it takes the most likely token each
+# time (*greedy*, below). What a reader feels is the time to the first token, in which the whole prompt is read; after
+# that, tokens per second.
 
 # %%
 from helpers.chat import print_text, stream_reply
@@ -127,16 +137,12 @@ from helpers.chat import print_text, stream_reply
 stream_reply(model, tokenizer, messages, on_text=print_text, max_new_tokens=MAX_NEW_TOKENS)
 
 # %% [markdown] lang="en"
-# Those answers may look odd, and that is what fine-tuning on a narrow set does: a small model that learned to write
-# support replies writes support replies. (On a T4 your model was trained on general conversations, and should answer
-# the question.) Base model and tuned model differ most on the questions that the tuned one was trained for.
-
-# %% [markdown] lang="en"
 # ## Greedy or sampled
 #
-# *Greedy* decoding (`do_sample=False`) always takes the most likely token: the same prompt gives the same answer, which
-# is what you want for support replies and for tests. This is the first held-out question of chapter 03, asked both
-# ways.
+# *Greedy* decoding (`do_sample=False`) always takes the most likely token: the same prompt, asked in the same way on
+# the same machine, gives the same answer, which is what you want for support replies and for tests. This is the first
+# held-out question of chapter 03, asked both ways. Compare what each reply advises: sampling keeps the style, but at a
+# temperature of 1.5 the help becomes a draw of luck.
 
 # %%
 from datasets import load_from_disk
@@ -169,7 +175,7 @@ with model.disable_adapter():
 compare_replies(questions, base, tuned, names=("base", "tuned"))
 
 # %% [markdown] lang="en"
-# If no reply differed, all you talk to would be the base model: the adapter is not active, or it learned nothing.
+# If no reply differs, you are talking to the base model: the adapter is not active, or it learned nothing.
 
 # %%
 differing = sum(first != second for first, second in zip(base, tuned, strict=True))
@@ -207,10 +213,10 @@ print(f"{left_out} left out, the other {len(kept)} have {count_tokens(tokenizer,
 # %% [markdown] lang="en"
 # ## Talk to it
 #
-# Type a question and press Enter. *Stop* ends a reply, *Reset* begins anew, and *Ask* puts base and tuned model side by
-# side. *Save transcript* writes the conversation to the run folder in ShareGPT format: what you correct in that file,
-# you can train on. (Where nobody can type, as when the program papermill runs this notebook, the questions in `script`
-# are asked instead.)
+# Type a question and press Enter. *Stop* ends a reply, *Reset* begins anew, and *Ask* chooses who answers: the tuned
+# model, the base model, or both, side by side. *Save transcript* writes the conversation to the run folder in ShareGPT
+# format: what you correct in that file, you can train on. (Where nobody can type, as when the program papermill runs
+# this notebook, the questions in `script` are asked instead.)
 
 # %%
 from helpers.chat_box import ChatBox
@@ -230,4 +236,4 @@ print(f"Result: {differing} of {len(tuned)} held-out replies differ from the bas
 #
 # On your own: set `temperature` to 0.3 and to 3 and sample again; leave out `min_p`; give the chat box a system prompt.
 #
-# Next: [Save, merge, export, reload and verify →](06_save.ipynb)
+# Next: [Save, merge, export to GGUF, reload and verify →](06_save.ipynb)

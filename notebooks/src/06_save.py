@@ -10,10 +10,11 @@
 # - choose between an adapter (10 to 100 MB, needs its base model), a merged model (whole) and GGUF files (whole and
 #   small, for llama.cpp and Ollama, programs that run a model on a laptop),
 # - merge without the rounding of 4 bits,
-# - prove that what you saved answers as what you trained,
+# - prove that the saved model answers like the one you trained,
 # - publish it under your own name, if you want to.
 #
-# You need `adapter/` from chapter 04. If it is not in the run folder, this chapter makes it first.
+# You need `adapter/` from chapter 04. If it is neither in the run folder nor in `DRIVE_DIR`, this chapter first runs
+# chapters 02 to 04, training included.
 #
 # {{budget}}
 
@@ -24,8 +25,8 @@
 # `GGUF` names the quantised files to write; leave it empty to write none. `PUSH_TO` is empty: nothing leaves this
 # machine. Give `your-name/your-model` to publish the form in `PUSH_FORM` on the Hugging Face Hub; that needs a token
 # with write access in the environment variable `HF_TOKEN` (on Colab: the key icon, *Secrets*). `RUN_DIR`, `DRIVE_DIR`
-# and `HUB_REPO` say where the adapter is found, `PROFILE`, `MODEL_NAME`, `DATASET`, `MAX_SEQ_LENGTH` and `MAX_STEPS`
-# with what it is trained, should it have to be trained first: all as in chapter 05.
+# and `HUB_REPO` say where the adapter is found, as in chapter 04; `PROFILE`, `MODEL_NAME`, `DATASET`, `MAX_SEQ_LENGTH`
+# and `MAX_STEPS` say how to train it, should it have to be trained first.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -42,13 +43,16 @@ PUSH_TO = ""  # @param {type:"string"}
 PUSH_FORM = "adapter"  # @param ["adapter", "merged", "gguf"]
 
 # %%
+from helpers.export import check_push, read_gguf_types
 from helpers.handoff import open_run
 from helpers.profiles import choose_profile, model_source
 
+quantization = read_gguf_types(GGUF)
+check_push(PUSH_TO, PUSH_FORM, quantization=quantization)  # what would fail at the end is refused now
 choices = dict(model_name=MODEL_NAME, dataset=DATASET, max_seq_length=MAX_SEQ_LENGTH, max_steps=MAX_STEPS)
 profile = choose_profile(PROFILE, **choices, run_dir=RUN_DIR)
 given = {name.upper(): value for name, value in choices.items()} | {"PROFILE": PROFILE}
-needs = ("lora.json", "dataset", "adapter", "report.json")
+needs = ("dataset", "adapter", "report.json")
 run = open_run(profile.run_dir, needs=needs, drive=DRIVE_DIR, hub=HUB_REPO, parameters=given)
 
 # %% [markdown] lang="en"
@@ -68,47 +72,60 @@ list_files(adapter)
 #
 # Merging adds $\frac{\alpha}{r} B A$ to each frozen $W$ and leaves one ordinary model. Training kept $W$ in 4 bits to save
 # memory; merge into those, and the rounding error of every weight is baked in for good. So the base model is loaded
-# unquantised: `load_in_4bit=False`. (GGUF files are written with llama.cpp, which Unsloth has to know before it is
-# imported.)
+# unquantised: `load_in_4bit=False`. GGUF files are written with llama.cpp, which Unsloth looks for when it is imported,
+# so this cell comes first. (On Colab Unsloth fetches its own.)
 
 # %%
 from helpers.gguf import use_llama_cpp
 
-quantization = [name for name in GGUF.replace(",", " ").lower().split()]
 print(use_llama_cpp() if quantization else "GGUF is empty: no llama.cpp is needed.")
 
 # %% [markdown] lang="en"
-# Each LoRA matrix must fit the weight that it stands beside; `check_adapter` reads that from the files' headers. On a
-# T4 the 16-bit weights are downloaded now, over 6 GB for the 3B; chapter 04 needed the 4-bit ones alone.
+# Each LoRA matrix must fit the weight that it stands beside; `check_adapter` reads that from the files' headers.
 
 # %%
-from unsloth import FastLanguageModel
+from unsloth import FastLanguageModel  # before the check: it patches transformers
 
-from helpers.export import check_adapter, count_parameters
+from helpers.export import check_adapter
 
-print(check_adapter(adapter, model_source(profile.model_name)))
+base = model_source(profile.model_name)
+print(check_adapter(adapter, base))
+
+# %% [markdown] lang="en"
+# ## Does it fit?
+#
+# A free Colab VM has about 12 GB of memory and ends without a word when it is used up. The model's size says what each
+# step will take, so ask before the weights are loaded and anything is written. The last two rows count: what is needed
+# must be less than what is free.
+
+# %%
+from helpers.export import count_parameters, plan_export
+
+parameters = count_parameters(base)
+print(f"{parameters:,} parameters without the adapter's")
+plan = plan_export(parameters, folder=run.path, quantization=quantization, drive=run.mirror)
+plan.raise_if_failed()
+plan
+
+# %% [markdown] lang="en"
+# Now the base model, with the adapter on top. On a T4 its 16-bit weights are downloaded, over 6 GB for the 3B; chapter
+# 04 needed the 4-bit ones alone. (A processor without 16-bit instructions gets them as 32 bits.) `require_template`
+# makes sure that the model will be asked in the form that it was trained in.
+
+# %%
+from helpers.export import require_16_bit
+from helpers.template import require_template
+
 model, tokenizer = FastLanguageModel.from_pretrained(
     model_name=str(adapter),
     max_seq_length=profile.max_seq_length,
     dtype=None,
     load_in_4bit=False,
 )
+require_16_bit(model)
+require_template(tokenizer, expected=run.facts("adapter")["template"], model=model)
 FastLanguageModel.for_inference(model)
-parameters = count_parameters(model)
-print(f"{parameters:,} parameters without the adapter's")
-
-# %% [markdown] lang="en"
-# ## Does it fit?
-#
-# A free Colab VM has about 12 GB of memory and ends without a word when they are used up. The model's size says what
-# each step will take, so ask before anything is written.
-
-# %%
-from helpers.export import plan_export
-
-plan = plan_export(parameters, folder=run.path, quantization=quantization)
-plan.raise_if_failed()
-plan
+print(f"Loaded as {model.dtype}")
 
 # %% [markdown] lang="en"
 # ## What the model in memory says
@@ -151,24 +168,27 @@ list_files(merged)
 # A GGUF file holds weights, tokenizer and chat template in one. `q8_0` keeps about 8 bits a weight, `q4_k_m` about 5 in
 # a Llama; in SmolLM2, whose rows are no multiple of 256 weights, llama.cpp takes finer types for most of it. Ollama
 # also reads a `Modelfile`; its template and stop words are derived from the tokenizer's, because a model that is asked
-# in another form than it was trained in answers worse.
+# in another form than it was trained in answers worse. (`num_ctx` is how many tokens Ollama keeps of a conversation:
+# `max_seq_length`, since the model was trained on nothing longer. Raise it for long conversations.)
 
 # %% tags=["handoff"]
 from helpers.export import keep_gguf
 from helpers.modelfile import make_modelfile, write_modelfile
 
 if quantization:
+    options = dict(gguf_file=f"model-{quantization[0]}.gguf", context_tokens=profile.max_seq_length)
+    modelfile = make_modelfile(model, tokenizer, **options)  # before the export, which takes minutes
     with run.write("gguf", base_model=profile.model_name, template=facts["template"]) as folder:
-        model.save_pretrained_gguf(str(folder / "model"), tokenizer, quantization_method=quantization)
-        smallest = keep_gguf(folder, name="model")[-1]
-        options = dict(gguf_file=smallest.name, context_tokens=profile.max_seq_length)
-        write_modelfile(folder, make_modelfile(model, tokenizer, **options))
-    print((run.artefact("gguf") / "Modelfile").read_text())
-list_files(run.artefact("gguf")) if quantization else "no GGUF files"
+        model.save_pretrained_gguf(str(folder / "model"), tokenizer, quantization_method=list(quantization))
+        keep_gguf(folder, name="model")
+        write_modelfile(folder, modelfile)
+    gguf = run.artefact("gguf")
+    print(modelfile)
+list_files(gguf) if quantization else "no GGUF files"
 
 # %% [markdown] lang="en"
-# With Ollama on your machine, `ollama create my-model -f Modelfile` in that folder makes it a model that you can talk
-# to.
+# To talk to it, bring the folder `gguf/` to a machine with Ollama (from Colab, download it: the folder icon); there
+# `ollama create my-model -f Modelfile`, then `ollama run my-model`.
 #
 # ## Reload every form in a fresh process
 #
@@ -190,17 +210,18 @@ probes = {"adapter": probe_in_fresh_process(adapter, conversations)}
 probes["adapter, 4-bit base"] = probe_in_fresh_process(adapter, conversations, load_in_4bit=True)
 probes["merged"] = probe_in_fresh_process(merged, conversations, library="transformers")
 for name in quantization:
-    file = run.artefact("gguf") / f"model-{name}.gguf"
+    file = gguf / f"model-{name}.gguf"
     probes[f"GGUF {name}"] = probe_gguf(file, conversations, tokenizer=tokenizer, model_stops=model_stops)
 
 # %% [markdown] lang="en"
 # ## The verdict
 #
 # Adapter and merged model must give the same replies, word for word; only where the model in memory itself found two
-# tokens as good as equal may they part. The other forms round the weights, so their words may differ. Perplexity must
-# stay within 1 %, and within 10 % in GGUF files of other types than `q8_0`. On the 4-bit base, which is no file of yours,
-# it is only shown. Where the data have a house style (the three lines of the support replies), every form must write as
-# many replies in it as the model in memory.
+# tokens nearly equal (one at most 1.65 times as likely as the other) may they part, because merging rounds too: $W +
+# \frac{\alpha}{r} B A$ is stored in 16 bits. The GGUF files round the weights more, so their words may differ.
+# Perplexity must stay within 1 %, and within 10 % in GGUF files of other types than `q8_0`. On the 4-bit base, which is
+# no file of yours, it is only shown. Where the data have a house style (the three lines of the support replies), every
+# form must write as many replies in it as the model in memory.
 
 # %%
 from helpers.house_style import judge_reply
@@ -237,8 +258,7 @@ exports.raise_if_failed()
 from helpers.model_card import make_model_card
 
 name = PUSH_TO or f"{profile.model_name.rpartition('/')[2]}-tuned"
-options = dict(form=PUSH_FORM, base_model=profile.model_name, dataset=profile.dataset, exports=exports)
-card = make_model_card(run, name=name, rows=profile.train_rows, **options)
+card = make_model_card(run, form=PUSH_FORM, name=name, base_model=profile.model_name, exports=exports)
 with run.write("README.md", base_model=profile.model_name) as path:
     path.write_text(card, encoding="utf-8")
 print(card)
@@ -263,7 +283,7 @@ else:
 
 # %%
 passed = sum(not check.faults for check in exports.checks)
-print(f"Result: {passed} of {len(exports.checks)} exports answer as the model in memory")
+print(f"Result: {passed} of {len(exports.checks)} forms answer within their limits as the model in memory")
 
 # %% [markdown] lang="en"
 # ## Where you are
@@ -271,9 +291,10 @@ print(f"Result: {passed} of {len(exports.checks)} exports answer as the model in
 # You have `adapter/`, `merged/`, `gguf/` with its `Modelfile`, and a model card in the run folder, and know how close
 # each is to what you trained.
 #
-# On your own: set `GGUF` to `q2_k` and see how far it moves from the model in memory, and whether a limit stops the
+# On your own: add `q2_k` to `GGUF` and see how far it moves from the model in memory, and whether a limit stops the
 # chapter; load with `load_in_4bit=True` and read why the chapter stops; change a word in the Modelfile's template and
 # ask Ollama again.
 #
-# This was the last chapter. Start again with data of your own: give its file as `DATASET` in
-# [chapter 03](03_data.ipynb).
+# This was the last chapter. Start again with data of your own: put the file on your Drive (or anywhere on your own
+# computer), and give its full path as `DATASET`, and the same `DRIVE_DIR`, in [chapter 03](03_data.ipynb) and the
+# chapters after it.
