@@ -545,7 +545,7 @@ def _readable(mirror: Path | None) -> Any:
     except OSError as error:
         raise CheckpointError(
             str(mirror),
-            found=error.strerror or str(error),
+            found=_reason(error),
             expected="a folder to copy checkpoints to, which may hold those of an interrupted run",
             fix='mount Drive again, or set DRIVE_DIR = "" to train without it',
         ) from None

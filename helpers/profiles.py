@@ -99,7 +99,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "max_steps": 72,
         "learning_rate": 4e-3,
         "eval_rows": 48,
-        "reply_rows": 48,
+        "reply_rows": 24,
     },
 }
 

@@ -129,7 +129,7 @@ def open_in_browser(tree, front_end, chapters):
 
 
 def wait_for(url, server, log):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while True:
         try:
             return urllib.request.urlopen(url, timeout=5).close()

@@ -95,7 +95,7 @@ def test_a_run_without_a_reader_says_so_itself(monkeypatch):
     assert not has_reader()
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "nothing happened"

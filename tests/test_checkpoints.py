@@ -576,7 +576,7 @@ def test_a_slow_mirror_is_not_waited_for(trainer_of, tmp_path, monkeypatch, caps
     folder, mirror, go_on = tmp_path / "run", tmp_path / "drive", threading.Event()
 
     def copy_slowly(source, target):
-        assert go_on.wait(60)
+        assert go_on.wait(600)
         return _copy_whole(source, target)
 
     monkeypatch.setattr("helpers.checkpoints._copy_whole", copy_slowly)
@@ -584,11 +584,11 @@ def test_a_slow_mirror_is_not_waited_for(trainer_of, tmp_path, monkeypatch, caps
     trainer, began = trainer_of(folder), time.monotonic()
     with Checkpoints(trainer, mirror=mirror, every_seconds=0) as last:
         trainer.train(resume_from_checkpoint=last)
-    assert time.monotonic() - began < 50 and trainer.state.global_step == 12
+    assert time.monotonic() - began < 500 and trainer.state.global_step == 12
     assert steps_in(folder) == [1, 11, 12] and not mirror.exists()
     assert capsys.readouterr().out.count("No copy in") == 1
     go_on.set()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while (not mirror.exists() or steps_in(mirror / "run") != [11, 12]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert steps_in(mirror / "run") == [11, 12] and not any(saved.damage() for saved in _saved_in(mirror / "run"))

@@ -88,8 +88,8 @@ def test_the_plan_keeps_the_effective_batch_and_the_fastest_that_fits(configs):
 
 def test_less_memory_means_a_smaller_micro_batch_or_checkpointing(configs):
     asked = dict(lengths=[1500] * 100, effective_batch_size=8, lora_rank=16)
-    small = plan_batch(configs["3B"], **asked, memory_gib=5.5).chosen
-    assert small.predicted_gib <= 4.95
+    large, small = (plan_batch(configs["3B"], **asked, memory_gib=gib).chosen for gib in (14.748, 5.5))
+    assert small.predicted_gib <= 4.95 < large.predicted_gib and small.seconds > large.seconds
     with pytest.raises(PlanError, match="needed for it alone"):
         plan_batch(configs["3B"], **asked, memory_gib=2.5)
 
@@ -116,6 +116,18 @@ def test_a_model_of_another_kind_is_refused():
 
     with pytest.raises(PlanError, match="GPT2Config: found a configuration without intermediate_size, num_key_value"):
         plan_batch(GPT2Config(), lengths=[512], effective_batch_size=8, lora_rank=16)
+
+
+@pytest.mark.parametrize(("shape", "batch", "gib"), [("3B", (2, 4), 11.9), ("1B", (4, 2), 9.8)])
+def test_a_t4_gets_the_plan_that_the_benchmarks_readme_estimates(configs, shape, batch, gib):
+    import training
+
+    lengths = [len(row["input_ids"]) for row in training.make_rows(480, lengths="conversations", seed=1)]
+    asked = dict(lengths=lengths, effective_batch_size=8, lora_rank=16, memory_gib=14.6, capability=(7, 5))
+    plan = plan_batch(configs[shape], **asked)
+    assert (plan.chosen.micro_batch, plan.chosen.accumulation) == batch and plan.padding_free
+    assert plan.chosen.use_gradient_checkpointing is False
+    assert plan.chosen.predicted_gib == pytest.approx(gib, abs=0.05)
 
 
 def test_padding_where_the_host_is_the_slower_one(configs):

@@ -129,7 +129,7 @@ from helpers.chat import batch_replies, compare_replies
 FastLanguageModel.for_inference(model)
 reply_rows = eval_dataset.select(range(min(profile.reply_rows, len(eval_dataset))))
 prompts = [turns[:-1] for turns in reply_rows["conversations"]]
-replies_before = batch_replies(model, tokenizer, prompts, max_new_tokens=96)
+replies_before = batch_replies(model, tokenizer, prompts, max_new_tokens=64)
 print(f"{prompts[0][-1]['content']}\n→ {replies_before[0]}")
 
 # %% [markdown] lang="en"
@@ -328,7 +328,7 @@ evidence
 
 # %%
 FastLanguageModel.for_inference(model)
-replies_after = batch_replies(model, tokenizer, prompts, max_new_tokens=96)
+replies_after = batch_replies(model, tokenizer, prompts, max_new_tokens=64)
 side_by_side = compare_replies(prompts[:4], replies_before[:4], replies_after[:4])
 side_by_side
 
