@@ -489,6 +489,26 @@ def _sum_losses(head: Any, hidden: Any, labels: Any, config: Any) -> Any:
     return sums
 
 
+def undo_emulated_bfloat16(model: Any) -> int:
+    """Trained weights in the 32 bits that the rest of the model computes in, on a processor without bfloat16.
+
+    TRL's SFTTrainer turns the trained weights of every 4-bit model into bfloat16. A processor that has no instructions
+    for it emulates them: LoRA's small products then took more than half of a step (8.8 s instead of 3.6 s, SmolLM2, 4
+    conversations, an AMD EPYC with AVX2). On a GPU, and where the model computes in 16 bits, nothing is changed.
+
+    Returns:
+        How many weights were turned back.
+    """
+    import torch
+
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        return 0
+    emulated = [each for each in model.parameters() if each.requires_grad and each.dtype == torch.bfloat16]
+    for parameter in emulated:
+        parameter.data = parameter.data.float()
+    return len(emulated)
+
+
 def frozen_checksum(model: Any) -> int:
     """A checksum over every weight that is not trained: equal before and after training.
 

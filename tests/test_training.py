@@ -31,6 +31,7 @@ from helpers.training import (
     frozen_checksum,
     held_out_losses,
     live_plot,
+    undo_emulated_bfloat16,
 )
 
 LOG = [{"loss": 2.0, "grad_norm": 1.0}, {"loss": 1.0, "grad_norm": 0.5}, {"eval_loss": 1.0, "step": 2}]
@@ -758,3 +759,19 @@ def test_tensorboard_still_gets_its_numbers(tmp_path, monkeypatch):
     events = EventAccumulator(str(tmp_path / "logs"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("dtype", "turned"), [("float32", 1), ("bfloat16", 0)])
+def test_trained_weights_are_in_bfloat16_only_where_the_model_is(dtype, turned):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).to(getattr(torch, dtype))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    trained = model.model.layers[0].mlp.up_proj.weight
+    trained.data = trained.data.to(torch.bfloat16)
+    trained.requires_grad_(True)
+    assert undo_emulated_bfloat16(model) == turned
+    assert trained.dtype == getattr(torch, dtype) and model.dtype == getattr(torch, dtype)

@@ -145,7 +145,7 @@ print(f"{prompts[0][-1]['content']}\n→ {replies_before[0]}")
 # | `learning_rate`, `lr_scheduler_type` | The peak, and `linear` decay to 0 at the end. 2e-4 is usual for LoRA, and the `t4` profile's; the 135M model takes twenty times that. |
 # | `optim="adamw_8bit"` | AdamW, the usual *optimiser*: it makes the change from the gradients' running averages, here kept in 8 bits (without a GPU Unsloth takes the 32-bit one). |
 # | `weight_decay` | Pulls the LoRA matrices a little towards zero. |
-# | `fp16`, `bf16` | 16-bit numbers, by what the device supports: a T4 has float16 only. There a *scaler* multiplies the loss, so that small gradients do not vanish; where they overflow, it skips the step and scales less. Expect a few skipped steps at the start. (Without a GPU and without bfloat16 Unsloth takes neither and computes in 32 bits.) |
+# | `fp16`, `bf16` | 16-bit numbers, by what the device supports: a T4 has float16 only. There a *scaler* multiplies the loss, so that small gradients do not vanish; where they overflow, it skips the step and scales less. Expect a few skipped steps at the start. (Without a GPU and without bfloat16 Unsloth takes neither and computes in 32 bits; TRL turns LoRA into bfloat16 all the same, and `undo_emulated_bfloat16` turns it back.) |
 # | `max_length`, `dataset_text_field`, `dataset_num_proc` | Where a row is cut off, the column that holds its text, and one process to prepare the rows. |
 # | `logging_steps`, `eval_steps` | A training loss for each step; the held-out loss in the middle and at the end. |
 # | `save_strategy="no"`, `report_to="none"` | Checkpoints are saved by the clock instead (see Train); no account anywhere. `"tensorboard"` or `"wandb"` work too. |
@@ -168,6 +168,8 @@ print(*(f"{name} = {value!r}" for name, value in settings.items()), sep="\n")
 from trl import SFTConfig, SFTTrainer
 from unsloth import is_bfloat16_supported
 
+from helpers.training import undo_emulated_bfloat16
+
 settings |= dict(fp16=not is_bfloat16_supported(), bf16=is_bfloat16_supported())
 trainer = SFTTrainer(
     model=model,
@@ -176,6 +178,7 @@ trainer = SFTTrainer(
     eval_dataset=eval_dataset,
     args=SFTConfig(output_dir=run.path / "checkpoints", **settings),
 )
+print(f"LoRA matrices turned back into 32 bits: {undo_emulated_bfloat16(model)}")
 
 # %% [markdown] lang="en"
 # ## Train on the answers only
