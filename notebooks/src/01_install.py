@@ -118,7 +118,9 @@ print(f"Unsloth {unsloth.__version__} is ready: {FastLanguageModel.__name__}")
 import torch
 
 device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
-precision = "bfloat16" if unsloth.is_bfloat16_supported() else "float16" if torch.cuda.is_available() else "float32"
+precision = (
+    "bfloat16" if unsloth.is_bfloat16_supported() else "float16" if torch.cuda.is_available() else "float32"
+)
 print(f"Device: {device}. Precision: {precision}.")
 
 # %%

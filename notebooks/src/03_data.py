@@ -119,7 +119,9 @@ source = data_source(profile.dataset)
 rows_needed = profile.train_rows + profile.eval_rows
 split = "train" if source["path"] == "json" else f"train[:{rows_needed}]"
 raw_dataset = load_dataset(**source, split=split)
-print(f"Needed: {rows_needed} rows ({profile.max_steps} steps of {profile.effective_batch_size}, and held-out ones)")
+print(
+    f"Needed: {rows_needed} rows ({profile.max_steps} steps of {profile.effective_batch_size}, and held-out ones)"
+)
 raw_dataset
 
 # %% [markdown] lang="en"

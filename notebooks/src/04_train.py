@@ -70,7 +70,9 @@ dataset_folder = run.artefact("dataset", base_model=profile.model_name, dataset=
 train_dataset = load_from_disk(dataset_folder)["train"]
 eval_dataset = load_from_disk(dataset_folder)["held_out"]
 times = profile.train_rows / len(train_dataset)
-print(f"{len(train_dataset)} conversations to train on, each about {times:.1f} times; {len(eval_dataset)} held out")
+print(
+    f"{len(train_dataset)} conversations to train on, each about {times:.1f} times; {len(eval_dataset)} held out"
+)
 
 # %% [markdown] lang="en"
 # ## What fits, and what is fastest
