@@ -125,7 +125,7 @@ def test_each_comment_that_nbval_obeys_is_refused():
     "path",
     [
         *(f"/{folder}/me" for folder in lint.MACHINE_FOLDERS.split("|")),
-        "/root/.cache/huggingface",
+        "/usr/share/huggingface",
         "file:///home/me/series",
         "PosixPath('/mnt/disk/x')",
         "RUN_DIR=/data/me",
