@@ -493,7 +493,7 @@ def undo_emulated_bfloat16(model: Any) -> int:
     """Trained weights in the 32 bits that the rest of the model computes in, on a processor without bfloat16.
 
     TRL's SFTTrainer turns the trained weights of every 4-bit model into bfloat16. A processor that has no instructions
-    for it emulates them: LoRA's small products then took more than half of a step (8.8 s instead of 3.6 s, SmolLM2, 4
+    for it emulates them: LoRA's small products then took more than half of a step (8.8 s, now 4 to 5; SmolLM2, 4
     conversations, an AMD EPYC with AVX2). On a GPU, and where the model computes in 16 bits, nothing is changed.
 
     Returns:
