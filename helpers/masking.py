@@ -121,7 +121,7 @@ class MaskReport:
             ["tokens trained", f"{self.trained_tokens:,} of {self.tokens:,} ({share:.1f} %)"],
             ["tokens per row", f"median {median:,}, 95 % {p95:,}, max {longest:,}"],
             ["rows by length", f"{self.shortest:,} {bars} {longest:,}"],
-            ["99 % of the answers fit in", "unknown" if enough is None else f"{enough:,} tokens"],
+            ["99 % of the answers are whole in rows of", "unknown" if enough is None else f"{enough:,} tokens"],
         ]
         for each in self.findings:
             first = ", ".join(map(str, each.first_rows)) + (", …" if each.rows > len(each.first_rows) else "")

@@ -4,6 +4,7 @@ GiB are 2**30 bytes.
 """
 
 import contextlib
+import itertools
 import math
 import threading
 import time
@@ -22,9 +23,10 @@ MARGIN = 0.1  # of the card: what the prediction may be wrong by
 # Half of the FLOP/s is assumed to be reached, as Unsloth does (unsloth/utils/padding_choice.py).
 SPEEDS = {(7, 5): (65e12, 320e9), (8, 0): (312e12, 1555e9), (8, 9): (121e12, 300e9), (9, 0): (990e12, 3350e9)}
 REACHED = 0.5
-# Launching one pass through one layer keeps the host busy for so long, whatever the batch: 1.75 s a step in 4
-# micro-batches x 28 layers x 3 passes, measured on an H100 host.
-HOST_SECONDS = 0.005
+# Launching one pass through one layer keeps the host busy for so long, whatever the batch, measured on an H100 host:
+# padded 0.36 s a step in 1 micro-batch x 28 layers x 3 passes, padding-free 1.37 s in 4 x 28 x 2 (without xformers each
+# conversation has an attention call of its own).
+PADDED_HOST_SECONDS, PADDING_FREE_HOST_SECONDS = 0.0043, 0.0061
 OFFLOAD_BYTES_PER_SECOND = 12e9  # PCIe 3, 16 lanes, as reached
 WIDTHS = 7  # of padded batches: each new one costs the GPU's libraries a second once, fewer waste more padding
 
@@ -261,6 +263,7 @@ class BatchOption:
     Attributes:
         micro_batch, accumulation: conversations at once, and how often in a step.
         use_gradient_checkpointing: False, True or "unsloth".
+        padding_free: conversations one after the other in one long row; False: side by side, padded.
         predicted_gib: the peak that `predict_peak` gives for the longest conversations.
         seconds: an estimate for one step, to compare options by; not a promise.
         fits: whether the prediction lies below the limit.
@@ -269,6 +272,7 @@ class BatchOption:
     micro_batch: int
     accumulation: int
     use_gradient_checkpointing: bool | str
+    padding_free: bool
     predicted_gib: float
     seconds: float
     fits: bool
@@ -281,7 +285,6 @@ class BatchPlan:
     Attributes:
         chosen: the fastest option that fits.
         options: all that were considered, the fastest first.
-        padding_free: conversations one after the other in one long row; False: side by side, padded.
         padded_to: the multiple of tokens that padded batches are as wide as.
         limit_gib: what a step may take.
         device: whose memory and speed were planned for.
@@ -289,7 +292,6 @@ class BatchPlan:
 
     chosen: BatchOption
     options: tuple[BatchOption, ...]
-    padding_free: bool
     padded_to: int
     limit_gib: float
     device: str
@@ -301,17 +303,19 @@ class BatchPlan:
             per_device_train_batch_size=self.chosen.micro_batch,
             gradient_accumulation_steps=self.chosen.accumulation,
             train_sampling_strategy="group_by_length",
-            padding_free=self.padding_free,
+            padding_free=self.chosen.padding_free,
         )
-        return settings if self.padding_free else settings | {"pad_to_multiple_of": self.padded_to}
+        return settings if self.chosen.padding_free else settings | {"pad_to_multiple_of": self.padded_to}
 
-    _headers = ("micro-batch × accumulation", "checkpointing", "predicted GiB", "fits", "s/step (estimate)", "")
+    _headers = ("micro-batch × accumulation", "checkpointing", "padding", "predicted GiB", "fits")
+    _headers += ("s/step (estimate)", "")
 
     def _rows(self) -> list[list[object]]:
         return [
             [
                 f"{option.micro_batch} × {option.accumulation}",
                 str(option.use_gradient_checkpointing),
+                "none" if option.padding_free else f"to {self.padded_to}s",
                 f"{option.predicted_gib:.1f}",
                 "yes" if option.fits else "no",
                 f"{option.seconds:.2f}",
@@ -321,7 +325,7 @@ class BatchPlan:
         ]
 
     def _summary(self) -> str:
-        kind = "padding-free" if self.padding_free else f"padded to a multiple of {self.padded_to} tokens"
+        kind = "padding-free" if self.chosen.padding_free else f"padded to a multiple of {self.padded_to} tokens"
         return f"For {self.device}, at most {self.limit_gib:.1f} GiB; batches are {kind}."
 
     def __repr__(self) -> str:
@@ -360,10 +364,11 @@ def plan_batch(
     UNSLOTH_FUSED_LINEAR_TRITON=0, as chapter 04 sets them).
 
     A micro-batch is planned for the longest conversations there are, with a margin of 10 % of the memory. Its time is
-    estimated as the longer of what the GPU needs (2 FLOP a weight and token, and each 4-bit weight read, written in 16
-    bits and read again; for the forward pass, the recomputation and the backward pass) and what the host needs to
-    launch it (`HOST_SECONDS` a layer and pass), plus copying where activations are offloaded. Padding pays where the
-    host is what takes the time, since padded batches need fewer launches; elsewhere it is wasted.
+    estimated as the longer of what the GPU needs (2 FLOP a weight and token, padding included where conversations of
+    like length are padded together, and each 4-bit weight read, written in 16 bits and read again; for the forward
+    pass, the recomputation and the backward pass) and what the host needs to launch it (`PADDED_HOST_SECONDS` or
+    `PADDING_FREE_HOST_SECONDS` a layer and pass), plus copying where activations are offloaded. So padding pays where
+    the host is what takes the time; elsewhere it is wasted.
 
     Raises:
         PlanError: not even one conversation at a time fits, a number makes no sense, or the configuration is not that
@@ -396,31 +401,30 @@ def plan_batch(
     flops, bytes_per_second = SPEEDS.get(tuple(capability), SPEEDS[7, 5])
     layers, weights = config.num_hidden_layers, _linear_weights(config)
     longest = sorted(lengths, reverse=True)
-    mean = sum(lengths) / len(lengths)
-
-    def seconds_of(accumulation: int, mode: bool | str) -> tuple[float, float]:
-        """(the GPU's, the host's) for one step."""
-        passes = 3 if mode else 2
-        gpu = 2 * weights * effective_batch_size * mean * passes / (flops * REACHED)
-        gpu += accumulation * passes * weights * (4.5 if load_in_4bit else 2) / bytes_per_second
-        # Offloaded, each layer's input goes to the host and comes back.
-        copied = 2 * effective_batch_size * mean * layers * 2 * config.hidden_size if mode == "unsloth" else 0
-        copying = copied / OFFLOAD_BYTES_PER_SECOND
-        return gpu + copying, accumulation * layers * passes * HOST_SECONDS + copying
-
-    gpu, host = seconds_of(1, True)
-    padding_free = gpu > host
     padded_to = max(16, 2 ** math.ceil(math.log2(longest[0] / WIDTHS)))
+
+    def width(length: int) -> int:
+        return -(-length // padded_to) * padded_to
+
+    def seconds_of(micro_batch: int, mode: bool | str, padding_free: bool) -> float:
+        passes, accumulation = 3 if mode else 2, effective_batch_size // micro_batch
+        widths = lengths if padding_free else [width(longest[i - i % micro_batch]) for i in range(len(longest))]
+        tokens = effective_batch_size * sum(widths) / len(widths)
+        gpu = 2 * weights * tokens * passes / (flops * REACHED)
+        gpu += accumulation * passes * weights * (4.5 if load_in_4bit else 2) / bytes_per_second
+        host = PADDING_FREE_HOST_SECONDS if padding_free else PADDED_HOST_SECONDS
+        # Offloaded, each layer's input goes to the host and comes back.
+        copied = 2 * tokens * layers * 2 * config.hidden_size if mode == "unsloth" else 0
+        return max(gpu, accumulation * layers * passes * host) + copied / OFFLOAD_BYTES_PER_SECOND
+
     options = []
-    for micro_batch in (size for size in range(1, effective_batch_size + 1) if effective_batch_size % size == 0):
-        width = -(-longest[0] // padded_to) * padded_to
-        tokens = sum(longest[:micro_batch]) if padding_free else micro_batch * width
-        accumulation = effective_batch_size // micro_batch
-        for mode in (False, True, "unsloth"):
-            settings = dict(lora_rank=lora_rank, use_gradient_checkpointing=mode, load_in_4bit=load_in_4bit)
-            peak = predict_peak(config, tokens=tokens, **settings)
-            seconds = max(seconds_of(accumulation, mode))
-            options.append(BatchOption(micro_batch, accumulation, mode, peak, seconds, peak <= limit_gib))
+    sizes = [size for size in range(1, effective_batch_size + 1) if effective_batch_size % size == 0]
+    for micro_batch, mode, padding_free in itertools.product(sizes, (False, True, "unsloth"), (True, False)):
+        tokens = sum(longest[:micro_batch]) if padding_free else micro_batch * width(longest[0])
+        settings = dict(lora_rank=lora_rank, use_gradient_checkpointing=mode, load_in_4bit=load_in_4bit)
+        peak, seconds = predict_peak(config, tokens=tokens, **settings), seconds_of(micro_batch, mode, padding_free)
+        way = (micro_batch, effective_batch_size // micro_batch, mode, padding_free)
+        options.append(BatchOption(*way, peak, seconds, peak <= limit_gib))
     options.sort(key=lambda option: (option.seconds, option.accumulation, option.predicted_gib))
     fitting = [option for option in options if option.fits]
     if not fitting:
@@ -431,7 +435,7 @@ def plan_batch(
             expected=f"at most {limit_gib:.1f} GiB",
             fix="choose a smaller model, a smaller MAX_SEQ_LENGTH or a smaller LoRA rank",
         )
-    return BatchPlan(fitting[0], tuple(options), padding_free, padded_to, limit_gib, device)
+    return BatchPlan(fitting[0], tuple(options), padded_to, limit_gib, device)
 
 
 def _shape(config: Any) -> tuple[int, int, int, int, int, int]:

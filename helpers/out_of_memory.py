@@ -3,13 +3,13 @@
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from helpers.errors import InputError
 from helpers.memory import Stage, track_memory
 
-REHEARSAL = "rehearsal of the longest"
+REHEARSAL, FIRST_STEP = "rehearsal of the longest", "first step"
 
 
 class DoesNotFit(InputError):
@@ -23,12 +23,14 @@ class Fitting:
     Attributes:
         rehearsal: the seconds and the memory of the rehearsal: the longest conversations, trained and evaluated. No
             seconds where there was nothing left to train.
+        first_step: those of this session's first step, which sets up the optimiser, and on a GPU the libraries.
         tokens_at_once: the largest micro-batch that still fits; None: all of them did.
         splits: micro-batches that were split.
         evaluated_at_once: as `tokens_at_once`, for the evaluation.
     """
 
     rehearsal: Stage
+    first_step: Stage
     tokens_at_once: int | None = None
     splits: int = 0
     evaluated_at_once: int | None = None
@@ -62,7 +64,8 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
 
     with track_memory(REHEARSAL) as nothing:  # stands where a run is complete, so that nothing is rehearsed
         pass
-    fitting, train_whole, evaluate_whole = Fitting(nothing), trainer.training_step, trainer.prediction_step
+    fitting, step = Fitting(nothing, replace(nothing, label=FIRST_STEP)), contextlib.ExitStack()
+    train_whole, evaluate_whole = trainer.training_step, trainer.prediction_step
 
     def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None, *rest: Any, **named: Any) -> Any:
         while True:
@@ -114,18 +117,28 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
                 "Its loss is the same."
             )
 
-    class Rehearsal(TrainerCallback):
+    class Measure(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             with track_memory(REHEARSAL) as fitting.rehearsal:
                 _rehearse(trainer)
+            self.is_first = True
 
-    rehearsal = Rehearsal()
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.is_first:
+                fitting.first_step = step.enter_context(track_memory(FIRST_STEP))
+                self.is_first = False
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            step.close()
+
+    measure = Measure()
     trainer.training_step, trainer.prediction_step = training_step, prediction_step
-    trainer.add_callback(rehearsal)
+    trainer.add_callback(measure)
     try:
         yield fitting
     finally:
-        trainer.remove_callback(rehearsal)
+        step.close()  # open where the first step failed
+        trainer.remove_callback(measure)
         del trainer.training_step, trainer.prediction_step
 
 

@@ -331,9 +331,13 @@ def _digits(value: float | bool | None) -> str:
 
 
 def baseline_path(of: Mapping[str, Any]) -> Path:
-    """Where the bands of a profile and a device are: `tests/baselines/cpu-avx512-cpu.json`."""
-    name = re.sub("[^a-z0-9]+", "-", f"{of['profile']} {of['device']}".lower())
-    return BASELINES / f"{name}.json"
+    """Where the bands of a profile and a device are: `tests/baselines/cpu-avx512-cpu.json`.
+
+    A model that is not the profile's own is named too: `t4-tesla-t4-smollm2-135m-instruct.json`.
+    """
+    own = PROFILES.get(of["profile"], {}).get("model_name")
+    parts = [of["profile"], of["device"], *([of["model"]] if of.get("model") not in (None, "", own) else [])]
+    return BASELINES / (re.sub("[^a-z0-9]+", "-", " ".join(parts).lower()) + ".json")
 
 
 def make_baseline(metrics: Metrics) -> dict[str, Any]:

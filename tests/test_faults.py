@@ -193,7 +193,13 @@ def test_faults_have_to_be_noticed_and_controls_not():
 
 
 def test_the_table_says_where_and_of_what_it_holds():
-    of = {"profile": "cpu", "device": "AVX512 CPU", "model": "m", "steps": 24, "versions": {"torch": "2.13.0"}}
+    of = {
+        "profile": "cpu",
+        "device": "AVX512 CPU",
+        "model": "SmolLM2-135M-Instruct",
+        "steps": 24,
+        "versions": {"torch": "2.13.0"},
+    }
     text = as_markdown(list(OUTCOMES), of=of)
     assert "1 of 3 faults were caught" in text and "- versions: torch 2.13.0\n- date: 2" in text
     row = f"| no_lora | LoRA is added to no module | {CHAPTER} | claim | code cell 7: EvidenceError: a \\| b | 20 |"

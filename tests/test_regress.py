@@ -18,6 +18,7 @@ from helpers.regress import (
     Metrics,
     RegressError,
     band,
+    baseline_path,
     belongs_to,
     check_run,
     collect_metrics,
@@ -35,7 +36,13 @@ from helpers.regress import (
 from helpers.series import CHAPTERS
 from helpers.tables import text_table
 
-OF = {"profile": "cpu", "device": "AVX512 CPU", "model": "m", "steps": 8, "versions": {"torch": "2.13.0"}}
+OF = {
+    "profile": "cpu",
+    "device": "AVX512 CPU",
+    "model": "SmolLM2-135M-Instruct",
+    "steps": 8,
+    "versions": {"torch": "2.13.0"},
+}
 LOSSES = [4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 0.5]
 
 
@@ -63,7 +70,7 @@ def run_dir(tmp_path):
     held_out = {"before": 4.5, "after": 0.5, "fall_interval": [3.9, 4.1]}
     report = {"held_out_loss": held_out, "house_style": {"before": 0.0, "after": 1.0}, "steps": 8}
     write_json(folder / "report.json", report | {"seconds": 16.0, "peak_reserved_gib": 2.0, "log": log})
-    entry = {"base_model": "m", "versions": OF["versions"]}
+    entry = {"base_model": "SmolLM2-135M-Instruct", "versions": OF["versions"]}
     write_json(folder / "handoff.json", {"schema": 1, "artefacts": {"report.json": entry}})
     measured = {"profile": "cpu", "kind": "AVX512 CPU", "chapters": {"03_data": {"peak_gib": 0.6}}}
     write_json(folder / "executed" / "measured.json", measured | {"seconds": {"03_data": 9.0}})
@@ -321,6 +328,18 @@ def test_the_build_label_of_a_version_does_not_count(run_dir):
     for now, then in ((other, good), (good, other)):
         report = judge(now, make_baseline(then))
         assert not report.unlike and not report.ok
+
+
+@pytest.mark.parametrize(
+    ("profile", "device", "model", "name"),
+    [
+        ("cpu", "AVX2 CPU", "SmolLM2-135M-Instruct", "cpu-avx2-cpu.json"),
+        ("t4", "Tesla T4", "unsloth/Llama-3.2-3B-Instruct", "t4-tesla-t4.json"),
+        ("t4", "Tesla T4", "SmolLM2-135M-Instruct", "t4-tesla-t4-smollm2-135m-instruct.json"),
+    ],
+)
+def test_another_model_has_a_baseline_of_its_own(profile, device, model, name):
+    assert baseline_path({"profile": profile, "device": device, "model": model}).name == name
 
 
 def test_a_band_is_missing_for_speed_alone(run_dir):

@@ -9,7 +9,13 @@ from repeat import as_markdown, code_fingerprint, copy_needs, problems, spread
 from helpers.handoff import HandoffError, open_run
 from helpers.regress import Metrics, RegressError, make_baseline
 
-OF = {"profile": "cpu", "device": "AVX512 CPU", "model": "m", "steps": 8, "versions": {"torch": "2.13.0"}}
+OF = {
+    "profile": "cpu",
+    "device": "AVX512 CPU",
+    "model": "SmolLM2-135M-Instruct",
+    "steps": 8,
+    "versions": {"torch": "2.13.0"},
+}
 VALUES = {"04 held-out loss, after": 2.0, "04 steps": 8, "04 it learned": True, "04 tokens per second": 9.0}
 BASELINE = make_baseline(Metrics(OF, VALUES | {"02 weights, MiB": 100}))
 
@@ -27,9 +33,9 @@ def source(tmp_path, monkeypatch):
     """A run folder with what chapters 02 and 03 hand on, a chapter 04 that was run there, and a cache."""
     monkeypatch.setenv("CATCH_UP", "0")
     run = open_run(tmp_path / "cpu")
-    run.write_json("lora.json", {"lora": {}}, base_model="m")
+    run.write_json("lora.json", {"lora": {}}, base_model="SmolLM2-135M-Instruct")
     for name in ("dataset", "adapter"):
-        with run.write(name, base_model="m") as folder:
+        with run.write(name, base_model="SmolLM2-135M-Instruct") as folder:
             (folder / "train").mkdir(parents=True)
             (folder / "train" / "rows.arrow").write_text("rows")
     (run.path / "dataset" / "train" / "cache-1.arrow").write_text("tokens")
@@ -85,7 +91,10 @@ def test_a_run_that_fails_or_belongs_elsewhere_does_not_pass():
 def test_the_table_says_how_much_of_a_band_is_used():
     text = as_markdown([result(after=1.98), result(after=2.05) | {"another_cpu": True}], BASELINE)
     assert "2 of 2 runs lie in all bands. Computed as on another CPU: 1 (`ONEDNN" in text
-    assert "- device: AVX512 CPU, profile cpu, model m, 8 steps\n- versions: torch 2.13.0\n- date: 2026-01-01\n" in text
+    assert (
+        "- device: AVX512 CPU, profile cpu, model SmolLM2-135M-Instruct, 8 steps\n- versions: torch 2.13.0\n- date: 2026-01-01\n"
+        in text
+    )
     assert "| 04 held-out loss, after | 1.98 | 2.05 | 1.9 … 2.1 | 50 % |" in text
     assert "| 04 steps | 8 | 8 | 8 | exact |" in text and "| 04 it learned | True | True | True |  |" in text
     assert "tokens per second" not in text and "02 weights" not in text  # not judged; not of this chapter

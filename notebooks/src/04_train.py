@@ -80,12 +80,14 @@ print(
 # A *step* changes the trained weights once, along their *gradients* (in which direction, and how steeply, each lowers
 # the *loss*, the measure of the model's mistakes), averaged over all answer tokens of `effective_batch_size`
 # conversations. These can go through the model all at once (a large *micro-batch*) or in turns whose gradients add up
-# (*accumulation*): the result is the same, the memory and the time are not. *Gradient checkpointing* is the other
+# (*accumulation*): the result is the same, the memory and the time are not. *Gradient checkpointing* is the second
 # choice: keep all intermediate results that the gradients need (`False`), keep each block's input and recompute the
-# rest (`True`), or move those inputs to main memory too (`"unsloth"`). `plan_batch` predicts the peak of each option
-# from the model's configuration and from the longest conversations of *these* data, and takes the fastest that leaves a
-# tenth of the memory free. The seconds are for comparing options. Without a GPU, memory and seconds are those of a T4,
-# not of your machine.
+# rest (`True`), or move those inputs to main memory too (`"unsloth"`). The third is *padding*: conversations of a
+# batch side by side, the shorter ones filled up to a common width (a multiple of so many tokens), or one after the
+# other in one long row (`none`), which computes nothing in vain and gives the processor more to do. `plan_batch`
+# predicts the peak of each option from the model's configuration and from the longest conversations of *these* data,
+# and takes the fastest that leaves a tenth of the memory free. The seconds are for comparing options. Without a GPU,
+# memory and seconds are those of a T4, not of your machine.
 
 # %%
 from transformers import AutoConfig, AutoTokenizer
@@ -141,7 +143,7 @@ print(f"{prompts[0][-1]['content']}\n→ {replies_before[0]}")
 # |---|---|
 # | `per_device_train_batch_size` × `gradient_accumulation_steps` | The plan's micro-batch and accumulation. Evaluation keeps no gradients: 8 at once (`per_device_eval_batch_size`). |
 # | `train_sampling_strategy="group_by_length"` | Put conversations of similar length into one batch: less padding to compute. |
-# | `padding_free`, `pad_to_multiple_of` | Conversations of a batch one after the other in one long row, or side by side, filled up (*padded*) to a few widths, each of which a GPU has to prepare for once. The plan decides. |
+# | `padding_free`, `pad_to_multiple_of` | The plan's padding. There are only a few widths, because a GPU has to prepare for each of them once. |
 # | `max_steps` | How often the weights are changed. To go through all rows instead, leave it out and set `num_train_epochs`. |
 # | `warmup_steps` | The learning rate (how far a step goes) climbs from 0 over the first steps, while the optimiser's averages are still poor. |
 # | `learning_rate`, `lr_scheduler_type` | The peak, and `linear` decay to 0 at the end. 2e-4 is usual for LoRA, and the `t4` profile's; the 135M model takes twenty times that. |
@@ -293,13 +295,14 @@ with track_memory("training") as training, checkpoints as last_checkpoint, fit_i
 # %% [markdown] lang="en"
 # Time and memory of the training, then of every stage against the size of the card. *Reserved* is what PyTorch has
 # taken from it, and what has to fit. On a GPU compare the training's peak with the plan's prediction; without one the
-# figures are those of this process, Python and its libraries included. The training's row contains the rehearsal's.
+# figures are those of this process, Python and its libraries included. The training's row contains the two before it.
+# (After a resume they are this session's; the report has the seconds of all sessions.)
 
 # %%
 from helpers.figures import draw_stages
 from helpers.memory import MemoryReport
 
-stages = [load, add_lora, fitting.rehearsal, training]
+stages = [load, add_lora, fitting.rehearsal, fitting.first_step, training]
 print(MemoryReport(training))
 display(stage_table(stages), draw_stages(stages))
 
