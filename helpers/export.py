@@ -15,7 +15,7 @@ from helpers.tables import html_table, text_table
 GIB = 2**30
 # Bytes a parameter takes. Quantised files keep some tensors at more bits, small models more of them.
 BYTES_PER_PARAMETER = {"16-bit": 2.0, "q8_0": 1.1, "q4_k_m": 0.8, "other": 1.1}
-PROCESS_GIB = 1.5  # Python, torch and the libraries
+PROCESS_GIB = 1.5  # Python, torch and the libraries; without CUDA, Unsloth's took 1.1, and 0.3 a process that waits
 GPU_PROCESS_GIB = 1.0  # CUDA's own, and a batch's cache and logits: an estimate
 # Without a GPU, times the weights in float32; measured with 0.75 billion parameters: 2.27, 2.93 and 1.09.
 CPU_MEMORY = {"merge": 2.3, "GGUF": 3.0, "reload": 1.1}

@@ -1,12 +1,14 @@
 """Is what was saved the model that was trained? Every form is asked in a process that has nothing but its files."""
 
+import contextlib
+import gc
 import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,76 +122,156 @@ def _next_tokens(model: Any, prompt_ids: list[int], continuation: list[int]) -> 
     return logits[0, len(prompt_ids) - 1 :].float().cpu()
 
 
-def probe_in_fresh_process(
-    folder: str | Path,
-    conversations: Sequence[Sequence[Message]],
-    *,
-    library: str = "unsloth",
-    load_in_4bit: bool = False,
-    max_new_tokens: int = 96,
-    timeout_seconds: float = 900,
-) -> Probe:
-    """Load a saved model in a new Python process and probe it there.
+@dataclass(frozen=True)
+class SavedForm:
+    """How a fresh process loads a form of the model.
 
-    Args:
+    Attributes:
         folder: what `save_pretrained` or `save_pretrained_merged` wrote.
         library: "unsloth" (also for an adapter) or "transformers" (a whole model, without Unsloth).
+        load_in_4bit: whether Unsloth rounds the base to 4 bits.
+    """
+
+    folder: str | Path
+    library: str = "unsloth"
+    load_in_4bit: bool = False
+
+
+def probe_in_fresh_processes(
+    forms: Mapping[str, SavedForm],
+    conversations: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int = 96,
+    timeout_seconds: float = 900,
+) -> dict[str, Probe]:
+    """Load saved models in new Python processes and probe them there, never two models at once.
+
+    Forms of the same folder and library share a process, which loads one after the other. All processes start at once,
+    because to import Unsloth takes most of a minute; each gets its jobs when the one before it has ended.
+
+    Args:
+        forms: {name: how it is loaded}.
+        timeout_seconds: how long a form may take; forms that share a process have the sum.
 
     Raises:
-        ExportError: the process failed; its last words are in the message.
+        ExportError: a process failed, and its last words are in the message, or took too long. No process is left.
     """
+    groups: dict[tuple[str, str], dict[str, SavedForm]] = {}
+    for name, form in forms.items():
+        groups.setdefault((str(form.folder), form.library), {})[name] = form
+    question = {"conversations": [list(turns) for turns in conversations], "max_new_tokens": max_new_tokens}
+    probes: dict[str, Probe] = {}
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(_fresh_process(library)) for _, library in groups]
+        for (process, scratch), group in zip(processes, groups.values(), strict=True):
+            probes |= _ask(process, scratch, group, question, timeout_seconds * len(group))
+    return {name: probes[name] for name in forms}
+
+
+@contextlib.contextmanager
+def _fresh_process(library: str) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """A process that imports a library and waits for its jobs, and its scratch folder; both are gone afterwards.
+
+    What it prints goes to a file: nobody reads along while it waits, and a full pipe would stop it.
+    """
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "stderr", "wb") as last_words:
+        with subprocess.Popen(
+            [sys.executable, "-m", "helpers.verify", library],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=last_words,
+            text=True,
+            encoding="utf-8",
+            cwd=ROOT,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        ) as process:
+            try:
+                yield process, Path(folder)
+            finally:
+                process.kill()
+
+
+def _ask(
+    process: subprocess.Popen,
+    scratch: Path,
+    forms: Mapping[str, SavedForm],
+    question: Mapping[str, Any],
+    timeout_seconds: float,
+) -> dict[str, Probe]:
+    """Give a waiting process its jobs, one a form, and read its answers when it has ended."""
+    answers = {name: scratch / str(number) for number, name in enumerate(forms)}
+    jobs = [
+        {"folder": str(form.folder), "load_in_4bit": form.load_in_4bit, "answer": str(answers[name]), **question}
+        for name, form in forms.items()
+    ]
+    try:
+        process.communicate(json.dumps(jobs), timeout=timeout_seconds)
+    except subprocess.TimeoutExpired:
+        found, expected = f"no answer in {timeout_seconds:.0f} s", "one"
+        fix = "allow more, or ask fewer questions"
+        raise ExportError(_unanswered(forms, answers), found=found, expected=expected, fix=fix) from None
+    if process.returncode:
+        words = (scratch / "stderr").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        found = words[-1] if words else f"an end with {process.returncode} and no word"
+        expected, fix = "a model that loads and answers", "save it again; the process's own message is quoted here"
+        raise ExportError(_unanswered(forms, answers), found=found, expected=expected, fix=fix)
+    return {name: _read_answer(answer) for name, answer in answers.items()}
+
+
+def _unanswered(forms: Mapping[str, SavedForm], answers: Mapping[str, Path]) -> str:
+    """The first form without an answer, and its folder."""
+    name = next((name for name, answer in answers.items() if not (answer / "said.json").exists()), list(forms)[-1])
+    return f"{name} ({forms[name].folder})"
+
+
+def _read_answer(answer: Path) -> Probe:
     import numpy as np
 
-    with tempfile.TemporaryDirectory() as scratch:
-        job = {"folder": str(folder), "conversations": [list(turns) for turns in conversations], "scratch": scratch}
-        job |= {"library": library, "load_in_4bit": load_in_4bit, "max_new_tokens": max_new_tokens}
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "helpers.verify"],
-                input=json.dumps(job),
-                capture_output=True,
-                text=True,
-                encoding="utf-8",
-                cwd=ROOT,
-                timeout=timeout_seconds,
-                env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-            )
-        except subprocess.TimeoutExpired:
-            found = f"no answer in {timeout_seconds:.0f} s"
-            raise ExportError(
-                str(folder), found=found, expected="one", fix="allow more, or ask fewer questions"
-            ) from None
-        if done.returncode:
-            last_words = done.stderr.strip().splitlines()[-1:] or [f"an end with {done.returncode} and no word"]
-            fix = "save it again; the process's own message is quoted here"
-            raise ExportError(str(folder), found=last_words[0], expected="a model that loads and answers", fix=fix)
-        said = json.loads(done.stdout.splitlines()[-1])
-        arrays = tuple(np.load(Path(scratch) / f"{row}.npy") for row in range(len(conversations)))
+    said = json.loads((answer / "said.json").read_text(encoding="utf-8"))
+    arrays = tuple(np.load(answer / f"{row}.npy") for row in range(len(said["replies"])))
     return Probe(tuple(said["replies"]), tuple(map(tuple, said["log_probs"])), arrays)
 
 
-def _probe_job(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The fresh process's work: load, ask, leave the distributions in files."""
-    import numpy as np
-
-    if job["library"] == "unsloth":
+def _import_library(library: str) -> Callable[[Mapping[str, Any]], tuple[Any, Any]]:
+    """Import what a fresh process needs; returns how (model, tokenizer) of a job are loaded with it."""
+    if library == "unsloth":
         from unsloth import FastLanguageModel
 
-        model, tokenizer = FastLanguageModel.from_pretrained(
-            job["folder"], max_seq_length=2048, dtype=None, load_in_4bit=job["load_in_4bit"]
-        )
-        FastLanguageModel.for_inference(model)
+        def load(job: Mapping[str, Any]) -> tuple[Any, Any]:
+            model, tokenizer = FastLanguageModel.from_pretrained(
+                job["folder"], max_seq_length=2048, dtype=None, load_in_4bit=job["load_in_4bit"]
+            )
+            FastLanguageModel.for_inference(model)
+            return model, tokenizer
+
     else:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype="auto").to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(job["folder"])
+        def load(job: Mapping[str, Any]) -> tuple[Any, Any]:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype="auto").to(device).eval()
+            return model, AutoTokenizer.from_pretrained(job["folder"])
+
+    return load
+
+
+def _probe_job(load: Callable[[Mapping[str, Any]], tuple[Any, Any]], job: Mapping[str, Any]) -> None:
+    """The fresh process's work for a form: load, ask, leave the answer in files, and free the memory."""
+    import numpy as np
+    import torch
+
+    model, tokenizer = load(job)
     probe = probe_model(model, tokenizer, job["conversations"], max_new_tokens=job["max_new_tokens"], with_rivals=False)
+    answer = Path(job["answer"])
+    answer.mkdir()
     for row, distribution in enumerate(probe.distributions):
-        np.save(Path(job["scratch"]) / f"{row}.npy", distribution)
-    return {"replies": probe.replies, "log_probs": probe.log_probs}
+        np.save(answer / f"{row}.npy", distribution)
+    said = {"replies": probe.replies, "log_probs": probe.log_probs}
+    (answer / "said.json").write_text(json.dumps(said), encoding="utf-8")
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def probe_gguf(
@@ -293,8 +375,7 @@ class ExportCheck:
     @property
     def verdict(self) -> str:
         """Either "ok" or "MISSED"; "not judged" where nothing of this form has a limit."""
-        unlimited = on_4_bit_base(self.form) and self.styled is None
-        return "MISSED" if self.faults else "not judged" if unlimited else "ok"
+        return "MISSED" if self.faults else "not judged" if on_4_bit_base(self.form) else "ok"
 
 
 @dataclass(frozen=True)
@@ -356,9 +437,9 @@ def compare_exports(
     """Hold every form against the model in memory.
 
     A form with rounded weights may change replies, and perplexity within `PERPLEXITY_LIMITS`; every other one must give
-    the same replies (but for near ties) and keep perplexity within 1 %. Of the adapter on the 4-bit base, perplexity is
-    only shown: its files are those of "adapter", and what rounding the base costs hangs on how long was trained on it.
-    As many replies as in memory must have the house style, in every form.
+    the same replies (but for near ties) and keep perplexity within 1 %. As many replies as in memory must have the
+    house style. Of the adapter on the 4-bit base, all this is only shown: its files are those of "adapter", and what
+    rounding the base costs hangs on how long was trained on it. (A perplexity that is no number is a fault there too.)
 
     Args:
         reference: `probe_model` of the model in memory.
@@ -389,7 +470,7 @@ def compare_exports(
             )
         if not abs(change) <= limit:  # or no number
             faults.append(f"perplexity changed by {change:+.2%}" + (f", more than {limit:.0%}" if limit < 1 else ""))
-        if styled is not None and kept < styled:
+        if styled is not None and kept < styled and not on_4_bit_base(form):
             faults.append(f"{kept} replies in house style, {styled} in memory")
         sizes, divergence = [abs(pair) for pair in pairs], _divergence(reference, probe)
         row = (form, same, ties, len(probe.replies), first, sum(sizes) / len(sizes), max(sizes), divergence)
@@ -433,8 +514,10 @@ def _divergence(reference: Probe, probe: Probe) -> float | None:
 
 
 def main() -> None:
-    """The fresh process: a JSON job on standard input, what the model said on the last line of standard output."""
-    print("\n" + json.dumps(_probe_job(json.load(sys.stdin))))
+    """The fresh process: its library is the argument; JSON jobs come on standard input once it may load a model."""
+    load = _import_library(sys.argv[1])
+    for job in json.load(sys.stdin):
+        _probe_job(load, job)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """Saved forms against the model in memory: the same passes, and everything that went wrong is said."""
 
+import contextlib
 import datetime
 import importlib.util
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import templates
 
+from helpers import verify
 from helpers.chat import render_prompt, stop_tokens
 from helpers.export import ExportError
 from helpers.gguf import cached_llama_cpp, serve_gguf
@@ -21,11 +25,12 @@ from helpers.verify import (
     END,
     FIRST_TOKENS,
     Probe,
+    SavedForm,
     check_rendering,
     compare_exports,
     held_out_answer,
     probe_gguf,
-    probe_in_fresh_process,
+    probe_in_fresh_processes,
     probe_model,
     reply_tokens,
 )
@@ -81,25 +86,79 @@ def test_perplexity_is_that_of_the_loss(small, in_memory):
     assert in_memory.perplexity == pytest.approx(math.exp(total / count), rel=1e-3)
 
 
-def test_the_same_files_in_a_fresh_process_pass(small, in_memory):
-    again = probe_in_fresh_process(prepare_smollm2(), CONVERSATIONS, library="transformers", max_new_tokens=24)
-    report = compare_exports(in_memory, {"merged": again}, tokenizer=small[1])
+@pytest.fixture
+def started(monkeypatch):
+    """The fresh processes in the order of their start, and at each one's turn which of them lived."""
+    processes, turns, start, ask = [], [], verify._fresh_process, verify._ask
+
+    @contextlib.contextmanager
+    def started(library):
+        with start(library) as both:
+            processes.append(both[0])
+            yield both
+
+    def asked(*arguments):
+        turns.append([process.poll() is None for process in processes])
+        return ask(*arguments)
+
+    monkeypatch.setattr(verify, "_fresh_process", started)
+    monkeypatch.setattr(verify, "_ask", asked)
+    return processes, turns
+
+
+def test_the_same_files_in_fresh_processes_pass(small, in_memory, started, tmp_path):
+    """Two forms share a process and its import; the third one's was started with it, and waited for its end."""
+    form = SavedForm(prepare_smollm2(), library="transformers")
+    other = tmp_path / "andere 模型"
+    other.symlink_to(form.folder)
+    forms = {"merged": form, "other": replace(form, folder=other), "again": form}
+    probes = probe_in_fresh_processes(forms, CONVERSATIONS, max_new_tokens=24)
+    assert list(probes) == list(forms)
+    assert started[1] == [[True, True], [False, True]]
+    assert [process.poll() for process in started[0]] == [0, 0]
+    report = compare_exports(in_memory, probes, tokenizer=small[1])
     assert report.ok
-    assert (report.checks[0].same_replies, report.checks[0].same_first_tokens) == (2, 1.0)
-    assert report.checks[0].divergence < 1e-4
-    assert in_memory.rivals and not again.rivals  # only the model in memory is looked at for near ties
+    for check, probe in zip(report.checks, probes.values(), strict=True):
+        assert (check.same_replies, check.same_first_tokens) == (2, 1.0)
+        assert check.divergence < 1e-4
+        assert in_memory.rivals and not probe.rivals  # only the model in memory is looked at for near ties
 
 
-def test_files_that_do_not_load_are_reported_with_the_processes_words(tmp_path):
-    folder = Path(shutil.copytree(prepare_smollm2(), tmp_path / "mein 模型"))
+def test_files_that_do_not_load_are_reported_with_the_processes_words(started, tmp_path):
+    form = SavedForm(prepare_smollm2(), library="transformers")
+    folder = Path(shutil.copytree(form.folder, tmp_path / "mein 模型"))
     (folder / "model.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(ExportError, match="mein 模型: found .*[Ee]rror"):
-        probe_in_fresh_process(folder, CONVERSATIONS, library="transformers")
+    with pytest.raises(ExportError, match=r"merged \(.*mein 模型\): found .*[Ee]rror"):
+        probe_in_fresh_processes({"merged": replace(form, folder=folder), "waiting": form}, CONVERSATIONS)
+    assert [process.poll() for process in started[0]] == [1, -signal.SIGKILL]
 
 
-def test_a_process_that_takes_too_long_is_given_up():
-    with pytest.raises(ExportError, match="no answer in 0 s"):
-        probe_in_fresh_process(prepare_smollm2(), CONVERSATIONS, timeout_seconds=0.1)
+def test_a_process_that_takes_too_long_is_given_up(started):
+    folder = prepare_smollm2()
+    forms = {"adapter": SavedForm(folder), "merged": SavedForm(folder, library="transformers")}
+    with pytest.raises(ExportError, match=r"adapter \(.*\): found no answer in 0 s"):
+        probe_in_fresh_processes(forms, CONVERSATIONS, timeout_seconds=0.1)
+    assert [process.poll() for process in started[0]] == [-signal.SIGKILL] * 2
+
+
+def test_a_process_that_was_killed_is_reported(started, monkeypatch):
+    ask = verify._ask
+    monkeypatch.setattr(verify, "_ask", lambda process, *arguments: process.kill() or ask(process, *arguments))
+    form = SavedForm(prepare_smollm2(), library="transformers")
+    forms = {"merged": form, "waiting": replace(form, library="unsloth")}
+    with pytest.raises(ExportError, match=r"merged \(.*\): found an end with -9 and no word"):
+        probe_in_fresh_processes(forms, CONVERSATIONS)
+    assert [process.poll() for process in started[0]] == [-signal.SIGKILL] * 2
+
+
+def test_of_forms_that_share_a_process_the_one_that_failed_is_named(tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "said.json").write_text("{}")
+    (tmp_path / "stderr").write_text("Traceback\nRuntimeError: no 4 bits\n")
+    process = SimpleNamespace(communicate=lambda *_, timeout: None, returncode=1)
+    forms = {"adapter": SavedForm("a"), "adapter, 4-bit base": SavedForm("a", load_in_4bit=True)}
+    with pytest.raises(ExportError, match=r"adapter, 4-bit base \(a\): found RuntimeError: no 4 bits"):
+        verify._ask(process, tmp_path, forms, {}, 1)
 
 
 @needs_llama_cpp
@@ -206,7 +265,7 @@ def test_the_same_passes_and_is_shown():
 def test_what_has_no_limit_is_not_called_ok():
     form = "adapter, 4-bit base"
     assert compared(form).checks[0].verdict == "not judged"
-    assert compared(form, in_style=lambda row, reply: True).checks[0].verdict == "ok"
+    assert compared(form, in_style=lambda row, reply: True).checks[0].verdict == "not judged"
     assert compared("adapter").checks[0].verdict == "ok"
 
 
@@ -291,16 +350,30 @@ def test_replies_that_part_late_are_judged_too(word, near_ties):
     assert bool(check.faults) != bool(near_ties)
 
 
-@pytest.mark.parametrize(("kept", "ok"), [(8, True), (7, True), (6, False), (0, False)])
-def test_house_style_must_survive(kept, ok):
-    """In memory 7 of 8 replies have it."""
+def styled_report(form, kept):
+    """In memory 7 of 8 replies have house style, in the form so many."""
     replies = ("in style",) * 8
     reference = Probe((*replies[:7], "not"), ((-0.5,),) * 8, (), (({}, {}),) * 8)
-    form = replace(reference, replies=(*replies[:kept], *("not",) * (8 - kept)))
+    found = replace(reference, replies=(*replies[:kept], *("not",) * (8 - kept)))
     options = dict(tokenizer=TOKENIZER, in_style=lambda row, reply: reply == "in style")
-    report = compare_exports(reference, {"GGUF q4_k_m": form}, **options)
-    assert report.ok == ok
-    assert (f"MISSED, GGUF q4_k_m: {kept} replies in house style, 7 in memory" in repr(report)) != ok
+    return compare_exports(reference, {form: found}, **options)
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged", "GGUF q8_0", "GGUF q4_k_m"])
+@pytest.mark.parametrize(("kept", "ok"), [(8, True), (7, True), (6, False), (0, False)])
+def test_house_style_must_survive(form, kept, ok):
+    report = styled_report(form, kept)
+    assert (f"MISSED, {form}: {kept} replies in house style, 7 in memory" in repr(report)) != ok
+    if form.startswith("GGUF ") or kept == 7:  # the others may not change a word
+        assert report.ok == ok
+
+
+@pytest.mark.parametrize("kept", [7, 6, 0])
+def test_on_the_4_bit_base_house_style_is_only_shown(kept):
+    report = styled_report("adapter, 4-bit base", kept)
+    report.raise_if_failed()
+    assert (report.checks[0].styled, report.checks[0].verdict) == (kept, "not judged")
+    assert "MISSED" not in repr(report)
 
 
 def test_divergence_is_kullback_leiblers():

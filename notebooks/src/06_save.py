@@ -201,14 +201,14 @@ import gc
 
 import torch
 
-from helpers.verify import probe_gguf, probe_in_fresh_process
+from helpers.verify import SavedForm, probe_gguf, probe_in_fresh_processes
 
 del model
 gc.collect()
 torch.cuda.empty_cache()
-probes = {"adapter": probe_in_fresh_process(adapter, conversations)}
-probes["adapter, 4-bit base"] = probe_in_fresh_process(adapter, conversations, load_in_4bit=True)
-probes["merged"] = probe_in_fresh_process(merged, conversations, library="transformers")
+forms = {"adapter": SavedForm(adapter), "adapter, 4-bit base": SavedForm(adapter, load_in_4bit=True)}
+forms["merged"] = SavedForm(merged, library="transformers")
+probes = probe_in_fresh_processes(forms, conversations)
 for name in quantization:
     file = gguf / f"model-{name}.gguf"
     probes[f"GGUF {name}"] = probe_gguf(file, conversations, tokenizer=tokenizer, model_stops=model_stops)
@@ -219,9 +219,9 @@ for name in quantization:
 # Adapter and merged model must give the same replies, word for word; only where the model in memory itself found two
 # tokens nearly equal (one at most 1.65 times as likely as the other) may they part, because merging rounds too: $W +
 # \frac{\alpha}{r} B A$ is stored in 16 bits. The GGUF files round the weights more, so their words may differ.
-# Perplexity must stay within 1 %, and within 10 % in GGUF files of other types than `q8_0`. On the 4-bit base, which is
-# no file of yours, it is only shown. Where the data have a house style (the three lines of the support replies), every
-# form must write as many replies in it as the model in memory.
+# Perplexity must stay within 1 %, and within 10 % in GGUF files of other types than `q8_0`. Where the data have a house
+# style (the three lines of the support replies), every form must write as many replies in it as the model in memory,
+# except the adapter on the 4-bit base: that base is no file of yours, so its perplexity and style are only shown.
 
 # %%
 from helpers.house_style import judge_reply
