@@ -1,7 +1,8 @@
 """Break the stack in realistic ways, one at a time, and show which chapter and which claim notices.
 
-    python tests/faults.py                          every fault; about forty minutes on one core
-    python tests/faults.py no_lora four_bit_off     some
+    python tests/faults.py                          every fault that is left: stopped, it goes on where it was
+    python tests/faults.py no_lora four_bit_off     some, also where they were run before
+    python tests/faults.py --fresh                  every fault, and the good run anew
 
 No notebook is changed: `tests/planted/sitecustomize.py`, put on the kernels' PYTHONPATH, replaces a function of a
 library once Unsloth is imported. A small good run of the series comes first (24 steps, 12 held-out conversations; kept
@@ -11,7 +12,8 @@ this project's own), by a *crash* (another error, or a dead kernel), by an *outp
 than in the good run), or by a *band* (a number leaves what `helpers.regress.RULES` allows around the good run's, which
 is as wide as around a recorded one).
 
-Two controls go through the same and must not be noticed. The table of all goes to tests/baselines, beside the bands.
+Two controls go through the same and must not be noticed. How each ended is kept beside the good run, and once all have
+run their table goes to tests/baselines, beside the bands.
 """
 
 import argparse
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,7 @@ CONTROLS = {
     "resumed": ("04_train", "nothing: an interrupted run goes on from its checkpoint"),
 }
 STEPS, HELD_OUT = 24, 12
+OUTCOMES = "outcomes.json"  # in the work folder: {fault: how it ended}, of the code that `planted_fingerprint` names
 NOT_CAUGHT, FALSE_ALARM = "NOT CAUGHT", "FALSE ALARM"
 MOST_CHARACTERS = 120  # of what noticed a fault, in the table
 
@@ -111,6 +114,31 @@ def good_fingerprint() -> str:
     return fingerprint("\n".join([*parts, *(path.read_text(encoding="utf-8") for path in files)]))
 
 
+def planted_fingerprint() -> str:
+    """Names what breaks the stack."""
+    return fingerprint((ROOT / "tests" / "planted" / "sitecustomize.py").read_text(encoding="utf-8"))
+
+
+def kept_outcomes(work: Path) -> dict[str, Caught]:
+    """How the faults ended that have run against the good run that is there now."""
+    path = work / OUTCOMES
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {
+        fault: Caught(**outcome)
+        for fault, outcome in kept.get("outcomes", {}).items()
+        if kept["planted"] == planted_fingerprint()
+    }
+
+
+def keep_outcomes(work: Path, outcomes: Mapping[str, Caught]) -> None:
+    """Write them so that a run that is stopped now leaves the former file or this one."""
+    content = {"planted": planted_fingerprint()}
+    content |= {"outcomes": {fault: asdict(outcome) for fault, outcome in outcomes.items()}}
+    partial = work / f"{OUTCOMES}.partial"
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, work / OUTCOMES)
+
+
 def is_whole(good: Path) -> bool:
     """Whether a good run is there that comes from what is here now."""
     whole = good / "whole"
@@ -124,6 +152,7 @@ def make_good(work: Path) -> Path:
         return good
     made_of = good_fingerprint()
     shutil.rmtree(good, ignore_errors=True)
+    (work / OUTCOMES).unlink(missing_ok=True)  # they were held against the good run that is gone
     good.mkdir(parents=True)
     rows = [json.loads(line) for line in CONVERSATIONS.read_text(encoding="utf-8").splitlines()]
     held_out = [row for row in rows if row["split"] == "held_out"][:HELD_OUT]
@@ -293,14 +322,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.fresh:
         shutil.rmtree(WORK, ignore_errors=True)
     good = make_good(WORK)
-    outcomes = []
-    for fault in options.faults or known:
+    kept = kept_outcomes(WORK)
+    for fault in options.faults or [fault for fault in known if fault not in kept]:
         try:
-            outcome = plant(fault, good=good, work=WORK, parameters=WORK / "parameters.yaml")
-        except HarnessError as error:
-            outcome = Caught(fault, "", "", one_line(f"NOT RUN: {error}"), 0.0)
-        outcomes.append(outcome)
+            kept[fault] = outcome = plant(fault, good=good, work=WORK, parameters=WORK / "parameters.yaml")
+            keep_outcomes(WORK, kept)
+        except HarnessError as error:  # not kept in the file: the next time it is tried again
+            kept[fault] = outcome = Caught(fault, "", "", one_line(f"NOT RUN: {error}"), 0.0)
         print(f"{fault}: {outcome.chapter}, {verdict(outcome)}: {outcome.what}", flush=True)
+    outcomes = [kept[fault] for fault in options.faults or known]
     rows = [[o.fault, o.chapter, verdict(o), o.what, round(o.seconds)] for o in outcomes]
     table = text_table(["fault", "chapter", "noticed by", "what noticed", "seconds"], rows)
     print(f"\n{table}\n{summary(outcomes)}")

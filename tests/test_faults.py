@@ -1,6 +1,7 @@
 """The planted faults: cheap ones are caught, each in its own way; nothing where none is; all can be planted."""
 
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -174,6 +175,45 @@ def test_a_run_that_was_not_interrupted_is_not_resumed(tmp_path, monkeypatch):
     (tmp_path / "interrupted.log").touch()  # of an earlier fault
     with pytest.raises(HarnessError, match="04_train was not interrupted"):
         plant("resumed", good=tmp_path / "good", work=tmp_path, parameters=PARAMETERS)
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    """The faults themselves are replaced; the good run is a folder with its measures."""
+    ran, good, baselines = [], tmp_path / "work" / "good", tmp_path / "baselines"
+    (good / "executed").mkdir(parents=True)
+    baselines.mkdir()
+    measured = {"profile": "cpu", "kind": "AVX512 CPU", "seconds": {}, "chapters": {}}
+    (good / "executed" / "measured.json").write_text(json.dumps(measured))
+    monkeypatch.setattr(faults, "WORK", tmp_path / "work")
+    monkeypatch.setattr(faults, "BASELINES", baselines)
+    monkeypatch.setattr(faults, "ROOT", tmp_path)
+    monkeypatch.setattr(faults, "planted_fingerprint", lambda: "one")
+    monkeypatch.setattr(faults, "make_good", lambda work: good)
+
+    def plant_until(last):
+        def plant(fault, **more):
+            if fault == last:
+                raise KeyboardInterrupt
+            ran.append(fault)
+            if fault == "seed_ignored" and ran.count(fault) == 1:
+                raise HarnessError("the disk was full")
+            return Caught(fault, CHAPTER, "" if fault in faults.CONTROLS else "claim", "", 1.0)
+
+        monkeypatch.setattr(faults, "plant", plant)
+
+    plant_until("a_frozen")
+    with pytest.raises(KeyboardInterrupt):
+        main([])
+    assert len(ran) > 10 and not list(baselines.iterdir())
+    plant_until("nothing")
+    assert main([]) == 0
+    everything = [*faults.CONTROLS, *faults.FAULTS]
+    assert sorted(ran) == sorted([*everything, "seed_ignored"])  # this one twice: its first run said nothing
+    [table] = baselines.iterdir()
+    assert f"{len(faults.FAULTS)} of {len(faults.FAULTS)} faults were caught, 2 of 2 controls" in table.read_text()
+    assert main(["no_lora"]) == 0 and ran[-1] == "no_lora"  # named, it runs again
+    monkeypatch.setattr(faults, "planted_fingerprint", lambda: "another")
+    assert faults.kept_outcomes(tmp_path / "work") == {}
 
 
 OUTCOMES = {
