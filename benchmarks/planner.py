@@ -1,6 +1,6 @@
 """Peak memory on a GPU against the planner's prediction (`helpers.memory.predict_peak`), over many configurations.
 
-    python benchmarks/planner.py [--only chapter04|t4] [--out FILE]
+    python benchmarks/planner.py [--only chapter04|t4|as_needed] [--out FILE]
 
 Nothing is timed, so four processes at a time share the GPU, each capped to a T4's memory. A configuration is three
 steps of rows of one length; the peak is the allocator's, over all three.
@@ -57,11 +57,16 @@ GROUPS = [
     # What plan_batch chooses on a T4: padding-free, nothing recomputed, several micro-batches a step.
     dict(shape="3B", checkpointing=False, dtype="float16", rank=16, accumulation=4, eager=True),
     dict(shape="1B", checkpointing=False, dtype="float16", rank=16, accumulation=2, eager=True),
+    # Only the first layers are checkpointed, as where it is done as needed.
+    dict(shape="3B", checkpointing=True, checkpointed_layers=7, dtype="float16", rank=16, padded=True, eager=True),
+    dict(shape="3B", checkpointing=True, checkpointed_layers=20, dtype="bfloat16", rank=16, padded=True, eager=True),
+    dict(shape="1B", checkpointing=True, checkpointed_layers=5, dtype="float16", rank=16, padded=True, eager=True),
+    dict(shape="3B", checkpointing=True, checkpointed_layers=14, dtype="float16", rank=16, eager=True),
 ]
-KINDS = {"chapter04": "eager", "t4": "accumulation"}
+KINDS = {"chapter04": "eager", "t4": "accumulation", "as_needed": "checkpointed_layers"}
 EAGER = {"UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_FUSED_LINEAR_TRITON": "0"}
 COLUMNS = ("shape", "dtype", "rank", "checkpointing", "padded", "accumulation", "batch", "length")
-COLUMNS += ("peak_reserved_gib", "out_of_memory")
+COLUMNS += ("peak_reserved_gib", "out_of_memory", "checkpointed_layers")
 
 
 def measure(group: dict, folder: str) -> None:
@@ -71,7 +76,15 @@ def measure(group: dict, folder: str) -> None:
     # isort: split
     import torch
     from datasets import Dataset
+    from transformers import TrainerCallback
+    from transformers.modeling_layers import GradientCheckpointingLayer
     from trl import SFTConfig, SFTTrainer
+
+    class Spare(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+            for layer in layers[group.get("checkpointed_layers", len(layers)) :]:
+                layer.gradient_checkpointing = False
 
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(T4_GIB * 2**30 / total)
@@ -102,9 +115,8 @@ def measure(group: dict, folder: str) -> None:
         torch.cuda.reset_peak_memory_stats()
         result = group | {"batch": batch, "length": length, "loaded": loaded, "with_lora": with_lora}
         try:
-            trainer = SFTTrainer(
-                model=model, processing_class=tokenizer, train_dataset=rows, args=SFTConfig(**settings)
-            )
+            given = dict(processing_class=tokenizer, train_dataset=rows, callbacks=[Spare()])
+            trainer = SFTTrainer(model=model, args=SFTConfig(**settings), **given)
             trainer.train()
         except torch.OutOfMemoryError:
             result["out_of_memory"] = True
@@ -121,7 +133,7 @@ def measure(group: dict, folder: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("planner.jsonl"))
-    parser.add_argument("--only", choices=KINDS, help="as chapter 04 trains (nothing compiled first), or a T4's plans")
+    parser.add_argument("--only", choices=KINDS, help="see KINDS: as chapter 04 trains, a T4's plans, …")
     parser.add_argument("--models", help="a folder to keep the random models in")
     parser.add_argument("--seconds", type=int, default=300, help="a group's limit")
     parser.add_argument("--one", help=argparse.SUPPRESS)

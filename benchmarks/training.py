@@ -189,7 +189,8 @@ def measure(job: dict) -> dict:
     if "cap_gib" in job:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(job["cap_gib"] * 2**30 / total)
-    with fit_into_memory(trainer) if job.get("planned") else contextlib.nullcontext() as fitting:
+    planned = job.get("planned")
+    with fit_into_memory(trainer, plan.checkpointed_layers) if planned else contextlib.nullcontext() as fitting:
         trainer.train()
     torch.cuda.synchronize()
     end = time.perf_counter()
@@ -230,12 +231,25 @@ def measure(job: dict) -> dict:
     if job.get("profile"):
         from torch.profiler import ProfilerActivity, profile
 
-        probe = trainer_of(3, Clock())
-        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
-            begin = time.perf_counter()
+        prof = profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU])
+
+        class Profiler(Clock):  # steps 2 to 4
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == 1:
+                    torch.cuda.synchronize()
+                    prof.start()
+                super().on_step_begin(args, state, control)
+
+            def on_step_end(self, args, state, control, **kwargs):
+                super().on_step_end(args, state, control)
+                if state.global_step == 4:
+                    prof.stop()
+
+        profiler = Profiler()
+        probe = trainer_of(4, profiler)
+        with fit_into_memory(probe, plan.checkpointed_layers) if planned else contextlib.nullcontext():
             probe.train()
-            torch.cuda.synchronize()
-            wall = time.perf_counter() - begin
+        wall = profiler.at[4] - profiler.at[1]
         events = sorted(prof.key_averages(), key=lambda event: -event.self_device_time_total)
         kernels = [event for event in events if event.self_device_time_total and not event.self_cpu_time_total]
         result["profile"] = {
@@ -265,7 +279,7 @@ def main() -> int:
     parser.add_argument(
         "--jobs",
         help="a JSON file with a list of rows of your own instead: keys as in COMMON and ROWS, name, shape, steps, "
-        "cap_gib (after loading), skip_eval, profile (three steps under PyTorch's profiler)",
+        "cap_gib (after loading), skip_eval, profile (three more steps under PyTorch's profiler)",
     )
     parser.add_argument("--models", help="a folder to keep the random models in")
     parser.add_argument("--ahead", type=int, default=6, help="processes that import at the same time")

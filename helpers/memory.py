@@ -3,9 +3,11 @@
 GiB are 2**30 bytes.
 """
 
+import bisect
 import contextlib
 import itertools
 import math
+import operator
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -202,6 +204,7 @@ def predict_peak(
     tokens: int,
     lora_rank: int,
     use_gradient_checkpointing: bool | str,
+    checkpointed_layers: int | None = None,
     compiled: bool = False,
     triton_loss: bool = False,
     load_in_4bit: bool = True,
@@ -213,6 +216,7 @@ def predict_peak(
         tokens: those of the largest micro-batch, padding included.
         lora_rank: LoRA's r.
         use_gradient_checkpointing: False, True or "unsloth".
+        checkpointed_layers: with True, only the first so many layers are checkpointed; None: all of them.
         compiled: Unsloth compiles each layer, as it does for padded batches unless UNSLOTH_BLOCK_COMPILE=0.
         triton_loss: the loss runs in Triton kernels, as it does unless UNSLOTH_FUSED_LINEAR_TRITON=0.
         load_in_4bit: NF4 with double quantisation; else 16 bits.
@@ -230,6 +234,9 @@ def predict_peak(
 
         peak = 1.02 * (fixed + kept + max(loss, one layer))
 
+    Where only the first layers are checkpointed, what the others keep is gone when those are computed again, because
+    gradients are taken from the last layer to the first: it adds to the loss alone.
+
     Form after those sources; the factors are fitted to 91 measured configurations of Llama 3.2 1B and 3B with Triton's
     loss (one H100 capped to a T4's memory, Unsloth 2026.10.9, 2026-11-24; benchmarks/results/planner.csv), none of
     which is off by more than 5 %, and the loss without Triton to the runs in benchmarks/results/training.csv.
@@ -245,15 +252,14 @@ def predict_peak(
     embeddings = 2 * vocabulary * hidden * (1 if config.tie_word_embeddings else 2)
     fixed = embeddings + _linear_weights(config) * (0.516 if load_in_4bit else 2) + 0.032 * GIB + 10.1 * lora
     matrix = 2 * hidden * intermediate
-    if use_gradient_checkpointing is False:
-        kept, layer_factor = layers * (4 * intermediate + 15.8 * hidden), 0.0
-    else:
-        kept = (4 if use_gradient_checkpointing == "unsloth" else layers) * 2 * hidden
-        layer_factor = 1.5 if compiled else 1.0
+    again = layers if use_gradient_checkpointing and checkpointed_layers is None else checkpointed_layers or 0
+    inputs = (4 if use_gradient_checkpointing == "unsloth" else again) * 2 * hidden
+    whole = (layers - again) * (4 * intermediate + 15.8 * hidden)
     chunk = min(tokens, max(512, 2 ** int(math.log2(512 * 151_936 / vocabulary))))
     loss = tokens * 5 * hidden + 3 * matrix + chunk * vocabulary * (4 if triton_loss else 29.7)
-    layer = tokens * layer_factor * (6.3 * intermediate + 14.8 * hidden) + (2.2 if compiled else 5.3) * matrix
-    return 1.02 * (fixed + tokens * kept + max(loss, layer)) / GIB
+    products = (2.2 if compiled else 5.3) * matrix
+    layer = tokens * (1.5 if compiled else 1.0) * (6.3 * intermediate + 14.8 * hidden) + products if again else 0
+    return 1.02 * (fixed + tokens * inputs + max(tokens * whole + max(loss, products), layer)) / GIB
 
 
 @dataclass(frozen=True)
@@ -263,6 +269,7 @@ class BatchOption:
     Attributes:
         micro_batch, accumulation: conversations at once, and how often in a step.
         use_gradient_checkpointing: False, True or "unsloth".
+        as_needed: True in only as many layers as this micro-batch's memory needs, the fewer the shorter it is.
         padding_free: conversations one after the other in one long row; False: side by side, padded.
         predicted_gib: the peak that `predict_peak` gives for the longest conversations.
         seconds: an estimate for one step, to compare options by; not a promise.
@@ -272,6 +279,7 @@ class BatchOption:
     micro_batch: int
     accumulation: int
     use_gradient_checkpointing: bool | str
+    as_needed: bool
     padding_free: bool
     predicted_gib: float
     seconds: float
@@ -288,6 +296,7 @@ class BatchPlan:
         padded_to: the multiple of tokens that padded batches are as wide as.
         limit_gib: what a step may take.
         device: whose memory and speed were planned for.
+        most_tokens: those that fit into a micro-batch with 0, 1, 2, … layers checkpointed, up to all.
     """
 
     chosen: BatchOption
@@ -295,6 +304,13 @@ class BatchPlan:
     padded_to: int
     limit_gib: float
     device: str
+    most_tokens: tuple[int, ...]
+
+    def checkpointed_layers(self, tokens: int) -> int:
+        """In how many layers, from the first, a micro-batch of so many tokens (padding included) is checkpointed."""
+        if self.chosen.as_needed:
+            return _fewest_layers(self.most_tokens, tokens)
+        return len(self.most_tokens) - 1 if self.chosen.use_gradient_checkpointing else 0
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -302,6 +318,7 @@ class BatchPlan:
         settings = dict(
             per_device_train_batch_size=self.chosen.micro_batch,
             gradient_accumulation_steps=self.chosen.accumulation,
+            gradient_checkpointing=bool(self.chosen.use_gradient_checkpointing),
             train_sampling_strategy="group_by_length",
             padding_free=self.chosen.padding_free,
         )
@@ -314,7 +331,7 @@ class BatchPlan:
         return [
             [
                 f"{option.micro_batch} × {option.accumulation}",
-                str(option.use_gradient_checkpointing),
+                "as needed" if option.as_needed else str(option.use_gradient_checkpointing),
                 "none" if option.padding_free else f"to {self.padded_to}s",
                 f"{option.predicted_gib:.1f}",
                 "yes" if option.fits else "no",
@@ -370,6 +387,10 @@ def plan_batch(
     `PADDING_FREE_HOST_SECONDS` a layer and pass), plus copying where activations are offloaded. So padding pays where
     the host is what takes the time; elsewhere it is wasted.
 
+    Checkpointing "as needed" looks at each micro-batch: the memory that the longest one leaves no room in has room for
+    what most layers of an ordinary one keep, and those are not computed again. `fit_into_memory` does it. (Unsloth's
+    own `checkpoint_skip_layers` spares the same layers in all batches, as many as the longest allows.)
+
     Raises:
         PlanError: not even one conversation at a time fits, a number makes no sense, or the configuration is not that
             of a Llama-like model.
@@ -406,25 +427,40 @@ def plan_batch(
     def width(length: int) -> int:
         return -(-length // padded_to) * padded_to
 
-    def seconds_of(micro_batch: int, mode: bool | str, padding_free: bool) -> float:
-        passes, accumulation = 3 if mode else 2, effective_batch_size // micro_batch
-        widths = lengths if padding_free else [width(longest[i - i % micro_batch]) for i in range(len(longest))]
-        tokens = effective_batch_size * sum(widths) / len(widths)
-        gpu = 2 * weights * tokens * passes / (flops * REACHED)
-        gpu += accumulation * passes * weights * (4.5 if load_in_4bit else 2) / bytes_per_second
-        host = PADDING_FREE_HOST_SECONDS if padding_free else PADDED_HOST_SECONDS
-        # Offloaded, each layer's input goes to the host and comes back.
-        copied = 2 * tokens * layers * 2 * config.hidden_size if mode == "unsloth" else 0
-        return max(gpu, accumulation * layers * passes * host) + copied / OFFLOAD_BYTES_PER_SECOND
+    def peak_of(tokens: int, mode: bool | str, checkpointed_layers: int | None = None) -> float:
+        settings = dict(use_gradient_checkpointing=mode, checkpointed_layers=checkpointed_layers)
+        return predict_peak(config, tokens=tokens, lora_rank=lora_rank, load_in_4bit=load_in_4bit, **settings)
 
-    options = []
-    sizes = [size for size in range(1, effective_batch_size + 1) if effective_batch_size % size == 0]
-    for micro_batch, mode, padding_free in itertools.product(sizes, (False, True, "unsloth"), (True, False)):
-        tokens = sum(longest[:micro_batch]) if padding_free else micro_batch * width(longest[0])
-        settings = dict(lora_rank=lora_rank, use_gradient_checkpointing=mode, load_in_4bit=load_in_4bit)
-        peak, seconds = predict_peak(config, tokens=tokens, **settings), seconds_of(micro_batch, mode, padding_free)
-        way = (micro_batch, effective_batch_size // micro_batch, mode, padding_free)
-        options.append(BatchOption(*way, peak, seconds, peak <= limit_gib))
+    def most_tokens_with(checkpointed_layers: int) -> int:
+        fitting = range(effective_batch_size * width(longest[0]) + 1)
+        return (
+            bisect.bisect_right(fitting, limit_gib, key=lambda tokens: peak_of(tokens, True, checkpointed_layers)) - 1
+        )
+
+    most_tokens = tuple(most_tokens_with(count) for count in range(layers + 1))
+
+    def option_of(micro_batch: int, mode: bool | str, as_needed: bool, padding_free: bool) -> BatchOption:
+        batches = [longest[i : i + micro_batch] for i in range(0, len(longest), micro_batch)]
+        sizes = [sum(batch) if padding_free else len(batch) * width(batch[0]) for batch in batches]
+        again = [_fewest_layers(most_tokens, size) if as_needed else layers for size in sizes]
+        passes = [2 + (count / layers if mode else 0) for count in again]
+        gpu = 2 * weights * sum(map(operator.mul, sizes, passes)) / (flops * REACHED)
+        gpu += sum(passes) * weights * (4.5 if load_in_4bit else 2) / bytes_per_second
+        host = sum(passes) * layers * (PADDING_FREE_HOST_SECONDS if padding_free else PADDED_HOST_SECONDS)
+        # Offloaded, each layer's input goes to the host and comes back.
+        copied = 2 * sum(sizes) * layers * 2 * config.hidden_size if mode == "unsloth" else 0
+        steps = len(longest) / effective_batch_size
+        seconds = (max(gpu, host) + copied / OFFLOAD_BYTES_PER_SECOND) / steps
+        peak = peak_of(sizes[0], mode, again[0] if as_needed else None)
+        way = (micro_batch, effective_batch_size // micro_batch, mode, as_needed, padding_free)
+        return BatchOption(*way, peak, seconds, peak <= limit_gib)
+
+    modes = ((False, False), (True, True), (True, False), ("unsloth", False))
+    micro_batches = [size for size in range(1, effective_batch_size + 1) if effective_batch_size % size == 0]
+    options = [
+        option_of(micro_batch, *mode, padding_free)
+        for micro_batch, mode, padding_free in itertools.product(micro_batches, modes, (True, False))
+    ]
     options.sort(key=lambda option: (option.seconds, option.accumulation, option.predicted_gib))
     fitting = [option for option in options if option.fits]
     if not fitting:
@@ -435,7 +471,12 @@ def plan_batch(
             expected=f"at most {limit_gib:.1f} GiB",
             fix="choose a smaller model, a smaller MAX_SEQ_LENGTH or a smaller LoRA rank",
         )
-    return BatchPlan(fitting[0], tuple(options), padded_to, limit_gib, device)
+    return BatchPlan(fitting[0], tuple(options), padded_to, limit_gib, device, most_tokens)
+
+
+def _fewest_layers(most_tokens: Sequence[int], tokens: int) -> int:
+    """See `BatchPlan.most_tokens`; all layers where even these are too few."""
+    return min(bisect.bisect_left(most_tokens, tokens), len(most_tokens) - 1)
 
 
 def _shape(config: Any) -> tuple[int, int, int, int, int, int]:

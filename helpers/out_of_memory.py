@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ class Fitting:
         rehearsal: the seconds and the memory of the rehearsal: the longest conversations, trained and evaluated. No
             seconds where there was nothing left to train.
         first_step: those of this session's first step, which sets up the optimiser, and on a GPU the libraries.
+        all_checkpointed: memory ran out where only some layers were checkpointed, and since then all are.
         tokens_at_once: the largest micro-batch that still fits; None: all of them did.
         splits: micro-batches that were split.
         evaluated_at_once: as `tokens_at_once`, for the evaluation.
@@ -31,13 +32,14 @@ class Fitting:
 
     rehearsal: Stage
     first_step: Stage
+    all_checkpointed: bool = False
     tokens_at_once: int | None = None
     splits: int = 0
     evaluated_at_once: int | None = None
 
 
 @contextlib.contextmanager
-def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
+def fit_into_memory(trainer: Any, checkpointed_layers: Callable[[int], int] | None = None) -> Iterator[Fitting]:
     """Inside this block `trainer.train()` rehearses its longest batches, and survives when memory runs out.
 
     Before the first step the longest conversations are trained once and evaluated once, without any effect: gradients
@@ -48,6 +50,9 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
 
     Args:
         trainer: a Transformers or TRL trainer; its rows hold `input_ids` (and `labels`, or its collator makes them).
+        checkpointed_layers: such as `BatchPlan.checkpointed_layers`: in how many layers, from the first, a micro-batch
+            of so many tokens is checkpointed, of a model that was loaded with gradient checkpointing; None: in all. Once
+            memory runs out, it is in all of them. The gradients are the same.
 
     Raises:
         DoesNotFit: one conversation alone is too much, or a batch is and the trainer does not count the step's answer
@@ -55,7 +60,7 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
             of an evaluation is of which more than a loss is asked for (`compute_metrics`).
 
     Example:
-        >>> with fit_into_memory(trainer) as fitting:
+        >>> with fit_into_memory(trainer, plan.checkpointed_layers) as fitting:
         ...     trainer.train()
         >>> fitting.rehearsal.peak_reserved_gib
         3.66
@@ -66,19 +71,27 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
         pass
     fitting, step = Fitting(nothing, replace(nothing, label=FIRST_STEP)), contextlib.ExitStack()
     train_whole, evaluate_whole = trainer.training_step, trainer.prediction_step
+    flags: list[tuple[Any, Any]] = []
 
     def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None, *rest: Any, **named: Any) -> Any:
         while True:
             chunks = _split(inputs, None if num_items_in_batch is None else fitting.tokens_at_once)
             kept = [(p, p.grad.clone()) for p in model.parameters() if p.grad is not None]
             try:
-                losses = [train_whole(model, chunk, num_items_in_batch, *rest, **named) for chunk in chunks]
+                losses = []
+                for chunk in chunks:
+                    spared = _spare_layers(flags, chunk, None if fitting.all_checkpointed else checkpointed_layers)
+                    losses.append(train_whole(model, chunk, num_items_in_batch, *rest, **named))
                 fitting.splits += len(chunks) > 1
                 return sum(losses)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
             _drop_gradients(model, kept)
+            if spared:
+                fitting.all_checkpointed = True
+                print("Memory ran out: from here on every layer is checkpointed. No step is lost.")
+                continue
             if num_items_in_batch is None:
                 raise DoesNotFit(
                     "training",
@@ -119,6 +132,7 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
 
     class Measure(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            flags[:] = _checkpointing_flags(trainer.model)  # now, because the trainer switches them on as it begins
             with track_memory(REHEARSAL) as fitting.rehearsal:
                 _rehearse(trainer)
             self.is_first = True
@@ -138,6 +152,8 @@ def fit_into_memory(trainer: Any) -> Iterator[Fitting]:
         yield fitting
     finally:
         step.close()  # open where the first step failed
+        for layer, flag in flags:
+            layer.gradient_checkpointing = flag
         trainer.remove_callback(measure)
         del trainer.training_step, trainer.prediction_step
 
@@ -148,6 +164,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     from accelerate.utils.memory import should_reduce_batch_size
 
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+def _checkpointing_flags(model: Any) -> list[tuple[Any, Any]]:
+    """(layer, its flag) of each layer that is checkpointed now, from the first to the last."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [(layer, layer.gradient_checkpointing) for layer in layers if layer.gradient_checkpointing]
+
+
+def _spare_layers(flags: list[tuple[Any, Any]], chunk: Any, checkpointed_layers: Callable[[int], int] | None) -> int:
+    """Checkpoint only the first layers, as many as a part needs; returns how many are spared."""
+    count = len(flags) if checkpointed_layers is None else checkpointed_layers(chunk["input_ids"].numel())
+    for number, (layer, flag) in enumerate(flags):
+        layer.gradient_checkpointing = flag if number < count else False
+    return max(len(flags) - count, 0)
 
 
 def _alone(tokens: int, what: str) -> DoesNotFit:

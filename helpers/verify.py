@@ -375,7 +375,8 @@ class ExportCheck:
     @property
     def verdict(self) -> str:
         """Either "ok" or "MISSED"; "not judged" where nothing of this form has a limit."""
-        return "MISSED" if self.faults else "not judged" if on_4_bit_base(self.form) else "ok"
+        unlimited = on_4_bit_base(self.form) and self.styled is None
+        return "MISSED" if self.faults else "not judged" if unlimited else "ok"
 
 
 @dataclass(frozen=True)
@@ -438,7 +439,7 @@ def compare_exports(
 
     A form with rounded weights may change replies, and perplexity within `PERPLEXITY_LIMITS`; every other one must give
     the same replies (but for near ties) and keep perplexity within 1 %. As many replies as in memory must have the
-    house style. Of the adapter on the 4-bit base, all this is only shown: its files are those of "adapter", and what
+    house style. Of the adapter on the 4-bit base, perplexity is only shown: its files are those of "adapter", and what
     rounding the base costs hangs on how long was trained on it. (A perplexity that is no number is a fault there too.)
 
     Args:
@@ -470,7 +471,7 @@ def compare_exports(
             )
         if not abs(change) <= limit:  # or no number
             faults.append(f"perplexity changed by {change:+.2%}" + (f", more than {limit:.0%}" if limit < 1 else ""))
-        if styled is not None and kept < styled and not on_4_bit_base(form):
+        if styled is not None and kept < styled:
             faults.append(f"{kept} replies in house style, {styled} in memory")
         sizes, divergence = [abs(pair) for pair in pairs], _divergence(reference, probe)
         row = (form, same, ties, len(probe.replies), first, sum(sizes) / len(sizes), max(sizes), divergence)
@@ -479,7 +480,7 @@ def compare_exports(
 
 
 def on_4_bit_base(form: str) -> bool:
-    """Whether it is the adapter on the base that was rounded to 4 bits: no files of its own, and no limit for those."""
+    """Whether it is the adapter on the base that was rounded to 4 bits: no files of its own, no limit to perplexity."""
     return form.endswith("4-bit base")
 
 

@@ -265,7 +265,7 @@ def test_the_same_passes_and_is_shown():
 def test_what_has_no_limit_is_not_called_ok():
     form = "adapter, 4-bit base"
     assert compared(form).checks[0].verdict == "not judged"
-    assert compared(form, in_style=lambda row, reply: True).checks[0].verdict == "not judged"
+    assert compared(form, in_style=lambda row, reply: True).checks[0].verdict == "ok"
     assert compared("adapter").checks[0].verdict == "ok"
 
 
@@ -359,21 +359,13 @@ def styled_report(form, kept):
     return compare_exports(reference, {form: found}, **options)
 
 
-@pytest.mark.parametrize("form", ["adapter", "merged", "GGUF q8_0", "GGUF q4_k_m"])
+@pytest.mark.parametrize("form", ["adapter", "adapter, 4-bit base", "merged", "GGUF q8_0", "GGUF q4_k_m"])
 @pytest.mark.parametrize(("kept", "ok"), [(8, True), (7, True), (6, False), (0, False)])
 def test_house_style_must_survive(form, kept, ok):
     report = styled_report(form, kept)
     assert (f"MISSED, {form}: {kept} replies in house style, 7 in memory" in repr(report)) != ok
-    if form.startswith("GGUF ") or kept == 7:  # the others may not change a word
+    if form.startswith("GGUF ") or form.endswith("4-bit base") or kept == 7:  # the others may not change a word
         assert report.ok == ok
-
-
-@pytest.mark.parametrize("kept", [7, 6, 0])
-def test_on_the_4_bit_base_house_style_is_only_shown(kept):
-    report = styled_report("adapter, 4-bit base", kept)
-    report.raise_if_failed()
-    assert (report.checks[0].styled, report.checks[0].verdict) == (kept, "not judged")
-    assert "MISSED" not in repr(report)
 
 
 def test_divergence_is_kullback_leiblers():

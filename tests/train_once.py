@@ -58,7 +58,7 @@ def make_trainer(folder, tokenizer, *, rank=4, texts=TEXTS, micro_batch=2, base_
     )
 
 
-def make_chapter_trainer(folder, tokenizer):
+def make_chapter_trainer(folder, tokenizer, *, checkpointing=False):
     """The calls of chapter 04, on a few of its conversations."""
     from unsloth import FastLanguageModel
     from unsloth.chat_templates import standardize_sharegpt, train_on_responses_only
@@ -75,7 +75,7 @@ def make_chapter_trainer(folder, tokenizer):
     )
     modules = ["q_proj", "v_proj", "down_proj"]
     model = FastLanguageModel.get_peft_model(
-        model, r=8, lora_alpha=16, target_modules=modules, use_gradient_checkpointing=False, random_state=3407
+        model, r=8, lora_alpha=16, target_modules=modules, use_gradient_checkpointing=checkpointing, random_state=3407
     )
     file = str(ROOT / "notebooks" / "data" / "support_conversations.jsonl")
     rows = standardize_sharegpt(load_dataset("json", data_files=file, split="train[:20]"), num_proc=1)

@@ -13,27 +13,46 @@ import unsloth  # noqa: F401  (before transformers)
 import torch
 from train_once import digest_of, make_chapter_trainer
 from transformers import AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from helpers.memory import GIB
 from helpers.out_of_memory import DoesNotFit, fit_into_memory
 from helpers.smollm2 import prepare_smollm2
 
 
-def train(folder, tokenizer, *, most, from_step=0):
+def train(folder, tokenizer, *, most, from_step=0, checkpointed_layers=None, most_spared=100):
     """Losses and the Fitting of a run in which more than `most` tokens at once do not fit, from a step on.
 
-    `most=None`: a run outside `fit_into_memory`.
+    `most=None`: a run outside `fit_into_memory`. `checkpointed_layers`: how many for so many tokens, of a model with
+    gradient checkpointing, in which no more than `most_spared` fit without; what each micro-batch did is recorded.
     """
-    trainer = make_chapter_trainer(folder, tokenizer)
+    trainer = make_chapter_trainer(folder, tokenizer, checkpointing=checkpointed_layers is not None)
+    layers = [module for module in trainer.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    batches = []  # [tokens, {layer: how often it was computed}]
 
     def refuse(module, args, given):
         ids = given.get("input_ids", args[0] if args else None)
         if trainer.state.global_step >= from_step and ids.numel() > most:
             raise torch.OutOfMemoryError(f"no room for {ids.numel()} tokens")
+        spared = sum(not layer.gradient_checkpointing for layer in layers)
+        if checkpointed_layers is not None and module.training and spared > most_spared:
+            raise torch.OutOfMemoryError(f"no room for what {spared} layers keep")
+        if module.training:
+            batches.append([ids.numel(), [0] * len(layers)])
+
+    def count(number):
+        def add(module, args):
+            if trainer.model.training:
+                batches[-1][1][number] += 1
+
+        return add
 
     if most is not None:
         trainer.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    with contextlib.nullcontext() if most is None else fit_into_memory(trainer) as fitting:
+        for number, layer in enumerate(layers):
+            layer.mlp.down_proj.lora_A.default.register_forward_pre_hook(count(number))
+    fit = contextlib.nullcontext() if most is None else fit_into_memory(trainer, checkpointed_layers)
+    with fit as fitting:
         trainer.train()
     log = trainer.state.log_history
     names = dict(losses="loss", norms="grad_norm", held_out="eval_loss")
@@ -41,7 +60,8 @@ def train(folder, tokenizer, *, most, from_step=0):
     seen |= dict(steps=trainer.state.global_step, weights=digest_of(trainer.model))
     if fitting is not None:
         seen |= dict(splits=fitting.splits, tokens_at_once=fitting.tokens_at_once)
-        seen |= dict(rehearsed_gib=fitting.rehearsal.peak_reserved_gib)
+        seen |= dict(rehearsed_gib=fitting.rehearsal.peak_reserved_gib, all_checkpointed=fitting.all_checkpointed)
+        seen |= dict(batches=batches, flags=[bool(layer.gradient_checkpointing) for layer in layers])
     return seen
 
 
@@ -50,6 +70,9 @@ def main(folder):
     saw = {"alone": train(folder, tokenizer, most=None), "whole": train(folder, tokenizer, most=GIB)}
     saw["split"] = train(folder, tokenizer, most=150)
     saw["late"] = train(folder, tokenizer, most=150, from_step=3)
+    as_needed = dict(most=GIB, checkpointed_layers=lambda tokens: 20 if tokens > 150 else 5)
+    saw["as needed"] = train(folder, tokenizer, **as_needed)
+    saw["too few"] = train(folder, tokenizer, **as_needed, most_spared=15)
     try:
         train(folder, tokenizer, most=10)
     except DoesNotFit as error:

@@ -82,12 +82,13 @@ print(
 # conversations. These can go through the model all at once (a large *micro-batch*) or in turns whose gradients add up
 # (*accumulation*): the result is the same, the memory and the time are not. *Gradient checkpointing* is the second
 # choice: keep all intermediate results that the gradients need (`False`), keep each block's input and recompute the
-# rest (`True`), or move those inputs to main memory too (`"unsloth"`). The third is *padding*: conversations of a
-# batch side by side, the shorter ones filled up to a common width (a multiple of so many tokens), or one after the
-# other in one long row (`none`), which computes nothing in vain and gives the processor more to do. `plan_batch`
-# predicts the peak of each option from the model's configuration and from the longest conversations of *these* data,
-# and takes the fastest that leaves a tenth of the memory free. The seconds are for comparing options. Without a GPU,
-# memory and seconds are those of a T4, not of your machine.
+# rest (`True`), do so only in as many blocks as a micro-batch's length makes necessary (`as needed`), or move those
+# inputs to main memory too (`"unsloth"`). The third is *padding*: conversations of a batch side by side, the shorter
+# ones filled up to a common width (a multiple of so many tokens), or one after the other in one long row (`none`),
+# which computes nothing in vain and gives the processor more to do. `plan_batch` predicts the peak of each option from
+# the model's configuration and from the longest conversations of *these* data, and takes the fastest that leaves a
+# tenth of the memory free. The seconds are for comparing options. Without a GPU, memory and seconds are those of a T4,
+# not of your machine.
 
 # %%
 from transformers import AutoConfig, AutoTokenizer
@@ -142,6 +143,7 @@ print(f"{prompts[0][-1]['content']}\n→ {replies_before[0]}")
 # | setting | why |
 # |---|---|
 # | `per_device_train_batch_size` × `gradient_accumulation_steps` | The plan's micro-batch and accumulation. Evaluation keeps no gradients: 8 at once (`per_device_eval_batch_size`). |
+# | `gradient_checkpointing` | As the plan has it. TRL's own value is `True`, whatever the model was loaded with. |
 # | `train_sampling_strategy="group_by_length"` | Put conversations of similar length into one batch: less padding to compute. |
 # | `padding_free`, `pad_to_multiple_of` | The plan's padding. There are only a few widths, because a GPU has to prepare for each of them once. |
 # | `max_steps` | How often the weights are changed. To go through all rows instead, leave it out and set `num_train_epochs`. |
@@ -277,7 +279,8 @@ held_out_before
 #
 # `stop_on_divergence` ends a run whose loss explodes or is not a number. `fit_into_memory` trains and evaluates on the
 # longest conversations once before the first step, without effect, so that a run that is too large fails now and not at
-# step 57; and where memory does run out, it splits the micro-batch, loses no step, and says so.
+# step 57; it recomputes as many blocks as planned; and where memory does run out, it recomputes them all, then splits
+# the micro-batch, loses no step, and says so.
 
 # %%
 from helpers.checkpoints import Checkpoints
@@ -289,7 +292,8 @@ plot.record(0, {"eval_loss": held_out_before.loss})
 trainer.add_callback(plot)
 trainer.add_callback(stop_on_divergence())
 checkpoints = Checkpoints(trainer, mirror=run.mirror, every_seconds=300, start_afresh=START_AFRESH)
-with track_memory("training") as training, checkpoints as last_checkpoint, fit_into_memory(trainer) as fitting:
+fit = fit_into_memory(trainer, plan.checkpointed_layers)
+with track_memory("training") as training, checkpoints as last_checkpoint, fit as fitting:
     trainer.train(resume_from_checkpoint=last_checkpoint)
 
 # %% [markdown] lang="en"

@@ -220,8 +220,9 @@ for name in quantization:
 # tokens nearly equal (one at most 1.65 times as likely as the other) may they part, because merging rounds too: $W +
 # \frac{\alpha}{r} B A$ is stored in 16 bits. The GGUF files round the weights more, so their words may differ.
 # Perplexity must stay within 1 %, and within 10 % in GGUF files of other types than `q8_0`. Where the data have a house
-# style (the three lines of the support replies), every form must write as many replies in it as the model in memory,
-# except the adapter on the 4-bit base: that base is no file of yours, so its perplexity and style are only shown.
+# style (the three lines of the support replies), every form must write as many replies in it as the model in memory.
+# The adapter on the 4-bit base is how chapter 05 talks to it; that base is no file of yours, so its perplexity is only
+# shown.
 
 # %%
 from helpers.house_style import judge_reply
