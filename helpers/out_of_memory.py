@@ -51,8 +51,8 @@ def fit_into_memory(trainer: Any, checkpointed_layers: Callable[[int], int] | No
     Args:
         trainer: a Transformers or TRL trainer; its rows hold `input_ids` (and `labels`, or its collator makes them).
         checkpointed_layers: such as `BatchPlan.checkpointed_layers`: in how many layers, from the first, a micro-batch
-            of so many tokens is checkpointed, of a model that was loaded with gradient checkpointing; None: in all. Once
-            memory runs out, it is in all of them. The gradients are the same.
+            of so many tokens is checkpointed, of a model that was loaded with gradient checkpointing; None: in all.
+            Once memory has run out, it is in all of them. The gradients are the same.
 
     Raises:
         DoesNotFit: one conversation alone is too much, or a batch is and the trainer does not count the step's answer
