@@ -169,21 +169,34 @@ list_files(merged)
 # a Llama; in SmolLM2, whose rows are no multiple of 256 weights, llama.cpp takes finer types for most of it. Ollama
 # also reads a `Modelfile`; its template and stop words are derived from the tokenizer's, because a model that is asked
 # in another form than it was trained in answers worse. (`num_ctx` is how many tokens Ollama keeps of a conversation:
-# `max_seq_length`, since the model was trained on nothing longer. Raise it for long conversations.)
+# `max_seq_length`, since the model was trained on nothing longer. Raise it for long conversations.) It is made first:
+# the export takes minutes.
 
-# %% tags=["handoff"]
-from helpers.export import keep_gguf
+# %%
 from helpers.modelfile import make_modelfile, write_modelfile
 
 if quantization:
     options = dict(gguf_file=f"model-{quantization[0]}.gguf", context_tokens=profile.max_seq_length)
-    modelfile = make_modelfile(model, tokenizer, **options)  # before the export, which takes minutes
+    modelfile = make_modelfile(model, tokenizer, **options)
+    print(modelfile)
+
+# %% [markdown] lang="en"
+# Unsloth writes a 16-bit GGUF file first, larger than the two others together, into the folder that it works in: here
+# the temporary one, with which that file goes.
+
+# %% tags=["handoff"]
+import contextlib
+
+from helpers.export import keep_gguf
+
+if quantization:
     with run.write("gguf", base_model=profile.model_name, template=facts["template"]) as folder:
-        model.save_pretrained_gguf(str(folder / "model"), tokenizer, quantization_method=list(quantization))
+        folder.mkdir()
+        with contextlib.chdir(folder):
+            model.save_pretrained_gguf(str(folder / "model"), tokenizer, quantization_method=list(quantization))
         keep_gguf(folder, name="model")
         write_modelfile(folder, modelfile)
     gguf = run.artefact("gguf")
-    print(modelfile)
 list_files(gguf) if quantization else "no GGUF files"
 
 # %% [markdown] lang="en"
