@@ -10,6 +10,7 @@ is capped to a T4's. A row is 60 steps from cold, the second half of which count
 
 import argparse
 import contextlib
+import gc
 import json
 import pathlib
 import signal
@@ -47,7 +48,7 @@ COLUMNS = {"shape": "shape", "dtype": "dtype", "row": "row", "steps": "steps", "
 COLUMNS |= {"micro_batch": "batch", "accumulation": "accumulation", "checkpointing": "checkpointing"}
 COLUMNS |= {"padding_free": "padding_free", "seconds_a_step": "settled_s", "tokens_a_second": "settled_tokens_per_s"}
 COLUMNS |= {name: name for name in ("peak_reserved_gib", "predicted_gib", "first_step_s", "load_s", "cold_s")}
-COLUMNS |= {name: name for name in ("import_s", "held_out_loss", "rehearsal_s", "splits")}
+COLUMNS |= {name: name for name in ("import_s", "held_out_loss", "loss", "rehearsal_s", "splits", "device", "name")}
 
 
 def make_rows(count: int, *, lengths: str, seed: int) -> list[dict]:
@@ -108,6 +109,8 @@ def measure(job: dict) -> dict:
     from transformers import DataCollatorForSeq2Seq, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
+    if job.get("planned"):
+        gc.freeze()  # as chapter 04
     import_s = time.perf_counter() - PROCESS_START
     wait_for_turn(job)
     signal.alarm(LIMIT_SECONDS)
@@ -207,6 +210,7 @@ def measure(job: dict) -> dict:
         "train_s": end - train_start,
         "first_step_s": step_s[0],
         "steps_s": [round(s, 3) for s in step_s],
+        "steps": steps,
         "cold_tokens_per_s": tokens / (end - train_start),
         "loss": sum(entry["loss"] for entry in log[-10:]) / len(log[-10:]),
         "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,

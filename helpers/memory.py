@@ -461,6 +461,15 @@ def plan_batch(
         option_of(micro_batch, *mode, padding_free)
         for micro_batch, mode, padding_free in itertools.product(micro_batches, modes, (True, False))
     ]
+    kept = {
+        (option.micro_batch, option.padding_free)
+        for option in options
+        if not option.use_gradient_checkpointing and option.fits
+    }
+    # Where all can be kept, "as needed" is that option once more.
+    options = [
+        option for option in options if not option.as_needed or (option.micro_batch, option.padding_free) not in kept
+    ]
     options.sort(key=lambda option: (option.seconds, option.accumulation, option.predicted_gib))
     fitting = [option for option in options if option.fits]
     if not fitting:

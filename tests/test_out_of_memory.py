@@ -73,10 +73,24 @@ def test_the_formula_holds_where_it_was_not_fitted(configs, file, fitted, failed
             assert peak == pytest.approx(float(row["peak_reserved_gib"]), rel=0.1), row
 
 
+def test_the_formula_holds_where_only_some_layers_are_checkpointed(configs):
+    rows = list(csv.DictReader((ROOT / "benchmarks/results/planner_as_needed.csv").read_text().splitlines()))
+    assert [sum(row["out_of_memory"] == text for row in rows) for text in ("False", "True")] == [37, 3]
+    for row in rows:
+        asked = dict(tokens=int(row["batch"]) * int(row["length"]), lora_rank=int(row["rank"]))
+        asked |= dict(use_gradient_checkpointing=True, checkpointed_layers=int(row["checkpointed_layers"]))
+        peak = predict_peak(configs[row["shape"]], **asked)
+        if row["out_of_memory"] == "True":
+            assert peak > 14.748, row
+        else:
+            assert peak == pytest.approx(float(row["peak_reserved_gib"]), rel=0.1), row
+
+
 def test_the_peaks_of_the_plans_that_were_trained_are_as_predicted(configs):
-    rows = list(csv.DictReader((ROOT / "benchmarks/results/training_2026-11-25.csv").read_text().splitlines()))
+    files = [ROOT / f"benchmarks/results/training_2026-11-{day}.csv" for day in (25, 26)]
+    rows = [row for file in files for row in csv.DictReader(file.read_text().splitlines())]
     planned = [row for row in rows if row["predicted_gib"]]
-    assert len(planned) == 7
+    assert len(planned) == 7 + 16
     for row in planned:
         assert float(row["peak_reserved_gib"]) == pytest.approx(float(row["predicted_gib"]), rel=0.1), row
 
@@ -127,16 +141,46 @@ def test_a_model_of_another_kind_is_refused():
         plan_batch(GPT2Config(), lengths=[512], effective_batch_size=8, lora_rank=16)
 
 
-@pytest.mark.parametrize(("shape", "batch", "gib"), [("3B", (2, 4), 11.9), ("1B", (4, 2), 9.8)])
-def test_a_t4_gets_the_plan_that_the_benchmarks_readme_estimates(configs, shape, batch, gib):
+@pytest.fixture(scope="module")
+def conversations():
     import training
 
-    lengths = [len(row["input_ids"]) for row in training.make_rows(480, lengths="conversations", seed=1)]
-    asked = dict(lengths=lengths, effective_batch_size=8, lora_rank=16, memory_gib=14.6, capability=(7, 5))
+    return [len(row["input_ids"]) for row in training.make_rows(480, lengths="conversations", seed=1)]
+
+
+@pytest.mark.parametrize(("shape", "batch", "gib"), [("3B", (4, 2), 12.8), ("1B", (8, 1), 13.1)])
+def test_a_t4_gets_the_plan_that_the_benchmarks_readme_estimates(configs, conversations, shape, batch, gib):
+    asked = dict(lengths=conversations, effective_batch_size=8, lora_rank=16, memory_gib=14.6, capability=(7, 5))
     plan = plan_batch(configs[shape], **asked)
     assert (plan.chosen.micro_batch, plan.chosen.accumulation) == batch and plan.chosen.padding_free
-    assert plan.chosen.use_gradient_checkpointing is False
-    assert plan.chosen.predicted_gib == pytest.approx(gib, abs=0.05)
+    assert plan.chosen.as_needed
+    assert plan.chosen.predicted_gib == pytest.approx(gib, abs=0.1)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_as_many_layers_are_checkpointed_as_a_micro_batch_needs(configs, conversations, capability):
+    """The longest in nearly all layers, one of usual length in hardly any; one layer fewer would not fit."""
+    asked = dict(lengths=conversations, effective_batch_size=8, lora_rank=16, memory_gib=14.748)
+    plan = plan_batch(configs["3B"], **asked, capability=capability)
+    assert plan.chosen.as_needed
+    counts = [plan.checkpointed_layers(tokens) for tokens in range(0, 8 * 1792, 100)]
+    assert counts == sorted(counts) and counts[0] == 0 and 20 <= counts[-1] < 28
+    assert plan.checkpointed_layers(4096) <= 1 and plan.checkpointed_layers(10**6) == 28
+    for tokens in (5000, 8192, 12_000):
+        settings = dict(tokens=tokens, lora_rank=16, use_gradient_checkpointing=True)
+        count = plan.checkpointed_layers(tokens)
+        assert predict_peak(configs["3B"], **settings, checkpointed_layers=count) <= plan.limit_gib
+        assert predict_peak(configs["3B"], **settings, checkpointed_layers=count - 1) > plan.limit_gib
+    found = {(o.micro_batch, o.use_gradient_checkpointing, o.as_needed, o.padding_free): o for o in plan.options}
+    key = (plan.chosen.micro_batch, True, False, plan.chosen.padding_free)
+    assert plan.chosen.seconds < found[key].seconds and plan.chosen.predicted_gib > found[key].predicted_gib
+
+
+@pytest.mark.parametrize(("lengths", "memory_gib", "count"), [([20] * 8, 5.0, 0), ([1200] * 8, 5.2, 28)])
+def test_a_plan_without_choice_checkpoints_no_layer_or_all(configs, lengths, memory_gib, count):
+    plan = plan_batch(configs["3B"], lengths=lengths, effective_batch_size=1, lora_rank=16, memory_gib=memory_gib)
+    assert plan.chosen.as_needed == bool(count) and plan.checkpointed_layers(1200) == count
+    assert plan.settings["gradient_checkpointing"] == bool(count)
 
 
 def test_padding_where_the_host_is_the_slower_one(configs):
@@ -149,13 +193,14 @@ def test_padding_where_the_host_is_the_slower_one(configs):
 def test_each_padding_is_among_the_alternatives_and_its_cost_in_sight(configs):
     lengths = [100] * 96 + [1700, 1000, 600, 300]
     plan = plan_batch(configs["3B"], lengths=lengths, effective_batch_size=4, lora_rank=16, memory_gib=14.748)
-    found = {(o.micro_batch, o.use_gradient_checkpointing, o.padding_free): o for o in plan.options}
-    assert len(found) == len(plan.options) == 3 * 3 * 2
+    found = {(o.micro_batch, (o.use_gradient_checkpointing, o.as_needed), o.padding_free): o for o in plan.options}
+    assert len(found) == len(plan.options) == 3 * 3 * 2 + 1
     for (micro_batch, mode, padding_free), option in found.items():
-        if padding_free and micro_batch > 1:  # padded, the short ones are as wide as the longest
+        if padding_free and micro_batch > 1 and not mode[1]:  # padded, the short ones are as wide as the longest
             assert option.predicted_gib < found[micro_batch, mode, False].predicted_gib
     text = repr(plan)
-    assert text.count(" none ") == text.count(f" to {plan.padded_to}s ") == 9
+    assert (text.count(" none "), text.count(f" to {plan.padded_to}s ")) == (9, 10)
+    assert text.count(" as needed ") == 1  # where not everything can be kept: 4 × 1, padded
 
 
 def plain_trainer(folder, *, most, when=lambda model: model.training, **settings):
@@ -325,6 +370,34 @@ def test_a_batch_that_does_not_fit_is_split_and_no_step_is_lost(trained, run):
     assert (whole["splits"], whole["tokens_at_once"]) == (0, None)
     assert split["splits"] > 3 and split["tokens_at_once"] <= 150
     assert "No step is lost" in trained["printed"]
+
+
+@pytest.mark.slow
+def test_without_checkpointing_no_layer_is_computed_twice(trained):
+    assert all(set(computed) == {1} for _, computed in trained["whole"]["batches"])
+
+
+@pytest.mark.slow
+def test_only_the_planned_layers_are_computed_twice_and_nothing_else_changes(trained):
+    needed = trained["as needed"]
+    for tokens, computed in needed["batches"]:
+        count = 20 if tokens > 150 else 5
+        assert computed == [2] * count + [1] * (30 - count)
+    assert {tokens > 150 for tokens, _ in needed["batches"]} == {False, True}
+    for name in ("losses", "norms", "held_out", "weights"):
+        assert needed[name] == trained["whole"][name]
+    assert all(needed["flags"]) and not needed["all_checkpointed"]
+
+
+@pytest.mark.slow
+def test_where_too_few_layers_are_checkpointed_all_are_from_then_on(trained):
+    """Memory runs out at the first micro-batch that spares 25 layers; 10 were spared before."""
+    few, whole = trained["too few"], trained["whole"]
+    assert few["all_checkpointed"] and few["splits"] == 0 and few["steps"] == whole["steps"]
+    spared = [computed.count(1) for _, computed in few["batches"]]
+    assert set(spared) == {0, 10} and spared == sorted(spared, reverse=True)
+    assert (few["losses"], few["weights"]) == (whole["losses"], whole["weights"])
+    assert "from here on every layer is checkpointed" in trained["printed"]
 
 
 @pytest.mark.slow

@@ -82,6 +82,7 @@ def make_chapter_trainer(folder, tokenizer, *, checkpointing=False):
     rows = rows.map(format_conversations, batched=True, fn_kwargs={"tokenizer": tokenizer})
     batch = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, optim="adamw_8bit")
     data = dict(max_length=256, dataset_text_field="text", dataset_num_proc=1)
+    batch |= dict(gradient_checkpointing=checkpointing)
     args = SFTConfig(output_dir=folder, max_steps=6, eval_steps=4, warmup_steps=1, **(COMMON | batch | data))
     evaluation = rows.select(range(4))
     trainer = SFTTrainer(

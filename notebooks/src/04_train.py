@@ -57,15 +57,18 @@ profile
 # The rows are those of chapter 03. Before Unsloth is imported, two of its switches are set. On a GPU it would first
 # compile the layers (for padded batches) and kernels for the loss: on an H100 that made the first step about 40 s
 # longer, and the later ones no faster. For a run of thousands of steps, measure it on your card. Without a GPU they
-# change nothing.
+# change nothing. `gc.freeze` tells Python not to search what was imported for garbage again and again: with a million
+# objects that was half of the time that loading the model took there.
 
 # %%
+import gc
 import os
 
 os.environ.update(UNSLOTH_BLOCK_COMPILE="0", UNSLOTH_FUSED_LINEAR_TRITON="0")  # a long run? Measure it without
 from datasets import load_from_disk
 from unsloth import FastLanguageModel  # before transformers, peft and trl: it patches them
 
+gc.freeze()
 dataset_folder = run.artefact("dataset", base_model=profile.model_name, dataset=profile.dataset_name)
 train_dataset = load_from_disk(dataset_folder)["train"]
 eval_dataset = load_from_disk(dataset_folder)["held_out"]
@@ -82,8 +85,8 @@ print(
 # conversations. These can go through the model all at once (a large *micro-batch*) or in turns whose gradients add up
 # (*accumulation*): the result is the same, the memory and the time are not. *Gradient checkpointing* is the second
 # choice: keep all intermediate results that the gradients need (`False`), keep each block's input and recompute the
-# rest (`True`), do so only in as many blocks as a micro-batch's length makes necessary (`as needed`), or move those
-# inputs to main memory too (`"unsloth"`). The third is *padding*: conversations of a batch side by side, the shorter
+# rest (`True`), do so only in as many blocks as a micro-batch's length makes necessary (`as needed`, listed where
+# not all can be kept), or move those inputs to main memory too (`"unsloth"`). The third is *padding*: conversations of a batch side by side, the shorter
 # ones filled up to a common width (a multiple of so many tokens), or one after the other in one long row (`none`),
 # which computes nothing in vain and gives the processor more to do. `plan_batch` predicts the peak of each option from
 # the model's configuration and from the longest conversations of *these* data, and takes the fastest that leaves a
