@@ -5,7 +5,7 @@
     python tests/faults.py --fresh                  every fault, and the good run anew
 
 No notebook is changed: `tests/planted/sitecustomize.py`, put on the kernels' PYTHONPATH, replaces a function of a
-library once Unsloth is imported. A small good run of the series comes first (24 steps, 12 held-out conversations; kept
+library once Unsloth is imported. A small good run of the series comes first (36 steps, 12 held-out conversations; kept
 in runs/faults for the next time, until code or a version changes). Then a fault runs from the first chapter that it can
 touch, on what the good run's chapters before it handed on, until it is noticed: by a *claim* (a cell raises an error of
 this project's own), by a *crash* (another error, or a dead kernel), by an *output* (a tagged cell shows something else
@@ -83,7 +83,7 @@ CONTROLS = {
     "none": ("02_load_and_lora", "nothing"),
     "resumed": ("04_train", "nothing: an interrupted run goes on from its checkpoint"),
 }
-STEPS, HELD_OUT = 24, 12
+STEPS, HELD_OUT = 36, 12
 OUTCOMES = "outcomes.json"  # in the work folder: {fault: how it ended}, of the code that `planted_fingerprint` names
 NOT_CAUGHT, FALSE_ALARM = "NOT CAUGHT", "FALSE ALARM"
 MOST_CHARACTERS = 120  # of what noticed a fault, in the table
