@@ -43,10 +43,11 @@ def fit_into_memory(trainer: Any, checkpointed_layers: Callable[[int], int] | No
     """Inside this block `trainer.train()` rehearses its longest batches, and survives when memory runs out.
 
     Before the first step the longest conversations are trained once and evaluated once, without any effect: gradients
-    are dropped and random numbers put back. A micro-batch that does not fit, there or later, is halved until it does;
-    the halves' gradients add up to the same step, because each is divided by the answer tokens of the whole step. So no
-    step is lost, and every later micro-batch of that size is split from the start. It says so when it happens. A batch
-    of an evaluation is split likewise, and has the same loss: its parts' means, weighted by their answer tokens.
+    are dropped and random numbers put back. Where a micro-batch does not fit, there or later, and layers are spared,
+    every layer is checkpointed from then on. If it still does not fit, it is halved until it does; the halves'
+    gradients add up to the same step, because each is divided by the answer tokens of the whole step. So no step is
+    lost, and every later micro-batch of that size is split from the start. It says so when it happens. A batch of an
+    evaluation is split likewise, and has the same loss: its parts' means, weighted by their answer tokens.
 
     Args:
         trainer: a Transformers or TRL trainer; its rows hold `input_ids` (and `labels`, or its collator makes them).
