@@ -180,9 +180,7 @@ def plant(fault: str, *, good: Path, work: Path, parameters: Path) -> Caught:
     """
     run_dir, log = work / fault, unlinked(work / f"{fault}.log")
     shutil.rmtree(run_dir, ignore_errors=True)
-    # Without the data sets' caches: a result that was computed without the fault must not stand in for one with it.
-    shutil.copytree(good, run_dir, copy_function=os.link, ignore=shutil.ignore_patterns("cache-*", "reports"))
-    shutil.copy2(good / "executed" / "measured.json", unlinked(run_dir / "executed" / "measured.json"))
+    link_run(good, run_dir)
     first, _ = (FAULTS | CONTROLS)[fault]
     start = time.perf_counter()
     if fault in BEFORE:
@@ -201,6 +199,17 @@ def plant(fault: str, *, good: Path, work: Path, parameters: Path) -> Caught:
         way, what = "", f"NOT PLANTED: its code never ran ({what or 'nothing noticed'})"
     shutil.rmtree(run_dir)
     return Caught(fault, chapter, way, what, time.perf_counter() - start)
+
+
+def link_run(good: Path, run_dir: Path) -> None:
+    """A run folder with the files of another: linked, but for the measures, which chapters add to.
+
+    It lacks the data sets' caches, because a result that was computed without the fault must not stand in for one with
+    it; and the checkpoints' lock, which would be one for all runs that are linked to this one.
+    """
+    left_out = shutil.ignore_patterns("cache-*", "reports", ".lock")
+    shutil.copytree(good, run_dir, copy_function=os.link, ignore=left_out)
+    shutil.copy2(good / "executed" / "measured.json", unlinked(run_dir / "executed" / "measured.json"))
 
 
 def unlinked(path: Path) -> Path:

@@ -85,6 +85,19 @@ def test_a_fault_whose_code_never_runs_does_not_count_as_caught(good, tmp_path, 
     assert caught.way == "" and "NOT PLANTED" in caught.what
 
 
+def test_a_linked_run_can_train_beside_others(tmp_path):
+    good, copies = tmp_path / "good", [tmp_path / "a", tmp_path / "b"]
+    for file in ("executed/measured.json", "checkpoints/.lock", "dataset/cache-1.arrow", "adapter/weights"):
+        (good / file).parent.mkdir(parents=True, exist_ok=True)
+        (good / file).write_text(file)
+    for copy in copies:
+        faults.link_run(good, copy)
+        (copy / "executed/measured.json").write_text("another")
+        assert sorted(path.name for path in copy.rglob("*") if path.is_file()) == ["measured.json", "weights"]
+        assert (copy / "adapter/weights").samefile(good / "adapter/weights")
+    assert (good / "executed/measured.json").read_text() == "executed/measured.json"
+
+
 def test_every_fault_has_its_code_and_a_chapter():
     spec = importlib.util.spec_from_file_location("planted", ROOT / "tests/planted/sitecustomize.py")
     planted = importlib.util.module_from_spec(spec)
@@ -212,6 +225,16 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch, caps
     [table] = baselines.iterdir()
     assert f"{len(faults.FAULTS)} of {len(faults.FAULTS)} faults were caught, 2 of 2 controls" in table.read_text()
     assert main(["no_lora"]) == 0 and ran[-1] == "no_lora"  # named, it runs again
+
+    def plant_beside_another(fault, **more):
+        theirs = {"pad_is_eos": Caught("pad_is_eos", CHAPTER, "crash", "theirs", 1.0)}
+        faults.keep_outcomes(tmp_path / "work", faults.kept_outcomes(tmp_path / "work") | theirs)
+        return Caught(fault, CHAPTER, "claim", "ours", 1.0)
+
+    monkeypatch.setattr(faults, "plant", plant_beside_another)
+    main(["no_lora"])
+    kept = faults.kept_outcomes(tmp_path / "work")
+    assert (kept["no_lora"].what, kept["pad_is_eos"].what) == ("ours", "theirs")
     monkeypatch.setattr(faults, "planted_fingerprint", lambda: "another")
     assert faults.kept_outcomes(tmp_path / "work") == {}
 
