@@ -57,8 +57,8 @@ profile
 # The rows are those of chapter 03. Before Unsloth is imported, two of its switches are set. On a GPU it would first
 # compile the layers (for padded batches) and kernels for the loss: on an H100 that made the first step about 40 s
 # longer, and the later ones no faster. For a run of thousands of steps, measure it on your card. Without a GPU they
-# change nothing. `gc.freeze` tells Python not to search what was imported for garbage again and again: with a million
-# objects that was half of the time that loading the model took there.
+# change nothing. `gc.freeze` tells Python not to search what was imported for garbage again and again, which Unsloth
+# asks for ten times: on an H200's host that was half of the time that loading the model took.
 
 # %%
 import gc
