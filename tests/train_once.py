@@ -80,10 +80,10 @@ def make_chapter_trainer(folder, tokenizer, *, checkpointing=False):
     file = str(ROOT / "notebooks" / "data" / "support_conversations.jsonl")
     rows = standardize_sharegpt(load_dataset("json", data_files=file, split="train[:20]"), num_proc=1)
     rows = rows.map(format_conversations, batched=True, fn_kwargs={"tokenizer": tokenizer})
-    batch = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, optim="adamw_8bit")
+    batch = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, gradient_checkpointing=checkpointing)
     data = dict(max_length=256, dataset_text_field="text", dataset_num_proc=1)
-    batch |= dict(gradient_checkpointing=checkpointing)
-    args = SFTConfig(output_dir=folder, max_steps=6, eval_steps=4, warmup_steps=1, **(COMMON | batch | data))
+    steps = dict(max_steps=6, eval_steps=4, warmup_steps=1, optim="adamw_8bit")
+    args = SFTConfig(output_dir=folder, **(COMMON | batch | data | steps))
     evaluation = rows.select(range(4))
     trainer = SFTTrainer(
         model=model, processing_class=tokenizer, train_dataset=rows, eval_dataset=evaluation, args=args

@@ -28,7 +28,7 @@ def train(folder, tokenizer, *, most, from_step=0, checkpointed_layers=None, mos
     """
     trainer = make_chapter_trainer(folder, tokenizer, checkpointing=checkpointed_layers is not None)
     layers = [module for module in trainer.model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    batches = []  # [tokens, {layer: how often it was computed}]
+    batches = []  # [tokens, [how often each layer was computed]]
 
     def refuse(module, args, given):
         ids = given.get("input_ids", args[0] if args else None)
