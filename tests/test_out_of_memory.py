@@ -90,7 +90,7 @@ def test_the_peaks_of_the_plans_that_were_trained_are_as_predicted(configs):
     files = [ROOT / f"benchmarks/results/training_2026-11-{day}.csv" for day in (25, 26)]
     rows = [row for file in files for row in csv.DictReader(file.read_text().splitlines())]
     planned = [row for row in rows if row["predicted_gib"]]
-    assert len(planned) == 7 + 16
+    assert len(planned) == 7 + 35
     for row in planned:
         assert float(row["peak_reserved_gib"]) == pytest.approx(float(row["predicted_gib"]), rel=0.1), row
 
