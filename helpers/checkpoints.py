@@ -721,4 +721,6 @@ def _reason(error: Exception) -> str:
     """The first line of what went wrong, as short as the system says it."""
     if isinstance(error, shutil.Error):  # copytree's list of (source, target, message)
         return str(error.args[0][0][2]).partition(": '")[0]
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # its own words name a line of its source
+        return "PyTorch could not write a file to its end: is the disk full?"
     return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)

@@ -130,7 +130,7 @@ def test_paths_of_the_machine_are_not_recorded():
 @pytest.fixture
 def copy_of_project(tmp_path):
     copied = tmp_path / "project"
-    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache")
+    ignored = shutil.ignore_patterns(".git", ".venv*", ".gpu", "runs", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, copied, ignore=ignored)
     return copied
 

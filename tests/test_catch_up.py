@@ -17,12 +17,12 @@ def test_catch_up_off_names_the_chapter(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_an_adapter_from_an_empty_run_folder(tmp_path, monkeypatch, capsys):
-    """The real chapters 02, 03 and 04, six steps on few rows, as opening chapter 05 alone would run them."""
+    """The real chapters 02, 03 and 04, two steps on few rows, as opening chapter 05 alone would run them."""
     monkeypatch.delenv("CATCH_UP", raising=False)
     lines = CONVERSATIONS.read_text(encoding="utf-8").splitlines(keepends=True)
     few = {split: [line for line in lines if f'"split": "{split}"' in line] for split in ("train", "held_out")}
     (tmp_path / "few.jsonl").write_text("".join(few["train"][:8] + few["held_out"][:3]), encoding="utf-8")
-    parameters = {"PROFILE": "cpu", "MAX_STEPS": 6, "DATASET": str(tmp_path / "few.jsonl")}
+    parameters = {"PROFILE": "cpu", "MAX_STEPS": 2, "DATASET": str(tmp_path / "few.jsonl")}
     run = open_run(tmp_path / "run", needs=("adapter",), parameters=parameters)
     printed = capsys.readouterr().out
     assert "running 02_load_and_lora, 03_data, 04_train first" in printed
@@ -30,7 +30,7 @@ def test_an_adapter_from_an_empty_run_folder(tmp_path, monkeypatch, capsys):
     assert (run.artefact("adapter") / "adapter_model.safetensors").exists()
     again = open_run(tmp_path / "run", needs=("adapter", "dataset"), parameters=parameters)
     assert capsys.readouterr().out.count("from the run folder") == 2
-    assert again.read_json("report.json")["steps"] == 6
+    assert again.read_json("report.json")["steps"] == 2
 
 
 @pytest.mark.slow

@@ -145,12 +145,9 @@ def stopped(trainings, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trainer_of():
     """`trainer_of(folder, **settings)`: the trainer of these tests, in this process."""
-    from train_once import make_trainer
-    from transformers import AutoTokenizer
+    from train_once import make_trainer, small_tokenizer
 
-    from helpers.smollm2 import prepare_smollm2
-
-    tokenizer = AutoTokenizer.from_pretrained(prepare_smollm2())
+    tokenizer = small_tokenizer()
     return lambda folder, **settings: make_trainer(folder, tokenizer, **settings)
 
 
@@ -491,10 +488,18 @@ def test_a_checkpoint_that_was_not_given_is_refused(trainings, folder):
     assert contents(folder) == before
 
 
-def test_a_full_disk_is_a_warning(trainings, whole, tmp_path):
-    full = trainings.run(tmp_path, fill_at=4, interrupt_at=8)
+@pytest.mark.parametrize(
+    ("room", "said"),
+    [
+        (20_000, "PyTorch could not write a file to its end: is the disk full?"),
+        (8_000, "Error while serializing: I/O error: File too large (os error 27)"),
+    ],
+    ids=["for the adapter, not the optimiser", "not for the adapter"],
+)
+def test_a_full_disk_is_a_warning(trainings, whole, tmp_path, room, said):
+    full = trainings.run(tmp_path, fill_at=4, room=room, interrupt_at=8)
     assert full.code == 130 and full.steps_done == 8
-    assert "checkpoint-4 could not be saved (File too large" in full.output and "training goes on" in full.output
+    assert f"checkpoint-4 could not be saved ({said}): training goes on" in full.output
     last = next(line for line in full.output.splitlines() if line.startswith("checkpoint-8 could not be saved"))
     assert last.endswith("older checkpoints stay") and "training goes on" not in last
     assert "stopped after step 8, which could not be saved; run the chapter again to go on from an older" in full.output
@@ -671,9 +676,9 @@ def test_a_kill_with_unsloth(tmp_path):
     server = Trainings(tmp_path, "--unsloth")
     whole = server.run(tmp_path / "whole", every_seconds=1000).result
     training = server.start(tmp_path / "killed")
-    training.wait_for(lambda: training.steps_done >= 4)
+    training.wait_for(lambda: training.steps_done >= 2)
     assert training.kill().code == -signal.SIGKILL
     resumed = server.run(tmp_path / "killed")
-    assert 3 <= resumed.began_at <= 4
+    assert 1 <= resumed.began_at <= 2
     assert resumed.result == whole
     server.close()

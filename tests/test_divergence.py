@@ -104,12 +104,9 @@ def test_the_overflows_that_are_allowed_are_those_of_the_real_scaler(good_steps)
 @pytest.fixture(scope="module")
 def trainer_of(tmp_path_factory):
     """`trainer_of(**settings)`: the tiny trainer of the checkpoint tests."""
-    from train_once import make_trainer
-    from transformers import AutoTokenizer
+    from train_once import make_trainer, small_tokenizer
 
-    from helpers.smollm2 import prepare_smollm2
-
-    tokenizer = AutoTokenizer.from_pretrained(prepare_smollm2())
+    tokenizer = small_tokenizer()
     return lambda **settings: make_trainer(tmp_path_factory.mktemp("run"), tokenizer, **settings)
 
 

@@ -55,7 +55,6 @@ def contents(folder):
     [
         ("no_lora", "claim", "no LoRA matrices"),
         ("fewer_modules", "output", "`trainable`"),
-        ("lora_seed_ignored", "output", "The first A begins with"),
         ("four_bit_off", "output and band", "linear layers"),
     ],
 )

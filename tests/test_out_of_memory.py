@@ -304,12 +304,9 @@ def test_other_errors_of_an_evaluation_are_passed_on(tmp_path):
 def test_the_rehearsal_changes_nothing(tmp_path):
     """Weights and losses are those of a run outside `fit_into_memory`, to the bit; dropout draws in each step."""
     import torch
-    from train_once import digest_of, make_trainer
-    from transformers import AutoTokenizer
+    from train_once import digest_of, make_trainer, small_tokenizer
 
-    from helpers.smollm2 import prepare_smollm2
-
-    seen, tokenizer = [], AutoTokenizer.from_pretrained(prepare_smollm2())
+    seen, tokenizer = [], small_tokenizer()
     for name in ("rehearsed", "alone"):
         trainer = make_trainer(tmp_path / name, tokenizer, max_steps=3, eval_steps=2)
         torch.manual_seed(5)
@@ -362,7 +359,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("run", ["split", "late"])
 def test_a_batch_that_does_not_fit_is_split_and_no_step_is_lost(trained, run):
     whole, split = trained["whole"], trained[run]
-    assert split["steps"] == whole["steps"] == 6
+    assert split["steps"] == whole["steps"] == 4
     assert split["held_out"] == pytest.approx(whole["held_out"], rel=0.01)
     # The halves' gradients are added in bfloat16, in another order: 3 significant digits.
     assert split["losses"] == pytest.approx(whole["losses"], rel=0.01)
@@ -406,7 +403,7 @@ def test_the_rehearsal_changes_nothing_and_is_measured(trained):
     assert whole["rehearsed_gib"] > 0
     for name in ("losses", "norms", "held_out", "weights"):
         assert whole[name] == alone[name]
-    assert trained["late"]["losses"][:3] == whole["losses"][:3]
+    assert trained["late"]["losses"][:2] == whole["losses"][:2]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ on standard input is a job in JSON (the arguments of `run`); two lines come back
 exit code when it has ended (0, 1 for an error, 130 for a KeyboardInterrupt, -9 for SIGKILL).
 """
 
+import gc
 import json
 import os
 import resource
@@ -28,6 +29,18 @@ COMMON = dict(
     disable_tqdm=True,
     seed=3407,
 )
+
+
+def small_tokenizer():
+    """One token for each word of `TEXTS`: with a real vocabulary a tiny Llama computes little but its last layer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = dict(unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+    words.train_from_iterator(TEXTS, trainers.WordLevelTrainer(special_tokens=list(special.values())))
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
 def make_trainer(folder, tokenizer, *, rank=4, texts=TEXTS, micro_batch=2, base_name="", **arguments):
@@ -82,7 +95,7 @@ def make_chapter_trainer(folder, tokenizer, *, checkpointing=False):
     rows = rows.map(format_conversations, batched=True, fn_kwargs={"tokenizer": tokenizer})
     batch = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, gradient_checkpointing=checkpointing)
     data = dict(max_length=256, dataset_text_field="text", dataset_num_proc=1)
-    steps = dict(max_steps=6, eval_steps=4, warmup_steps=1, optim="adamw_8bit")
+    steps = dict(max_steps=4, eval_steps=3, warmup_steps=1, optim="adamw_8bit")
     args = SFTConfig(output_dir=folder, **(COMMON | batch | data | steps))
     evaluation = rows.select(range(4))
     trainer = SFTTrainer(
@@ -116,6 +129,7 @@ def run(
     settings=None,
     interrupt_at=None,
     fill_at=None,
+    room=20_000,
     again=None,
     hand_over=False,
     as_nobody=False,
@@ -130,7 +144,7 @@ def run(
         checkpoints: arguments of `Checkpoints`.
         settings: arguments of the function that makes the trainer.
         interrupt_at: press Ctrl-C while this step is computed.
-        fill_at: from this step on no file may be longer than 20,000 bytes, as on a disk that is full. 0: from before
+        fill_at: from this step on no file may be longer than `room` bytes, as on a disk that is full. 0: from before
             the checkpoints are looked for.
         again: arguments of `Checkpoints` for a second `train` with the same trainer.
         hand_over: call it at the end.
@@ -147,7 +161,7 @@ def run(
             if interrupt_at == state.global_step + 1:
                 os.kill(os.getpid(), signal.SIGINT)
             if fill_at == state.global_step + 1:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
         def on_step_end(self, args, state, control, **kwargs):
             with open(progress, "a") as file:
@@ -158,7 +172,7 @@ def run(
     trainer.add_callback(Happenings())
     keeper = Checkpoints(trainer, **checkpoints)
     if fill_at == 0:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
     if as_nobody and os.geteuid() == 0:
         os.setuid(65534)
     try:
@@ -216,16 +230,20 @@ def main():
     import peft  # noqa: F401
     import torch
     import trl  # noqa: F401
-    from transformers import AutoTokenizer
-
-    from helpers.smollm2 import prepare_smollm2
 
     torch.set_num_threads(1)  # a fork cannot use its parent's threads
-    tokenizer = AutoTokenizer.from_pretrained(prepare_smollm2())
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if not unsloth:
+    if unsloth:
+        from transformers import AutoTokenizer
+
+        from helpers.smollm2 import prepare_smollm2
+
+        tokenizer = AutoTokenizer.from_pretrained(prepare_smollm2())
+    else:
+        tokenizer = small_tokenizer()
         with tempfile.TemporaryDirectory() as folder:  # it imports what forks would otherwise import each
             make_trainer(folder, tokenizer)
+    gc.freeze()  # else each fork searches, and so copies, all that was imported
     serve(make_chapter_trainer if unsloth else make_trainer, tokenizer, replies)
 
 

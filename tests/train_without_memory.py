@@ -69,7 +69,7 @@ def main(folder):
     tokenizer = AutoTokenizer.from_pretrained(prepare_smollm2())
     saw = {"alone": train(folder, tokenizer, most=None), "whole": train(folder, tokenizer, most=GIB)}
     saw["split"] = train(folder, tokenizer, most=150)
-    saw["late"] = train(folder, tokenizer, most=150, from_step=3)
+    saw["late"] = train(folder, tokenizer, most=150, from_step=2)
     as_needed = dict(most=GIB, checkpointed_layers=lambda tokens: 20 if tokens > 150 else 5)
     saw["as needed"] = train(folder, tokenizer, **as_needed)
     saw["too few"] = train(folder, tokenizer, **as_needed, most_spared=15)
