@@ -69,11 +69,10 @@ workflows:  # part of lint
 	@jactionlint --profile pedantic --strict-exit
 	@shellcheck .github/*.sh .ci/run
 
-# Three files at once, with one thread each: with two, two cores are idle for a seventh of the time, while browsers, servers
-# and kernels are waited for. Then what was skipped, and the slowest. `make test` has the series among them, first: it is
-# the longest, and hardly faster with both cores to itself.
+# Two files at once, with one thread each (three take as much longer); then what was skipped, and the slowest. `make test`
+# has the series among them, first: it is the longest, and hardly faster with both cores to itself.
 unit: model llama-cpp  ## run the tests
-	@OMP_NUM_THREADS=1 pytest -n 3 --dist loadfile --no-loadscope-reorder -rs --durations=40 $(TESTS)
+	@OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -rs --durations=20 $(TESTS)
 
 test:  ## lint, tests, the whole series on the cpu profile and its regression; says what each took
 	@trap 'printf "\nmake test took\n$$took"' EXIT; \

@@ -43,7 +43,7 @@ from helpers.handoff import fingerprint_rows, hash_files, replace_file, sha256_o
 
 MANIFEST = "manifest.json"
 HANDED_OVER = "handed_over"
-UNFINISHED, DELETED = ".unfinished-", ".deleted-"  # prefixes of what is being copied, and deleted
+UNFINISHED, DELETED = ".unfinished-", ".deleted-"  # prefixes of what is being begun or copied, and deleted
 KEPT = 2
 MIRROR_WAIT_SECONDS = 60
 # What decides the result of a run, of all that Transformers and TRL let one set. The batch is compared as a whole: how
@@ -307,8 +307,10 @@ class Checkpoints:
             stopped = f"stopped after step {step}; run the chapter again to go on"
             try:
                 _make_room(path)
-                path.mkdir()
-                (path / MANIFEST).touch()  # ours, and unfinished
+                begun = path.with_name(UNFINISHED + path.name)
+                begun.mkdir(exist_ok=True)
+                (begun / MANIFEST).touch()
+                os.replace(begun, path)  # from its first moment it is known as ours, and unfinished
                 write(model, trial)
                 _write_manifest(path, run=self.run, step=step, max_steps=max_steps, settings=settings)
             except Exception as error:  # each writer has its own: OSError, RuntimeError (torch), SafetensorError
@@ -576,7 +578,7 @@ def _checkpoints_in(folder: Path) -> list[Path]:
 
 
 def _leftovers_in(folder: Path) -> list[Path]:
-    """What was being copied or deleted when its process ended."""
+    """What was being begun, copied or deleted when its process ended."""
     started = (f"{UNFINISHED}checkpoint-", f"{DELETED}checkpoint-")
     return [folder / name for name in _names_in(folder) if name.startswith(started)]
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from train_once import shallow_smollm2
 
 from helpers.handoff import HandoffError, open_run
 
@@ -18,11 +19,13 @@ def test_catch_up_off_names_the_chapter(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_an_adapter_from_an_empty_run_folder(tmp_path, monkeypatch, capsys):
     """The real chapters 02, 03 and 04, two steps on few rows, as opening chapter 05 alone would run them."""
+    shallow_smollm2(tmp_path / "shallow")
     monkeypatch.delenv("CATCH_UP", raising=False)
     lines = CONVERSATIONS.read_text(encoding="utf-8").splitlines(keepends=True)
     few = {split: [line for line in lines if f'"split": "{split}"' in line] for split in ("train", "held_out")}
     (tmp_path / "few.jsonl").write_text("".join(few["train"][:8] + few["held_out"][:3]), encoding="utf-8")
-    parameters = {"PROFILE": "cpu", "MAX_STEPS": 2, "DATASET": str(tmp_path / "few.jsonl")}
+    parameters = {"PROFILE": "cpu", "MODEL_NAME": str(tmp_path / "shallow"), "MAX_STEPS": 2}
+    parameters["DATASET"] = str(tmp_path / "few.jsonl")
     run = open_run(tmp_path / "run", needs=("adapter",), parameters=parameters)
     printed = capsys.readouterr().out
     assert "running 02_load_and_lora, 03_data, 04_train first" in printed

@@ -281,6 +281,12 @@ def test_twenty_kills(trainings, whole, tmp_path):
     print(f"{torn} of 20 kills in the middle of a save; resumed from steps {began}")
 
 
+def test_a_run_killed_as_it_began_to_save_leaves_nothing_in_the_way(trainings, whole, folder):
+    (folder / ".unfinished-checkpoint-7").mkdir()
+    assert trainings.run(folder).result == whole
+    assert not list(folder.glob(".unfinished-*"))
+
+
 def truncate(path):
     os.truncate(path / "optimizer.pt", 1000)
 

@@ -54,7 +54,6 @@ def contents(folder):
     ("fault", "way", "said"),
     [
         ("no_lora", "claim", "no LoRA matrices"),
-        ("fewer_modules", "output", "`trainable`"),
         ("four_bit_off", "output and band", "linear layers"),
     ],
 )

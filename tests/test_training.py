@@ -231,7 +231,7 @@ FastLanguageModel.for_inference(model)
 print("RESULT", held_out_losses(model, rows).loss, held_out_losses(model, rows, batch_size=1).loss)
 sys.path.insert(0, "tests")
 from train_once import make_chapter_trainer
-chapter = make_chapter_trainer(sys.argv[1], tokenizer)
+chapter = make_chapter_trainer(f"{sys.argv[1]}/checkpoints", tokenizer)
 rows = chapter.train_dataset
 print("CHAPTER", chapter.evaluate(rows)["eval_loss"], held_out_losses(chapter.model, rows).loss)
 chapter.train()

@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -71,8 +72,23 @@ def make_trainer(folder, tokenizer, *, rank=4, texts=TEXTS, micro_batch=2, base_
     )
 
 
+def shallow_smollm2(folder, layers=6):
+    """SmolLM2 without its upper layers, in a new folder: all that is Unsloth's own, in a fraction of the time."""
+    from safetensors.torch import load_file, save_file
+
+    from helpers.smollm2 import prepare_smollm2
+
+    source, upper = prepare_smollm2(), tuple(f"model.layers.{number}." for number in range(layers, 30))
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model.safetensors"))
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    weights = load_file(source / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if not name.startswith(upper)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def make_chapter_trainer(folder, tokenizer, *, checkpointing=False):
-    """The calls of chapter 04, on a few of its conversations."""
+    """The calls of chapter 04, on a few of its conversations and with SmolLM2's lowest layers."""
     from unsloth import FastLanguageModel
     from unsloth.chat_templates import standardize_sharegpt, train_on_responses_only
 
@@ -80,11 +96,13 @@ def make_chapter_trainer(folder, tokenizer, *, checkpointing=False):
     from datasets import load_dataset
     from trl import SFTConfig, SFTTrainer
 
-    from helpers.smollm2 import prepare_smollm2
     from helpers.template import format_conversations
 
+    model_folder = Path(folder).parent / "shallow"
+    if not model_folder.exists():
+        shallow_smollm2(model_folder)
     model, _ = FastLanguageModel.from_pretrained(
-        model_name=str(prepare_smollm2()), max_seq_length=256, dtype=None, load_in_4bit=True
+        model_name=str(model_folder), max_seq_length=256, dtype=None, load_in_4bit=True
     )
     modules = ["q_proj", "v_proj", "down_proj"]
     model = FastLanguageModel.get_peft_model(

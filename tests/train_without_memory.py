@@ -70,9 +70,9 @@ def main(folder):
     saw = {"alone": train(folder, tokenizer, most=None), "whole": train(folder, tokenizer, most=GIB)}
     saw["split"] = train(folder, tokenizer, most=150)
     saw["late"] = train(folder, tokenizer, most=150, from_step=2)
-    as_needed = dict(most=GIB, checkpointed_layers=lambda tokens: 20 if tokens > 150 else 5)
+    as_needed = dict(most=GIB, checkpointed_layers=lambda tokens: 4 if tokens > 150 else 1)
     saw["as needed"] = train(folder, tokenizer, **as_needed)
-    saw["too few"] = train(folder, tokenizer, **as_needed, most_spared=15)
+    saw["too few"] = train(folder, tokenizer, **as_needed, most_spared=3)
     try:
         train(folder, tokenizer, most=10)
     except DoesNotFit as error:
@@ -81,4 +81,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(f"{sys.argv[1]}/checkpoints")
