@@ -76,11 +76,15 @@ def test_nothing_is_noticed_where_nothing_is_broken(good, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_a_fault_whose_code_never_runs_does_not_count_as_caught(good, tmp_path, monkeypatch):
-    """The learning rate is of no use to chapter 02, so an outcome of that chapter says nothing about it."""
+    """The chapter is as in the good run, and left no line in the log."""
+
+    def run_unbroken(fault, chapter, *, run_dir, **rest):
+        shutil.copy(good / "executed" / f"{chapter}.ipynb", run_dir / "executed")
+
     monkeypatch.setattr(faults, "CHAPTERS", (CHAPTER,))
-    monkeypatch.setitem(FAULTS, "learning_rate_x100", (CHAPTER, ""))
-    caught = plant("learning_rate_x100", good=good, work=tmp_path, parameters=PARAMETERS)
-    assert caught.way == "" and "NOT PLANTED" in caught.what
+    monkeypatch.setattr(faults, "run_chapter_with", run_unbroken)
+    caught = plant("no_lora", good=good, work=tmp_path, parameters=PARAMETERS)
+    assert (caught.way, caught.what) == ("", "NOT PLANTED: its code never ran (nothing noticed)")
 
 
 def test_a_linked_run_can_train_beside_others(tmp_path):
