@@ -281,10 +281,25 @@ def test_twenty_kills(trainings, whole, tmp_path):
     print(f"{torn} of 20 kills in the middle of a save; resumed from steps {began}")
 
 
-def test_a_run_killed_as_it_began_to_save_leaves_nothing_in_the_way(trainings, whole, folder):
-    (folder / ".unfinished-checkpoint-7").mkdir()
-    assert trainings.run(folder).result == whole
-    assert not list(folder.glob(".unfinished-*"))
+def test_a_run_killed_before_it_marks_a_checkpoint_leaves_none(trainer_of, tmp_path, monkeypatch):
+    """An empty `checkpoint-1` would be nobody's, and stay."""
+
+    class Killed(BaseException):
+        pass
+
+    def touch(path):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "touch", touch)
+        trainer = trainer_of(tmp_path)
+        with pytest.raises(Killed), Checkpoints(trainer, every_seconds=0) as last:
+            trainer.train(resume_from_checkpoint=last)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    trainer = trainer_of(tmp_path)
+    with Checkpoints(trainer, every_seconds=0) as last:
+        trainer.train(resume_from_checkpoint=last)
+    assert steps_in(tmp_path) == [11, 12] and not list(tmp_path.glob(".unfinished-*"))
 
 
 def truncate(path):
