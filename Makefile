@@ -74,6 +74,7 @@ workflows:  # part of lint
 unit: model llama-cpp  ## run the tests
 	@OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -rs --durations=20 $(TESTS)
 
+# One of the tests lets nbval itself execute a chapter, as `make regress` does: it need not be done a second time.
 test:  ## lint, tests, the whole series on the cpu profile and its regression; says what each took
 	@trap 'printf "\nmake test took\n$$took"' EXIT; \
 	timed() { \
@@ -84,7 +85,7 @@ test:  ## lint, tests, the whole series on the cpu profile and its regression; s
 	timed setup make --silent model llama-cpp; \
 	timed lint make --silent lint; \
 	timed "tests and series" make --silent unit TESTS="tests/whole_series.py tests/test_*.py"; \
-	timed regression python -m helpers.regress runs/test --nbval 03_data
+	timed regression python -m helpers.regress runs/test
 
 lock: $(READY)  ## resolve requirements-colab.txt against the image's freeze again
 	@python -m helpers.lock

@@ -76,6 +76,7 @@ def resolve(wanted: Path, *, overrides: Path, image: dict[str, str | None], pyth
         command += ["--constraints", str(constraints), "--overrides", str(overrides), "--config-file", str(config)]
         command += ["--python-version", python, "--python-platform", "x86_64-manylinux_2_35"]
         command += ["--generate-hashes", "--annotation-style", "split", "--no-header"]
+        command += ["--no-python-downloads"]  # uv would fetch the image's Python; it resolves for it without having it
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise InputError(

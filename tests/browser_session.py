@@ -3,12 +3,14 @@
 python browser_session.py lab|classic SERVER TOKEN CHROMIUM SCREENSHOTS NOTEBOOK …   (paths on the server, run in order)
 """
 
+import contextlib
 import json
 import sys
 import time
 from pathlib import Path
 
 from playwright.sync_api import Error, sync_playwright
+from playwright.sync_api import TimeoutError as PageTimeoutError
 
 WAIT_SECONDS = 900  # a slow processor beside other work; a hang, not slowness, is what it ends
 TALLEST = 16_000  # pixels: Chromium draws no taller picture
@@ -78,7 +80,8 @@ def run_all(page, front_end):
             page.locator("li[data-command='runmenu:run-all']").click()
         else:
             page.evaluate("() => Jupyter.notebook.execute_all_cells()")
-        page.wait_for_timeout(5000)
+        with contextlib.suppress(PageTimeoutError):
+            page.wait_for_function(f"css => ({PROMPTS})(css).some(text => /[0-9]/.test(text))", arg=css, timeout=5000)
         if any(page.evaluate(PROMPTS, css)):
             break  # else the page connected to its kernel just then, and the request was lost: press again
     # Seldom: a look takes time that the kernel could have on a machine with few cores.
@@ -110,7 +113,7 @@ def talk(page, shots):
     """Ask, read, reset, ask for more, stop: the history as it grew, and after the stop."""
     saw = {}
     page.set_viewport_size({"width": 1100, "height": 1000})
-    ask(page, MARKUP)
+    ask(page, f"{MARKUP} {STORY}")  # whatever it says, it is long enough to be seen growing
     saw["streamed"] = wait_until(lambda: history(page), lambda text: NOTE in text, "reply")
     saw |= page.evaluate(MARKUP_TOOK_EFFECT)
     picture(page, f"{shots}-chat-reply.png")

@@ -21,7 +21,7 @@ def test_an_adapter_from_an_empty_run_folder(tmp_path, monkeypatch, capsys):
     """The real chapters 02, 03 and 04, two steps on few rows, as opening chapter 05 alone would run them."""
     shallow_smollm2(tmp_path / "shallow")
     monkeypatch.delenv("CATCH_UP", raising=False)
-    lines = CONVERSATIONS.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = sorted(CONVERSATIONS.read_text(encoding="utf-8").splitlines(keepends=True), key=len)
     few = {split: [line for line in lines if f'"split": "{split}"' in line] for split in ("train", "held_out")}
     (tmp_path / "few.jsonl").write_text("".join(few["train"][:8] + few["held_out"][:3]), encoding="utf-8")
     parameters = {"PROFILE": "cpu", "MODEL_NAME": str(tmp_path / "shallow"), "MAX_STEPS": 2}

@@ -7,22 +7,23 @@ import time
 import types
 
 import pytest
+from train_once import shallow_smollm2
 
 from helpers.chat import batch_replies, stream_reply
 from helpers.chat_box import ChatBox, Exchange, has_reader
-from helpers.smollm2 import prepare_smollm2
 
 QUESTION = "What is the capital of France?"
 
 
 @pytest.fixture(scope="module")
-def tuned():
-    """The small model with an adapter that changes its replies."""
+def tuned(tmp_path_factory):
+    """The small model's lowest layers with an adapter that changes their replies."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = prepare_smollm2()
+    folder = tmp_path_factory.mktemp("model") / "shallow"
+    shallow_smollm2(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(0)
     lora = LoraConfig(r=4, lora_alpha=64, target_modules=["v_proj", "down_proj"], init_lora_weights=False)

@@ -130,6 +130,7 @@ def test_a_server_that_never_answers_is_given_up_and_ended(tmp_path):
 
 
 def test_a_server_that_does_not_end_when_asked_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("helpers.gguf.SECONDS_TO_END", 1)
     deaf = program(tmp_path, f"trap '' TERM; echo $$ > '{tmp_path}/pid'; while true; do sleep 0.1; done")
     with pytest.raises(GgufError), serve_gguf("x.gguf", program=deaf, timeout_seconds=1):
         pass
