@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,9 +206,10 @@ def serve_gguf(
                 late = time.monotonic() > deadline
                 if late or process.poll() is not None:
                     log.seek(0)
+                    said = log.read() if late else _whole_log(log.read(), command, environment)
                     fix = "allow more timeout_seconds" if late else "export the file again"
                     state = f"no answer in {timeout_seconds:.0f} s" if late else f"ended with {process.returncode}"
-                    found = f"{state}, last words: {_last_words(log.read())}"
+                    found = f"{state}, last words: {_last_words(said)}"
                     raise GgufError("llama-server", found=found, expected="a served model", fix=fix)
                 time.sleep(0.1)
             client = OpenAI(base_url=f"{url}/v1", api_key="none", http_client=httpx.Client(trust_env=False))
@@ -238,10 +239,27 @@ def _healthy_url(pid: int) -> str:
     return ""
 
 
+def _whole_log(log: str, command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The log of a server that ended, with its reason. llama.cpp writes it in a thread that the end does not wait for:
+    now and then the last lines are lost, and the command has to be run again to see them."""
+    for _ in range(3):
+        if _errors(log):
+            break
+        options = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            done = subprocess.run(command, env=environment, timeout=SECONDS_TO_END, **options)
+        except subprocess.TimeoutExpired:  # this time it serves
+            break
+        log = done.stdout.decode(errors="replace") or log
+    return log
+
+
+def _errors(log: str) -> list[str]:
+    return [line.strip() for line in log.splitlines() if "error" in line.lower() or "couldn't" in line.lower()]
+
+
 def _last_words(log: str) -> str:
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower() or "couldn't" in line.lower()]
-    return (errors or lines or ["none"])[-1]
+    return (_errors(log) or [line.strip() for line in log.splitlines() if line.strip()] or ["none"])[-1]
 
 
 def main() -> int:

@@ -129,6 +129,18 @@ def test_a_server_that_never_answers_is_given_up_and_ended(tmp_path):
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
+def test_last_words_that_were_lost_at_the_servers_end_are_asked_for_again(tmp_path):
+    """llama-server's log is written in a thread that its end does not wait for."""
+    hasty = program(tmp_path, f"[ -e '{tmp_path}/twice' ] && echo 'error: no model'; touch '{tmp_path}/twice'; exit 1")
+    lost = pytest.raises(GgufError, match="ended with 1, last words: error: no model")
+    with lost, serve_gguf("x.gguf", program=hasty):
+        pass
+    silent = program(tmp_path, f"echo >> '{tmp_path}/starts'; exit 1")
+    with pytest.raises(GgufError, match="ended with 1, last words: none"), serve_gguf("x.gguf", program=silent):
+        pass
+    assert len((tmp_path / "starts").read_text().splitlines()) == 4
+
+
 def test_a_server_that_does_not_end_when_asked_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr("helpers.gguf.SECONDS_TO_END", 1)
     deaf = program(tmp_path, f"trap '' TERM; echo $$ > '{tmp_path}/pid'; while true; do sleep 0.1; done")
