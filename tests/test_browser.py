@@ -66,10 +66,10 @@ def tree(tmp_path_factory):
     for path in ROOT.glob("*.t*ml"), ROOT.glob("requirements-*.txt"):
         for file in path:
             shutil.copy(file, folder)
-    rows = [json.loads(line) for line in (ROOT / "notebooks/data/support_conversations.jsonl").open(encoding="utf-8")]
-    few = sorted((json.dumps(row) for row in rows), key=len)  # the shortest, which take the least time
-    few = [row for split, count in FEW_ROWS.items() for row in [r for r in few if f'"split": "{split}"' in r][:count]]
-    (folder / "few.jsonl").write_text("\n".join(few), encoding="utf-8")
+    conversations = (ROOT / "notebooks/data/support_conversations.jsonl").read_text(encoding="utf-8")
+    lines = sorted(conversations.splitlines(keepends=True), key=len)  # the shortest, which take the least time
+    few = [[line for line in lines if f'"split": "{split}"' in line][:count] for split, count in FEW_ROWS.items()]
+    (folder / "few.jsonl").write_text("".join(sum(few, [])), encoding="utf-8")
     for chapter in CHAPTERS:
         prepare(folder, chapter, FEW_STEPS)
     faults = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in FAULTS])
