@@ -6,6 +6,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Hub look-ups would only slow a local run down: it uses local files alone. `make run HF_HUB_OFFLINE=0` allows them.
 export HF_HUB_OFFLINE ?= 1
 export UNSLOTH_DISABLE_STATISTICS ?= 1
+# Where it is set, pytest rewrites its plugins and the tests anew at every start, which takes a second each time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model llama-cpp notebooks run regress record repeat faults lint code workflows unit test lock drift \
@@ -72,9 +74,10 @@ workflows:  # part of lint
 	@shellcheck .github/*.sh .ci/run
 
 # Two files at once, with one thread each (three take as much longer); then what was skipped, and the slowest. `make test`
-# has the series among them, first: it is the longest, and hardly faster with both cores to itself.
+# has the series among them, first: it is the longest, and hardly faster with both cores to itself. nbval takes two
+# seconds to load, and no notebook is among the tests.
 unit: model llama-cpp  ## run the tests
-	@OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -rs --durations=20 $(TESTS)
+	@OMP_NUM_THREADS=1 pytest -p no:nbval -n 2 --dist loadfile --no-loadscope-reorder -rs --durations=20 $(TESTS)
 
 # One of the tests lets nbval itself execute a chapter, as `make regress` does: it need not be done a second time.
 test:  ## lint, tests, the whole series on the cpu profile and its regression; says what each took
