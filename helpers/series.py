@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ YAML_FLOAT = re.compile(
 
 
 class SeriesError(InputError):
-    """A chapter or a parameter that does not exist, or a parameter file that cannot be read."""
+    """No such chapter or parameter, a parameter file that cannot be read, or a kernel that does not start."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,36 @@ def run_chapter(chapter: str, *, executed_dir: str | Path, parameters: Mapping[s
     start, failure = time.perf_counter(), ""
     with peak_of_children() as peak:
         try:
-            papermill.execute_notebook(
-                source, executed, given, kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty()
-            )
+            options = dict(kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty())
+            with_new_ports(lambda: papermill.execute_notebook(source, executed, given, **options))
         except PapermillExecutionError as error:
             first_line = error.source.strip().splitlines()[0]
             failure = f"code cell [{error.exec_count}] `{first_line}`: {error.ename}: {error.evalue}"
         except DeadKernelError:
             failure = "a cell that ended the kernel: out of memory, or a crash of a library"
+        except SeriesError as error:
+            failure = str(error)
     seconds, result = time.perf_counter() - start, "" if failure else read_result(executed)
     return ChapterRun(chapter, seconds, failure, result, executed, peak[0])
+
+
+def with_new_ports(execute: Callable[[], Any], *, starts: int = 3) -> Any:
+    """What `execute` returns, which starts a kernel and runs a notebook; called again while the kernel does not start.
+
+    Jupyter chooses a kernel's ports some time before the kernel opens them: another program can be faster. The kernel
+    then ends before its first cell, so nothing runs twice.
+
+    Raises:
+        SeriesError: it did not start so many times. The kernel's own message is on the standard error output.
+    """
+    for _ in range(starts):
+        try:
+            return execute()
+        except RuntimeError as error:
+            if "Kernel died before replying" not in str(error):
+                raise
+    found, fix = f"{starts} kernels that ended while they started", "read the kernel's own message, further up"
+    raise SeriesError("Jupyter's kernel python3", found=found, expected="one that starts", fix=fix)
 
 
 @contextlib.contextmanager

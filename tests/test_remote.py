@@ -17,6 +17,7 @@ import nbformat
 import pytest
 
 from helpers import remote
+from helpers.series import with_new_ports
 
 KAGGLE = """
 kernels = commands.add_parser("kernels").add_subparsers(dest="command")
@@ -82,7 +83,8 @@ def run_driver(machine, chapters):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changed.items():
             patch.setenv(name, value)
-        nbclient.NotebookClient(driver, kernel_name="python3", resources={"metadata": {"path": str(machine)}}).execute()
+        options = dict(kernel_name="python3", resources={"metadata": {"path": str(machine)}})
+        with_new_ports(lambda: nbclient.NotebookClient(driver, **options).execute())
     return "".join(output.text for output in driver.cells[1].outputs), machine / "executed.tar.gz"
 
 

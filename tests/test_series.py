@@ -1,8 +1,10 @@
 """The headless runner: what it reports, where it stops, what it refuses."""
 
 import json
+import socket
 from pathlib import Path
 
+import jupyter_client.connect
 import nbformat
 import pytest
 
@@ -59,6 +61,37 @@ def test_a_chapter_whose_kernel_dies(chapters):
     [run] = run_chapters(["03_data"], executed_dir=chapters / "executed")
     assert "ended the kernel" in run.failure
     assert run.executed.exists()
+
+
+def test_a_port_that_was_taken_meanwhile_is_no_failure(chapters, monkeypatch):
+    """Another program takes a port of the first kernel between Jupyter's choice and the kernel's start."""
+    choose, taken = jupyter_client.connect.write_connection_file, []
+
+    def choose_and_lose(*arguments, **given):
+        file, chosen = choose(*arguments, **given)
+        if not taken:
+            taken.append(socket.create_server(("127.0.0.1", chosen["shell_port"])))
+        return file, chosen
+
+    monkeypatch.setattr(jupyter_client.connect, "write_connection_file", choose_and_lose)
+    run = run_chapter("01_install", executed_dir=chapters / "executed")
+    taken.pop().close()
+    assert (run.failure, run.result) == ("", "1 steps")
+
+
+def test_a_kernel_that_never_starts_is_a_failure_and_another_error_is_passed_on(chapters, monkeypatch):
+    died, other, raised = RuntimeError("Kernel died before replying to kernel_info"), RuntimeError("no"), []
+
+    def execute(*arguments, **given):
+        raised.append(1)
+        raise died
+
+    monkeypatch.setattr("papermill.execute_notebook", execute)
+    run = run_chapter("01_install", executed_dir=chapters / "executed")
+    assert "kernel python3: found 3 kernels that ended while they started" in run.failure and len(raised) == 3
+    died = other
+    with pytest.raises(RuntimeError, match="^no$"):
+        run_chapter("01_install", executed_dir=chapters / "executed")
 
 
 def test_it_stops_at_the_first_failure(chapters):
