@@ -24,6 +24,9 @@ from helpers.tables import text_table
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 CHAPTERS = ("01_install", "02_load_and_lora", "03_data", "04_train", "05_infer", "06_save")
+# Colab's ipykernel 6.17 hangs each second time it is asked to end: it flushes into a thread that it has stopped. After
+# 2.5 seconds it is killed; so kill it, and its children, at once. The chapters leave nothing to be done at that point.
+AT_THE_END = {"shutdown_kernel": "immediate"}
 RESULT = re.compile(r"^Result: (.+)$", re.MULTILINE)
 YAML_FLOAT = re.compile(
     r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?$|^[-+]?[0-9]+[eE][-+]?[0-9]+$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"
@@ -93,7 +96,7 @@ def run_chapter(chapter: str, *, executed_dir: str | Path, parameters: Mapping[s
     start, failure = time.perf_counter(), ""
     with peak_of_children() as peak:
         try:
-            options = dict(kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty())
+            options = dict(kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty(), **AT_THE_END)
             with_new_ports(lambda: papermill.execute_notebook(source, executed, given, **options))
         except PapermillExecutionError as error:
             first_line = error.source.strip().splitlines()[0]

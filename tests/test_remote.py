@@ -17,7 +17,7 @@ import nbformat
 import pytest
 
 from helpers import remote
-from helpers.series import with_new_ports
+from helpers.series import AT_THE_END, with_new_ports
 
 KAGGLE = """
 kernels = commands.add_parser("kernels").add_subparsers(dest="command")
@@ -83,7 +83,7 @@ def run_driver(machine, chapters):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changed.items():
             patch.setenv(name, value)
-        options = dict(kernel_name="python3", resources={"metadata": {"path": str(machine)}})
+        options = dict(kernel_name="python3", resources={"metadata": {"path": str(machine)}}, **AT_THE_END)
         with_new_ports(lambda: nbclient.NotebookClient(driver, **options).execute())
     return "".join(output.text for output in driver.cells[1].outputs), machine / "executed.tar.gz"
 

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from helpers.divergence import find_divergence
-from helpers.series import with_new_ports
+from helpers.series import AT_THE_END, with_new_ports
 from helpers.training import (
     MEASURES,
     Curves,
@@ -742,7 +742,8 @@ def test_a_notebook_ends_up_with_one_picture(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     kernel = nbformat.from_dict({"name": "python3", "display_name": "Python 3", "language": "python"})
     notebook.metadata.kernelspec = kernel
-    with_new_ports(lambda: NotebookClient(notebook, resources={"metadata": {"path": os.getcwd()}}).execute())
+    options = dict(resources={"metadata": {"path": os.getcwd()}}, **AT_THE_END)
+    with_new_ports(lambda: NotebookClient(notebook, **options).execute())
     stored = [
         number
         for number, cell in enumerate(notebook.cells)
