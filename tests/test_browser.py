@@ -112,6 +112,7 @@ def open_in_browser(tree, front_end, chapters):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [binaries / "python", "-m", module, "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    command.append("--KernelManager.shutdown_wait_time=0.5")  # each second time, Colab's kernel does not end when asked
     token = f"--IdentityProvider.token={TOKEN}" if front_end == "lab" else f"--NotebookApp.token={TOKEN}"
     with open(state / "server.log", "w") as log:
         server = subprocess.Popen([*command, token], cwd=tree, env=environment, stdout=log, stderr=log)
