@@ -85,13 +85,13 @@ print(
 # conversations. These can go through the model all at once (a large *micro-batch*) or in turns whose gradients add up
 # (*accumulation*): the result is the same, the memory and the time are not. *Gradient checkpointing* is the second
 # choice: keep all intermediate results that the gradients need (`False`), keep each block's input and recompute the
-# rest (`True`), do so only in as many blocks as a micro-batch's length makes necessary (`as needed`, listed where
-# not all can be kept), or move those inputs to main memory too (`"unsloth"`). The third is *padding*: conversations of a batch side by side, the shorter
-# ones filled up to a common width (a multiple of so many tokens), or one after the other in one long row (`none`),
-# which computes nothing in vain and gives the processor more to do. `plan_batch` predicts the peak of each option from
-# the model's configuration and from the longest conversations of *these* data, and takes the fastest that leaves a
-# tenth of the memory free. The seconds are for comparing options. Without a GPU, memory and seconds are those of a T4,
-# not of your machine.
+# rest (`True`), do so only in as many blocks as a micro-batch's length makes necessary (`as needed`, listed where not
+# all can be kept), or move those inputs to main memory too (`"unsloth"`). The third is *padding*: conversations of a
+# batch side by side, the shorter ones filled up to a common width (a multiple of so many tokens), or one after the
+# other in one long row (`none`), which computes nothing in vain and gives the processor more to do. `plan_batch`
+# predicts the peak of each option from the model's configuration and from the longest conversations of *these* data,
+# and takes the fastest that leaves a tenth of the memory free. The seconds are for comparing options. Without a GPU,
+# memory and seconds are those of a T4, not of your machine.
 
 # %%
 from transformers import AutoConfig, AutoTokenizer
