@@ -20,7 +20,6 @@ import tomllib
 from collections import Counter
 from pathlib import Path
 
-import jupytext
 import nbformat
 from nbformat import NotebookNode
 
@@ -52,6 +51,8 @@ def sources() -> list[Path]:
 
 def read_cells(source: Path) -> list[NotebookNode]:
     """The cells of a source, every language, includes resolved."""
+    import jupytext  # here, because what compares a run with the notebooks has no use for it
+
     cells = jupytext.read(source, fmt="py:percent").cells
     for cell in cells:
         if cell.cell_type == "code" and cell.source.startswith(INCLUDE):

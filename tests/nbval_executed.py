@@ -17,9 +17,11 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-# With it jsonschema checks international addresses, which no notebook has: its grammar alone takes longer to build than
-# all else here. None makes the import fail, which jsonschema allows for.
+# Two imports that take longer than all else here and are of no use: with the first jsonschema checks international
+# addresses, which no notebook has, with the second ipykernel offers its kernels to a debugger. None makes an import
+# fail, which both allow for.
 sys.modules.setdefault("rfc3987_syntax", None)
+sys.modules.setdefault("ipykernel.debugger", None)
 
 import nbformat  # noqa: E402
 import pytest  # noqa: E402
