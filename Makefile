@@ -30,7 +30,7 @@ $(READY): requirements-local.txt
 model: $(READY)  ## prepare the cpu profile's model (once, into the cache)
 	@python -m helpers.smollm2
 
-llama-cpp: $(READY)  ## build llama.cpp for chapter 06 (once, into the cache; about four minutes)
+llama-cpp: $(READY)  ## build llama.cpp for chapter 06 (once, into the cache; four to eleven minutes)
 	@python -m helpers.gguf
 
 notebooks: $(READY)  ## build the notebooks from notebooks/src

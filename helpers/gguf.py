@@ -1,6 +1,6 @@
 """llama.cpp, which writes GGUF files and serves them: found, or built once into the cache.
 
-python -m helpers.gguf      build it (about four minutes on two cores); later calls find it
+python -m helpers.gguf      build it (four to eleven minutes on two cores); later calls find it
 """
 
 import contextlib
@@ -106,7 +106,7 @@ def build_llama_cpp() -> Path:
         shutil.rmtree(work, ignore_errors=True)
         source = Path(spec.submodule_search_locations[0]) / "llama.cpp"
         shutil.copytree(source, work, ignore=shutil.ignore_patterns("__pycache__"))
-        print(f"Building llama.cpp, {' and '.join(TOOLS)}: about 4 minutes on 2 cores", flush=True)
+        print(f"Building llama.cpp, {' and '.join(TOOLS)}: 4 to 11 minutes on 2 cores", flush=True)
         options = [f"-D{option}" for option in CMAKE_OPTIONS]
         _run_build(["cmake", "-S", str(work), "-B", str(work / "build"), *options])
         jobs = str(os.cpu_count() or 1)

@@ -17,9 +17,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-# Two imports that take longer than all else here and are of no use: with the first jsonschema checks international
-# addresses, which no notebook has, with the second ipykernel offers its kernels to a debugger. None makes an import
-# fail, which both allow for.
+# Two slow imports that are of no use here: with the first jsonschema checks international addresses, which no notebook
+# has, with the second ipykernel offers its kernels to a debugger. None makes an import fail, which both allow for.
 sys.modules.setdefault("rfc3987_syntax", None)
 sys.modules.setdefault("ipykernel.debugger", None)
 
