@@ -122,7 +122,7 @@ def talk(page, shots):
     page.locator(".noUi-handle, .ui-slider-handle").last.press("End")  # a long reply: it shall not end before the stop
     saw["max_tokens"] = page.locator(".widget-readout").last.inner_text()
     ask(page, STORY)
-    wait_until(lambda: history(page).partition(STORY)[2], lambda text: len(text) > len("tuned model") + 20, "story")
+    wait_until(lambda: history(page).partition("tuned model")[2], lambda text: text.strip(), "story")
     picture(page, f"{shots}-chat-writing.png")
     page.locator("button", has_text="Stop").click()
     saw["stopped"] = wait_until(lambda: history(page), lambda text: NOTE in text, "stop")[-1]

@@ -2,7 +2,8 @@
 
 JupyterLab, with ipywidgets 8, opens all six chapters. The classic notebook opens chapters 03, 04 and 05 with the kernel
 that Colab has (ipykernel 6.17, IPython 7.34, ipywidgets 7.7). Both open a notebook full of faults, to show that these
-are seen. All are copies with their recorded outputs cleared; the `cpu` profile, few rows, few steps, no GGUF files.
+are seen. All are copies with their recorded outputs cleared; the `cpu` profile with its model's lowest layers, few rows,
+few steps, no GGUF files.
 """
 
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from train_once import shallow_smollm2
 
 from helpers.image import read_freeze
 from helpers.lock import IMAGE
@@ -29,6 +31,7 @@ SCREENSHOTS = ROOT / "runs" / "browser"
 TOKEN = "proof"
 IN_CLASSIC = ("03_data", "04_train", "05_infer")
 FEW_TOKENS, FEW_ROWS = 16, {"train": 16, "held_out": 4}
+LONGEST = 1024  # tokens of a conversation. A reply has half as many at most: time enough to stop it
 FEW_STEPS = 16  # after 4, a merge's rounding alone moved perplexity by 3 %, more than chapter 06 lets pass
 FEWER_STEPS = 4  # where nothing is merged
 
@@ -70,6 +73,7 @@ def tree(tmp_path_factory):
     lines = sorted(conversations.splitlines(keepends=True), key=len)  # the shortest, which take the least time
     few = [[line for line in lines if f'"split": "{split}"' in line][:count] for split, count in FEW_ROWS.items()]
     (folder / "few.jsonl").write_text("".join(sum(few, [])), encoding="utf-8")
+    shallow_smollm2(folder / "shallow")
     for chapter in CHAPTERS:
         prepare(folder, chapter, FEW_STEPS)
     faults = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in FAULTS])
@@ -84,7 +88,8 @@ def prepare(folder, chapter, steps):
     from papermill.parameterize import parameterize_notebook
 
     parameters = {"PROFILE": "cpu", "DATASET": str(folder / "few.jsonl"), "MAX_STEPS": steps, "GGUF": ""}
-    parameters |= {"MAX_NEW_TOKENS": FEW_TOKENS, "RUN_DIR": str(folder / "run")}
+    parameters |= {"MODEL_NAME": str(folder / "shallow"), "MAX_SEQ_LENGTH": LONGEST, "MAX_NEW_TOKENS": FEW_TOKENS}
+    parameters["RUN_DIR"] = str(folder / "run")
     known, name = chapter_parameters(chapter), f"{chapter}.ipynb"
     notebook = load_notebook_node(str(ROOT / "notebooks" / name))
     notebook = parameterize_notebook(notebook, {key: value for key, value in parameters.items() if key in known})
@@ -197,7 +202,7 @@ def test_a_reader_asks_reads_and_stops(request, front_end):
     assert len(set(lengths)) > 3 and lengths == sorted(lengths), "the reply did not grow word by word"
     assert '<img src=x onerror="window.hacked = 1">' in chat["streamed"][-1]
     assert (chat["executed"], chat["rendered"]) == (False, False)
-    assert chat["max_tokens"] == "128", "the slider did not move"
+    assert chat["max_tokens"] == str(LONGEST // 2), "the slider did not move"
     assert chat["stopped"].rstrip().endswith("stop")
 
 
