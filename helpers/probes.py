@@ -180,3 +180,4 @@ def _short(lines: list[str], *, width: int = 110) -> str:
 if __name__ == "__main__":
     gc.disable()  # a probe ends before its garbage matters, and searching while it imports takes a seventh of its time
     print(json.dumps(globals()[f"probe_{sys.argv[1]}"](*sys.argv[2:])))
+    gc.freeze()  # else Python searches once more as it ends

@@ -189,7 +189,8 @@ def _download_gguf(work: pathlib.Path) -> pathlib.Path:
 
 def _run_build(gguf: pathlib.Path, folder: pathlib.Path) -> None:
     """Build in a fresh Python: in a notebook that has imported Unsloth, transformers' classes are patched."""
-    code = "import sys; from helpers import smollm2; smollm2._build(*sys.argv[1:])"
+    # Of the hundreds of thousands of objects that the vocabulary is read into, none is garbage before the end.
+    code = "import gc, sys; gc.disable(); from helpers import smollm2; smollm2._build(*sys.argv[1:]); gc.freeze()"
     root = str(pathlib.Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}

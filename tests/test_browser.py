@@ -2,8 +2,8 @@
 
 JupyterLab, with ipywidgets 8, opens all six chapters. The classic notebook opens chapters 03, 04 and 05 with the kernel
 that Colab has (ipykernel 6.17, IPython 7.34, ipywidgets 7.7). Both open a notebook full of faults, to show that these
-are seen. All are copies with their recorded outputs cleared; the `cpu` profile with its model's lowest layers, few rows,
-few steps, no GGUF files.
+are seen. All are copies with their recorded outputs cleared; the `cpu` profile with the lowest layers of its model, few
+rows, few steps, no GGUF files.
 """
 
 import json

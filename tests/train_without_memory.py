@@ -4,6 +4,7 @@ python train_without_memory.py FOLDER
 """
 
 import contextlib
+import gc
 import json
 import sys
 
@@ -66,6 +67,7 @@ def train(folder, tokenizer, *, most, from_step=0, checkpointed_layers=None, mos
 
 
 def main(folder):
+    gc.freeze()  # as chapter 04
     tokenizer = AutoTokenizer.from_pretrained(prepare_smollm2())
     saw = {"alone": train(folder, tokenizer, most=None), "whole": train(folder, tokenizer, most=GIB)}
     saw["split"] = train(folder, tokenizer, most=150)
