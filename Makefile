@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model llama-cpp notebooks run regress record repeat faults lint code workflows unit test lock drift \
-	drift-tools colab-rehearsal kaggle colab proof-tools browser location clean
+	future drift-tools colab-rehearsal kaggle colab proof-tools browser location clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -95,11 +95,15 @@ test:  ## lint, tests, the whole series on the cpu profile and its regression; s
 lock: $(READY)  ## resolve requirements-colab.txt against the image's freeze again
 	@python -m helpers.lock
 
-drift:  ## make drift IMAGE=colab-image/2026-05: does the lock install cleanly on that image?
-	@python -m helpers.environment $(if $(FETCH),--fetch) --image $(IMAGE)/pip-freeze.gpu.txt --os $(IMAGE)/os-info-gpu.txt
+drift:  ## make drift IMAGE=colab-image/2026-05: does the lock install cleanly there? RESOLVE=1 asks uv too
+	@python -m helpers.environment $(if $(FETCH),--fetch) $(if $(RESOLVE),--resolve) \
+	  --image $(IMAGE)/pip-freeze.gpu.txt --os $(IMAGE)/os-info-gpu.txt
 
-drift-tools:  # all that drift needs, without .venv
-	@grep -E '^(packaging|tabulate)==' requirements-local.txt | python -m pip install --quiet --no-deps -r /dev/stdin
+future: $(READY)  ## make future DATE=2026-11-28 OUT=runs/future: the image with that day's newest versions, for drift
+	@python -m helpers.future $(if $(IMAGE),--image $(IMAGE)) --date $(DATE) --out $(OUT) $(ONLY)
+
+drift-tools:  # all that drift and `python -m helpers.lock` need, without .venv
+	@grep -E '^(packaging|tabulate|uv)==' requirements-local.txt | python -m pip install --quiet --no-deps -r /dev/stdin
 
 # Chapters that failed there (status 1) are judged too; without any (status 2) there is nothing to judge.
 remote = python -m helpers.remote $(1); status=$$?; [ $$status -lt 2 ] || exit $$status; \
@@ -111,8 +115,8 @@ kaggle: $(READY)  ## the series on a T4 of Kaggle's, judged here; needs KAGGLE_U
 colab: $(READY)  ## the series on a T4 of Colab's, judged here; needs Google's command colab
 	@$(call remote,colab)
 
-colab-rehearsal: $(READY)  ## chapters 01-04 in an environment like Colab's (Python 3.13)
-	@python -m helpers.rehearsal
+colab-rehearsal: $(READY)  ## chapters 01-04 in an environment like Colab's (Python 3.13); IMAGE=runs/future: 01-03 there
+	@python -m helpers.rehearsal $(if $(IMAGE),--image $(IMAGE) 01_install 02_load_and_lora 03_data)
 
 proof-tools: $(READY)  ## JupyterLab, a browser driver and Go, for the tests that are skipped without them
 	@$(PYTHON) -m venv --clear .venv-proof && \

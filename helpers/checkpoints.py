@@ -40,6 +40,7 @@ from typing import Any
 
 from helpers.errors import InputError
 from helpers.handoff import fingerprint_rows, hash_files, replace_file, sha256_of
+from helpers.hub import base_name
 
 MANIFEST = "manifest.json"
 HANDED_OVER = "handed_over"
@@ -372,7 +373,7 @@ def settings_of(trainer: Any) -> dict[str, Any]:
     config = getattr(trainer.model, "peft_config", {}).get("default")
     if config is not None:
         name = config.base_model_name_or_path or ""
-        settings["base model"] = Path(name).name if Path(name).is_dir() else name
+        settings["base model"] = base_name(name) if Path(name).is_dir() else name
         settings["4-bit"] = bool(getattr(trainer.model, "is_loaded_in_4bit", False))
         settings |= {f"LoRA {name}": getattr(config, name, None) for name in DECIDING_LORA}
     settings |= {name: args[name] for name in DECIDING if name in args}

@@ -18,18 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.errors import InputError
-from helpers.image import (
-    OVERRIDES,
-    Pin,
-    check_image,
-    normal_name,
-    read_lock,
-    read_reasons,
-    requirement_name,
-    unmet,
+from helpers.hub import (
+    HUB_SECONDS,
+    HubError,
+    model_url,
+    models_address,
+    no_answer_fix,
+    require_modelscope,
+    uses_modelscope,
 )
+from helpers.image import Pin, check_image, normal_name, read_freeze, read_lock, requirement_name, unmet
 from helpers.install import (
     GPU_ONLY,
+    OTHER_IMAGE,
     RESTART,
     find_place,
     find_requirements,
@@ -44,7 +45,6 @@ from helpers.tables import html_table, text_table
 HEADERS = ("check", "found", "expected", "verdict", "what to do")
 SET_UP = {"local": "run `make setup` and choose the kernel of .venv"}
 SET_UP_CELL = "run the setup cell again"
-HUB_SECONDS = 5
 PROBE_SECONDS = 60  # for one that hangs: each takes a few seconds, the first time after an install up to 20
 DISK_GIB = {"cpu": 5, "gpu": 25}  # models, checkpoints, the merged model and its GGUF files
 MEMORY_GIB = 6
@@ -276,18 +276,17 @@ def check_requirements(pins: Sequence[Pin]) -> list[Row]:
     for distribution in importlib.metadata.distributions():
         if distribution.name:  # the first on the path wins, as in an import: a system's copy may lie behind it
             versions.setdefault(normal_name(distribution.name), distribution.version)
-    accepted = read_reasons(OVERRIDES) if OVERRIDES.is_file() else {}
-    ignored = {*accepted, *GPU_ONLY, "torchvision", "triton"}
-    rows = []
+    place, locked, rows = find_place(), {pin.name for pin in pins}, []
     for name in sorted(installed):
         for requirement, found in unmet(
             importlib.metadata.requires(name) or (), versions, python=platform.python_version()
         ):
             dependency = requirement_name(requirement)
-            if dependency in ignored and (dependency in accepted or found == "nothing"):
-                continue  # set aside with a reason, or only of use on a GPU
-            what = f"{name} needs {dependency}"
-            rows.append(Row(what, f"{dependency} {found}", requirement, "fail", set_up_again()))
+            if dependency in (*GPU_ONLY, "torchvision", "triton") and found == "nothing":
+                continue  # only of use on a GPU
+            # The setup cell brings back what is in the lock; the rest is the image's.
+            fix = set_up_again() if dependency in locked else OTHER_IMAGE.get(place, set_up_again())
+            rows.append(Row(f"{name} needs {dependency}", f"{dependency} {found}", requirement, "fail", fix))
     return rows or [Row("what these ask for", f"{len(installed)} packages fit together", "no conflict")]
 
 
@@ -343,29 +342,51 @@ def find_token() -> str:
 
 
 def check_hub(model_name: str | None) -> list[Row]:
-    """Can the model be had, and does it need a token? Asks the Hub for at most 5 s.
+    """Can the model be had, and does it need a token? Asks the hub that `choose_hub` chose, for at most 5 s.
 
     Args:
-        model_name: a Hub repository, or None where the model needs no Hub.
+        model_name: a name on the hub, or None where the model needs no hub.
     """
+    modelscope, local = uses_modelscope(), "set MODEL_NAME to a folder with a model"
+    what, expected = "ModelScope" if modelscope else "Hub", f"an answer in {HUB_SECONDS} s"
+    try:
+        if modelscope:
+            require_modelscope()  # without it Unsloth does not even load
+    except HubError as error:
+        return [Row(what, error.found, error.expected, "fail", error.fix)]
     if model_name is None:
-        return [Row("Hub", "not asked", "not needed: the model is on this machine")]
-    local = "set MODEL_NAME to a folder with a model"
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        return [Row("Hub", "switched off (HF_HUB_OFFLINE)", model_name, "warn", f"unset HF_HUB_OFFLINE, or {local}")]
-    result = run_probe("hub", model_name, seconds=HUB_SECONDS)
+        return [Row(what, "not asked", "not needed: the model is on this machine")]
+    if not modelscope and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return [Row(what, "switched off (HF_HUB_OFFLINE)", model_name, "warn", f"unset HF_HUB_OFFLINE, or {local}")]
+    result, address = run_probe("hub", model_url(model_name), seconds=HUB_SECONDS), models_address()
     if not result.ok:
-        where = {"kaggle": "switch on Settings > Internet"}.get(find_place(), "connect to the network")
-        return [Row("Hub", str(result.found), f"an answer in {HUB_SECONDS} s", "fail", f"{where}, or {local}")]
-    rows, token = [Row("Hub", "reached", f"an answer in {HUB_SECONDS} s")], find_token()
+        connect = {"kaggle": "switch on Settings > Internet"}.get(find_place(), "connect to the network")
+        fix = no_answer_fix(local, connect=connect)
+        return [Row(what, f"{address}: {result.found}", expected, "fail", fix)]
+    rows = [Row(what, f"reached at {address}", expected)]
+    status = result.found.get("status")
+    if modelscope:
+        found = f"{address} does not show it (status {status})" if status else "there"
+        return [*rows, Row("model", found, model_name, *_verdict(not status, "correct MODEL_NAME", bad="warn"))]
+    return [*rows, check_token(model_name, status=status, gated=bool(result.found.get("gated")))]
+
+
+def check_token(model_name: str, *, status: int | None, gated: bool) -> Row:
+    """Does the model need a token, and is there one?
+
+    Args:
+        status: what the Hub answered for a model that it does not show, else None.
+        gated: whether the model's licence has to be accepted.
+    """
+    token = find_token()
     secret = "accept its licence on the Hub and put a token into HF_TOKEN (Colab: the key icon at the left, Secrets)"
-    if result.found.get("status"):
-        found = f"the Hub does not show {model_name} (status {result.found['status']}); token: {token}"
-        return [*rows, Row("token", found, "a model that exists", "warn", "correct MODEL_NAME, or " + secret)]
-    if not result.found["gated"]:
-        return [*rows, Row("token", f"not needed for {model_name}", "only for gated models")]
+    if status:
+        found = f"the Hub does not show {model_name} (status {status}); token: {token}"
+        return Row("token", found, "a model that exists", "warn", "correct MODEL_NAME, or " + secret)
+    if not gated:
+        return Row("token", f"not needed for {model_name}", "only for gated models")
     have = token.startswith(("environment", "the file"))
-    return [*rows, Row("token", token, f"one: {model_name} is gated", *_verdict(have, secret, bad="warn"))]
+    return Row("token", token, f"one: {model_name} is gated", *_verdict(have, secret, bad="warn"))
 
 
 def _verdict(good: bool, fix: str, *, bad: str = "fail") -> tuple[str, str]:
@@ -380,6 +401,13 @@ def _has_tpu() -> bool:
     return bool(os.environ.get("COLAB_TPU_ADDR") or os.environ.get("TPU_NAME")) or Path("/dev/accel0").exists()
 
 
+def second_opinion(freeze: str | Path, python: str, *, requirements: Path) -> str:
+    """What `uv pip compile` says of the lock on that image: "" where it resolves."""
+    from helpers.lock import resolve_conflict
+
+    return resolve_conflict(read_lock(requirements), image=read_freeze(freeze), python=python)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 where all is well, 1 where a row failed or the lock conflicts, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m helpers.environment", description=__doc__.splitlines()[0])
@@ -387,6 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--os", metavar="OS.txt", help="the image's system line, for its Python version")
     parser.add_argument("--requirements", default="requirements-colab.txt", help="the lock")
     parser.add_argument("--fetch", action="store_true", help="read what is not on record from the package index")
+    parser.add_argument("--resolve", action="store_true", help="ask uv too whether the lock's versions fit the image")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     try:
@@ -397,10 +426,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             requirements = find_requirements(options.requirements)
             report = check_image(options.image, options.os, requirements=requirements, fetch=options.fetch)
             data = report.as_json()
+            if options.resolve:
+                data["resolve"] = second_opinion(options.image, report.python, requirements=requirements)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
     print(json.dumps(data, indent=1) if options.json else report)
+    if "resolve" in data and not options.json:
+        print(f"uv pip compile: {data['resolve'] or 'the same versions resolve'}")
     return 0 if report.ok else 1
 
 

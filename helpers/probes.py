@@ -138,16 +138,20 @@ def probe_xformers() -> str:
     return f"xformers {importlib.metadata.version('xformers')} ran an attention: Unsloth uses it"
 
 
-def probe_hub(model_name: str) -> dict:
-    """Ask the Hub about a model, without a token: `{"gated": False}`, or `{"status": 401}` for one it does not show."""
+def probe_hub(url: str) -> dict:
+    """Ask a hub about a model, without a token: `{"gated": False}`, or `{"status": 401}` for one it does not show.
+
+    Example: `probe_hub("https://huggingface.co/api/models/gpt2")` -> `{"gated": False}`
+    """
     from urllib.error import HTTPError
     from urllib.request import urlopen
 
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     try:
-        with urlopen(f"{endpoint}/api/models/{model_name}") as answer:
+        with urlopen(url) as answer:
             return {"gated": json.load(answer).get("gated", False)}
     except HTTPError as error:
+        if error.code >= 500:  # a mirror that cannot reach the Hub, or a hub that is down
+            raise
         return {"status": error.code}
 
 

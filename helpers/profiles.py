@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import InputError
+from helpers.hub import HUB_SECONDS, download_from_modelscope, mirror_fix, missing_files, uses_modelscope
 from helpers.tables import html_table, text_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = "SmolLM2-135M-Instruct"
-HUB_TIMEOUT_SECONDS = 5
 
 
 class ProfileError(InputError):
@@ -190,11 +190,18 @@ def _read_as(key: str, value: Any, default: Any) -> Any:
     return number
 
 
-def model_source(model_name: str) -> str:
+def model_source(model_name: str, *, weights: bool = True) -> str:
     """What `from_pretrained` is to load: a folder that holds a model, or a Hub repository that can be reached.
+
+    Where `choose_hub` chose ModelScope, it is the folder into which the model has been downloaded from there.
+
+    Args:
+        model_name: a folder, a name on the hub, or the `cpu` profile's own model.
+        weights: False where only the tokenizer or the configuration is loaded, so that no weights are downloaded.
 
     Raises:
         ProfileError: the folder holds no model, or the Hub has no such repository or cannot be reached.
+        HubError: ModelScope has no such model, cannot be reached, or its client is not installed.
         SmolLM2Error: the `cpu` profile's own model cannot be prepared.
     """
     if model_name == SMOLLM2:
@@ -203,17 +210,16 @@ def model_source(model_name: str) -> str:
         return str(prepare_smollm2())
     folder = Path(model_name).expanduser()
     if folder.is_dir():
-        missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
-        if not any(folder.glob("*.safetensors")):
-            missing.append("*.safetensors")
-        if missing:
+        if missing := missing_files(folder):
             raise ProfileError(
                 f"MODEL_NAME {folder}",
                 found=f"a folder without {', '.join(missing)}",
                 expected="a Hugging Face model folder",
                 fix="give the folder that save_pretrained wrote, or the name of a Hub repository",
             )
-        return str(folder)
+        return str(folder.absolute())  # "models/mine" looks like a name on the Hub, which Unsloth asks GitHub about
+    if uses_modelscope():
+        return download_from_modelscope(model_name, weights=weights)
     require_hub(model_name, setting="MODEL_NAME", repo_type="model")
     return model_name
 
@@ -257,7 +263,7 @@ def data_source(dataset: str) -> dict[str, str]:
 
 
 def require_hub(repository: str, *, setting: str, repo_type: str = "model") -> None:
-    """Make sure that a Hub repository can be had: it is in the local cache, or the Hub answers that it exists.
+    """Make sure that a Hub repository can be had: it is in the local cache, or the Hub or its mirror says it exists.
 
     Raises:
         ProfileError: no connection, no such repository, or one whose licence this token has not accepted.
@@ -282,16 +288,18 @@ def require_hub(repository: str, *, setting: str, repo_type: str = "model") -> N
     except (LocalEntryNotFoundError, OSError):
         pass
     try:
-        HfApi().repo_info(repository, repo_type=repo_type, timeout=HUB_TIMEOUT_SECONDS)
+        HfApi().repo_info(repository, repo_type=repo_type, timeout=HUB_SECONDS)
     except GatedRepoError:
         fix = f"accept it on the {what}'s page and put a token into HF_TOKEN (on Colab: the key icon, Secrets)"
         raise ProfileError(where, found=f"a gated {what}", expected="its licence accepted", fix=fix) from None
     except RepositoryNotFoundError:
         fix = f"correct the name, or give {local}"
-        raise ProfileError(where, found="no such repository on the Hub", expected=f"a {what}", fix=fix) from None
+        raise ProfileError(
+            where, found=f"no such repository at {HfApi().endpoint}", expected=f"a {what}", fix=fix
+        ) from None
     except Exception as error:  # the Hub's client raises its own, httpx's and the socket's errors
-        fix = f"connect to the network, or set {setting} to {local}"
-        found = f"no answer from the Hugging Face Hub ({type(error).__name__})"
+        fix = f"connect to the network, {mirror_fix()}, or set {setting} to {local}"
+        found = f"no answer from {HfApi().endpoint} ({type(error).__name__})"
         raise ProfileError(where, found=found, expected=f"a {what} that can be downloaded", fix=fix) from None
 
 

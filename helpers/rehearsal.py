@@ -1,6 +1,9 @@
 """Rehearse Colab: its Python, packages and kernel, an empty folder, and the setup cell (`make colab-rehearsal`).
 
-python -m helpers.rehearsal [--keep FOLDER] [CHAPTER ...]
+python -m helpers.rehearsal [--image FOLDER] [--keep FOLDER] [CHAPTER ...]
+
+With `--image` it starts from another freeze, such as one that `make future` wrote: the setup cell then has to bring
+back what has moved on.
 
 What this cannot show: a GPU, Colab's own build of torch (the package index has another CUDA build of the same version),
 and Colab's front end. What is cloned are these files as they are, served from disk under their published address.
@@ -15,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from helpers.errors import InputError
@@ -62,26 +65,28 @@ def image_packages(names: Iterable[str], *, image: dict[str, str | None]) -> lis
     return [f"{name}=={public(image[name])}" for name in sorted(set(names)) if image.get(name)]
 
 
-def make_image(folder: Path, *, python: Path, uv: str) -> Path:
-    """A virtual environment with the image's versions of everything that the series touches; its interpreter."""
-    image, pins = read_freeze(IMAGE / "pip-freeze.gpu.txt"), read_lock(LOCK)
+def make_image(folder: Path, *, image: Mapping[str, str | None], python: Path, uv: str) -> Path:
+    """A virtual environment with an image's versions of everything that the series touches; its interpreter.
+
+    The packages of the lock's own image are resolved first. What another image has in another version is then put over
+    them without resolving, because an image may break requirements of its own packages, as Colab's does.
+    """
+    base, pins = read_freeze(IMAGE / "pip-freeze.gpu.txt"), read_lock(LOCK)
     metadata = read_metadata(METADATA)
-    asked = {
-        requirement_name(text)
-        for pin in pins
-        for text in metadata[f"{pin.name}=={pin.version}"].requires
-        if "extra ==" not in text
-    }
-    packages = image_packages({*asked, *KERNEL, *(pin.name for pin in pins)}, image=image)
+    asked = {requirement_name(text) for pin in pins for text in metadata[f"{pin.name}=={pin.version}"].requires}
+    names = {*asked, *KERNEL, *(pin.name for pin in pins)}
     # The index's torch brings its own CUDA packages; Colab leaves jedi out of IPython 7.
-    held = [row for row in image_packages(image, image=image) if not re.match(r"nvidia-|cuda-|torch|triton", row)]
+    held = [row for row in image_packages(base, image=base) if not re.match(r"nvidia-|cuda-|torch|triton", row)]
     (folder / "image.txt").write_text("\n".join(held), encoding="utf-8")
     (folder / "without.txt").write_text('jedi ; python_version < "3"\n', encoding="utf-8")
     run([uv, "venv", "--quiet", "--python", python, folder / "venv"], what="uv venv")
     interpreter = folder / "venv" / "bin" / "python"
-    command = [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", interpreter, *packages]
-    command += ["--constraints", folder / "image.txt", "--overrides", folder / "without.txt"]
-    run(command, what="the image's packages")
+    install = [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", interpreter]
+    limits = ["--constraints", folder / "image.txt", "--overrides", folder / "without.txt"]
+    run([*install, *image_packages(names, image=base), *limits], what="the packages of the lock's image")
+    moved = sorted(set(image_packages(names, image=image)) - set(image_packages(names, image=base)))
+    if moved:
+        run([*install, "--no-deps", *moved], what="the packages that moved on")
     return interpreter
 
 
@@ -138,7 +143,7 @@ def write_setup_notebook(path: Path) -> None:
     nbformat.write(v4.new_notebook(cells=cells), path)
 
 
-def rehearse(folder: Path, *, chapters: Sequence[str]) -> list[list[object]]:
+def rehearse(folder: Path, *, image: Path, chapters: Sequence[str]) -> list[list[object]]:
     """All steps, in `folder`; one row (step, seconds, what was seen) each."""
     rows: list[list[object]] = []
 
@@ -146,14 +151,14 @@ def rehearse(folder: Path, *, chapters: Sequence[str]) -> list[list[object]]:
         rows.append([name, round(time.perf_counter() - start, 1), seen])
         print(f"{name}: {rows[-1][1]} s. {seen}", flush=True)
 
-    uv, version = find_uv(), read_os_info(IMAGE / "os-info-gpu.txt").rpartition(".")[0]
+    uv, version = find_uv(), read_os_info(image / "os-info-gpu.txt").rpartition(".")[0]
     python = find_python(version)
     if python is None:
         print(f"colab-rehearsal: skipped, there is no Python {version} on this machine (Colab's image has it)")
         return rows
     start = time.perf_counter()
-    interpreter = make_image(folder, python=python, uv=uv)
-    step("image", start, f"Python {version} with the packages of the image of {IMAGE.name}")
+    interpreter = make_image(folder, image=read_freeze(image / "pip-freeze.gpu.txt"), python=python, uv=uv)
+    step("image", start, f"Python {version} with the packages of the image {image.name}")
 
     content = folder / "content"
     content.mkdir()
@@ -189,12 +194,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 where all steps passed or Python 3.13 is missing, else 1."""
     parser = argparse.ArgumentParser(prog="python -m helpers.rehearsal", description=__doc__.splitlines()[0])
     parser.add_argument("chapters", nargs="*", default=list(CHAPTERS), help="default: the first four")
+    parser.add_argument("--image", type=Path, default=IMAGE, metavar="FOLDER", help="with its freeze and system line")
     parser.add_argument("--keep", metavar="FOLDER", help="work in this new folder and leave it there (7 GB)")
     options = parser.parse_args(arguments)
     folder = Path(options.keep or tempfile.mkdtemp(prefix="colab-rehearsal-")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        rows = rehearse(folder, chapters=options.chapters)
+        rows = rehearse(folder, image=options.image, chapters=options.chapters)
     except InputError as error:
         print(error, file=sys.stderr)
         return 1

@@ -325,7 +325,7 @@ def hub(monkeypatch, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "UNSLOTH_USE_MODELSCOPE"):
         monkeypatch.delenv(name, raising=False)
     yield server
     server.shutdown()
@@ -334,6 +334,7 @@ def hub(monkeypatch, tmp_path):
 def test_an_open_model_needs_no_token(hub):
     rows = check_hub("open/model")
     assert verdicts(rows) == {"Hub": "ok", "token": "ok"} and "not needed" in row_of(rows, "token").found
+    assert row_of(rows, "Hub").found == f"reached at http://127.0.0.1:{hub.server_port}"
 
 
 def test_a_gated_model_needs_a_token_which_is_never_shown(hub, monkeypatch, tmp_path):
@@ -369,12 +370,13 @@ def test_broken_network_that_refuses(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     row = row_of(check_hub("open/model"), "Hub")
     assert row.verdict == "fail" and "refused" in row.found and "connect to the network" in row.fix
+    assert row.found.startswith("http://127.0.0.1:9: ") and "correct HF_ENDPOINT or leave it empty" in row.fix
 
 
 def test_broken_network_that_never_answers_is_given_up(hub, monkeypatch):
     monkeypatch.setattr("helpers.environment.HUB_SECONDS", 1)
     row = row_of(check_hub("slow/model"), "Hub")
-    assert row.verdict == "fail" and row.found == "no answer in 1 s"
+    assert row.verdict == "fail" and row.found == f"http://127.0.0.1:{hub.server_port}: no answer in 1 s"
 
 
 def test_a_model_on_this_machine_asks_no_one_and_an_offline_switch_is_named(monkeypatch):

@@ -98,6 +98,15 @@ def test_an_adapter_for_another_model_is_refused(saved, tmp_path):
         check_adapter(saved[1], other)
 
 
+def test_a_base_in_a_hubs_cache_is_known_by_its_own_name(tmp_path):
+    """There every model's folder is called after its revision."""
+    first, second = (tmp_path / f"me--{name}" / "snapshots" / "master" for name in ("Tiny-0.1B", "Other-0.1B"))
+    adapter = save_adapter(tmp_path / "adapter", save_base(first))
+    assert check_adapter(adapter, first).endswith("each fits its weight in Tiny-0.1B")
+    with pytest.raises(ExportError, match="base model .*Tiny-0.1B/snapshots/master, expected .*Other-0.1B"):
+        check_adapter(adapter, save_base(second))
+
+
 def test_another_shape_is_refused(saved, tmp_path):
     other = save_base(tmp_path / "small base", hidden_size=64)
     with pytest.raises(ExportError, match=r"found shape \(32, 4\), expected \(64, 4\)"):

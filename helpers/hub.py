@@ -1,0 +1,259 @@
+"""Where models and data sets come from: the Hugging Face Hub, a mirror of it, or ModelScope.
+
+The Hub's client reads the address once, when it is imported: `choose_hub` comes before it, and imports no library.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from helpers.errors import InputError
+
+HUGGING_FACE = "https://huggingface.co"
+ENDPOINT, MODELSCOPE = "HF_ENDPOINT", "UNSLOTH_USE_MODELSCOPE"  # environment variables: the Hub's client's, Unsloth's
+HUB_SECONDS = 5  # a hub that does not answer in this time is given up
+RESTART = "restart the session, then run the notebook from the top"
+WEIGHTS = ("*.safetensors", "*.bin")
+OTHER_FORMATS = ("*.gguf", "*.pth")  # the same weights once more, for other programs
+
+# {environment variable: (its own value, this session's choice)}
+_choices: dict[str, tuple[str, str]] = {}
+
+
+class HubError(InputError):
+    """A hub that cannot be chosen, or that does not give what it is asked for."""
+
+
+def choose_hub(endpoint: str = "", *, modelscope: bool | str = False) -> None:
+    """Set where models and data sets come from; prints one sentence where something is chosen.
+
+    A choice that is taken back leaves the environment as it was.
+
+    Args:
+        endpoint: a mirror of the Hugging Face Hub; empty for what the environment's own HF_ENDPOINT says.
+        modelscope: take models from ModelScope; False for what the environment's own UNSLOTH_USE_MODELSCOPE says.
+
+    Raises:
+        HubError: no address, neither true nor false, no package `modelscope`, or the Hub's client is loaded and has
+            read another address.
+
+    Example:
+        >>> choose_hub("https://hf-mirror.com/")
+        Models and data sets come from https://hf-mirror.com.
+    """
+    chosen = {
+        ENDPOINT: read_endpoint(endpoint),
+        MODELSCOPE: "1" if read_switch(modelscope, where="USE_MODELSCOPE") else "",
+    }
+    own = {name: _own_value(name) for name in chosen}
+    wanted = {name: value or own[name] for name, value in chosen.items()}
+    if wanted[MODELSCOPE] == "1":
+        require_modelscope()
+    if chosen[ENDPOINT] or wanted[ENDPOINT] != os.environ.get(ENDPOINT, ""):
+        _check_loaded(wanted[ENDPOINT])
+    for name, value in wanted.items():
+        if value:
+            os.environ[name] = value
+        else:
+            os.environ.pop(name, None)
+        _choices.pop(name, None)
+        if chosen[name]:
+            _choices[name] = (own[name], value)
+    if any(chosen.values()):
+        mirror = wanted[ENDPOINT] or HUGGING_FACE
+        models = f"Models come from ModelScope, data sets from {mirror}."
+        print(models if wanted[MODELSCOPE] == "1" else f"Models and data sets come from {mirror}.")
+
+
+def read_endpoint(endpoint: object) -> str:
+    """The address of a mirror without the slash at its end; "" for none.
+
+    Raises:
+        HubError: it is not an http or https address with a host, or it holds a user name or a password.
+
+    Example: "https://hf-mirror.com/" -> "https://hf-mirror.com"
+    """
+    address = str("" if endpoint is None else endpoint).strip().rstrip("/")
+    expected, fix = "an address such as https://hf-mirror.com, or nothing", f"correct {ENDPOINT} or leave it empty"
+    try:
+        parts = urlsplit(address)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half of an IPv6 address
+        sound = False
+    if address and (not sound or len(address.split()) > 1 or parts.query or parts.fragment):
+        raise HubError(ENDPOINT, found=repr(endpoint), expected=expected, fix=fix)
+    if address and "@" in parts.netloc:  # it would be printed
+        raise HubError(ENDPOINT, found="an address with a user name or a password", expected=expected, fix=fix)
+    return address
+
+
+def read_switch(value: object, *, where: str) -> bool:
+    """A choice between two, also as text: papermill passes on what a command line or a file spells.
+
+    Raises:
+        HubError: it is neither.
+
+    Example: "true" -> True, "False" -> False, 1 -> an error
+    """
+    switches = {"true": True, "false": False}
+    if not isinstance(value, bool | str) or str(value).strip().lower() not in switches:
+        raise HubError(where, found=repr(value), expected="True or False", fix=f"set {where} to one of these")
+    return switches[str(value).strip().lower()]
+
+
+def _own_value(name: str) -> str:
+    """What the environment says without this session's choice; "" where it says nothing."""
+    own, choice = _choices.get(name, ("", None))
+    now = os.environ.get(name, "")
+    return own if now == choice else now
+
+
+def _check_loaded(endpoint: str) -> None:
+    """Raises HubError where the Hub's client is loaded and has read another address: it never looks again."""
+    wanted = endpoint.rstrip("/") or HUGGING_FACE
+    loaded = getattr(sys.modules.get("huggingface_hub.constants"), "ENDPOINT", wanted)
+    if loaded != wanted:
+        found, expected = f"huggingface_hub loaded with {loaded}", f"{wanted} before it is loaded"
+        raise HubError(ENDPOINT, found=found, expected=expected, fix=RESTART)
+
+
+def uses_modelscope() -> bool:
+    """Whether models come from ModelScope: what Unsloth reads too."""
+    return os.environ.get(MODELSCOPE) == "1"
+
+
+def missing_modelscope() -> str:
+    """The line that installs ModelScope's client where it is missing, too old or broken, else ""."""
+    if importlib.util.find_spec("modelscope") is None:
+        return "%pip install modelscope"
+    try:
+        import modelscope_hub.config  # noqa: F401 (since 1.38 the client is a package of its own)
+    except ImportError:
+        return "%pip install -U modelscope"
+    return ""
+
+
+def require_modelscope() -> None:
+    """Raises HubError where ModelScope's client cannot be used, with the line that installs it."""
+    if line := missing_modelscope():
+        found = "a package modelscope that is too old or not whole" if "-U" in line else "no package modelscope"
+        fix = f"run `{line}` in a new cell, then this cell again"
+        raise HubError("USE_MODELSCOPE", found=found, expected="ModelScope's client, 1.38 or newer", fix=fix)
+
+
+def models_address() -> str:
+    """The address that is asked for models: ModelScope's as its client computes it, a mirror's, or the Hub's.
+
+    Example: "https://huggingface.co"
+    """
+    if uses_modelscope():
+        from modelscope_hub.config import get_default_config
+
+        return get_default_config().endpoint
+    return os.environ.get(ENDPOINT, "").rstrip("/") or HUGGING_FACE
+
+
+def model_url(name: str) -> str:
+    """What answers whether a model exists.
+
+    Example: "me/tuned" -> "https://huggingface.co/api/models/me/tuned"
+    """
+    return f"{models_address()}/api/{'v1/' if uses_modelscope() else ''}models/{quote(name)}"
+
+
+def no_answer_fix(local: str, *, connect: str = "connect to the network") -> str:
+    """What helps where `models_address` does not answer.
+
+    Args:
+        local: what does without a hub, such as "set MODEL_NAME to a folder with a model".
+        connect: how to get a network here.
+    """
+    if uses_modelscope():
+        return f"{connect}, set USE_MODELSCOPE to False, or {local}"
+    return f"{connect}, {mirror_fix()}, or {local}"
+
+
+def mirror_fix() -> str:
+    """What to try with HF_ENDPOINT where the Hub, or its mirror, does not answer."""
+    return f"correct {ENDPOINT} or leave it empty" if os.environ.get(ENDPOINT) else f"set {ENDPOINT} to a mirror"
+
+
+def missing_files(folder: Path, *, weights: bool = True) -> list[str]:
+    """What a model's folder lacks to be loaded.
+
+    Args:
+        weights: whether the weights count, every file that their index names.
+
+    Example: ["tokenizer_config.json", "*.safetensors"]
+    """
+    wanted = ["config.json", "tokenizer_config.json"]
+    index = folder / "model.safetensors.index.json"
+    if weights and index.is_file():
+        wanted += sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    elif weights:
+        wanted.append("*.safetensors")
+    return [name for name in wanted if not any(folder.glob(name))]
+
+
+def base_name(model: str | Path) -> str:
+    """A model's name without its owner, also of a folder in a hub's cache, which is called after the revision.
+
+    Example: "~/.cache/modelscope/models/unsloth--Llama-3.2-3B-Instruct/snapshots/master" -> "Llama-3.2-3B-Instruct"
+    """
+    path = Path(model)
+    return path.parent.parent.name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
+
+
+def download_from_modelscope(name: str, *, weights: bool = True) -> str:
+    """The folder into which ModelScope's client has downloaded a model; what is there already is not downloaded again.
+
+    Args:
+        name: such as "unsloth/Llama-3.2-3B-Instruct".
+        weights: False for the tokenizer and the configuration alone.
+
+    Raises:
+        HubError: no package `modelscope`, no answer in `HUB_SECONDS` and no whole copy here, no such model, or a
+            download that does not come to its end.
+    """
+    require_modelscope()
+    from modelscope import snapshot_download
+
+    from helpers.probes import run_probe
+
+    where, local = f"MODEL_NAME {name}", "give a folder with a model"
+    answer = run_probe("hub", model_url(name), seconds=HUB_SECONDS)
+    if not answer.ok:
+        try:
+            folder = snapshot_download(name, local_files_only=True)
+        except Exception:  # the client's own, for a model that is not here
+            folder = ""
+        if folder and not missing_files(Path(folder), weights=weights):
+            return folder
+        found, fix = f"no answer from {models_address()} ({answer.found})", no_answer_fix(local)
+        raise HubError(where, found=found, expected="a model that can be downloaded", fix=fix)
+    try:
+        return snapshot_download(name, ignore_patterns=[*OTHER_FORMATS, *(() if weights else WEIGHTS)])
+    except Exception as error:  # requests' errors, the client's own and those of the disk
+        raise _download_error(error, where=where, local=local) from None
+
+
+def _download_error(error: Exception, *, where: str, local: str) -> HubError:
+    """A failed download in one line, by the status that ModelScope answered where it did."""
+    status = _status(error) or _status(error.__cause__)
+    if status == 404:
+        fix = f"correct the name, set USE_MODELSCOPE to False, or {local}"
+        return HubError(where, found="no such model on ModelScope", expected="a model", fix=fix)
+    if status in (401, 403):
+        fix = f"accept its licence on ModelScope and put a token into MODELSCOPE_API_TOKEN, or {local}"
+        return HubError(where, found="a model that needs a token", expected="one that is open", fix=fix)
+    found = f"a download that did not come to its end ({type(error).__name__})"
+    fix = f"run the cell again, which goes on with it, or {local}"
+    return HubError(where, found=found, expected=f"a model from {models_address()}", fix=fix)
+
+
+def _status(error: Any) -> int | None:
+    return getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
