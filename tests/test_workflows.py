@@ -4,11 +4,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from test_browser import SCREENSHOTS
+
+from helpers.lock import IMAGE
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
@@ -169,19 +172,6 @@ def run_step(workflow, name, *, cwd=ROOT, **environment):
     return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("image", "fits"), [("2026-08", "true"), ("2026-05", "false"), ("none", None)])
-def test_drift_is_told_from_a_crash(image, fits, tmp_path):
-    if fits:
-        shutil.copytree(ROOT / "colab-image" / image, tmp_path / "image")
-    environment = {"RUNNER_TEMP": str(tmp_path), "GITHUB_OUTPUT": str(tmp_path / "output")}
-    done = run_step("image-drift.yml", "Check the lock against it", **environment)
-    if fits:
-        assert done.returncode == 0, done.stderr
-        assert (tmp_path / "output").read_text() == f"fits={fits}\n"
-    else:
-        assert done.returncode != 0 and not (tmp_path / "output").exists()
-
-
 GH = """#!/bin/sh
 if [ "$2" = list ]; then echo "$OPEN"; exit; fi
 echo "$@" >> "$CALLS"
@@ -198,6 +188,170 @@ def gh(tmp_path):
     (tmp_path / "bin/gh").chmod(0o755)
     calls = tmp_path / "calls"
     return lambda **more: {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls), "OPEN": "", **more}
+
+
+# The three verdicts of image-drift.yml: the lock holds; it does not and a new one resolves; it does not and none does.
+
+CHECK, RESOLVE, ISSUE = "Check the lock against it", "Resolve a new lock", "Open an issue, or comment on the open one"
+
+
+@pytest.fixture
+def drift(gh, tmp_path, monkeypatch):
+    """`drift(step, **environment)` runs a step of image-drift.yml on the image in `tmp_path / "image"`."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # the step calls `python`
+    environment = {"RUNNER_TEMP": str(tmp_path), "GITHUB_WORKSPACE": str(ROOT), "RUN": "https://example.org/run/1"}
+    environment |= {"GITHUB_OUTPUT": str(tmp_path / "output"), "GITHUB_STEP_SUMMARY": str(tmp_path / "summary")}
+    shutil.copytree(IMAGE, tmp_path / "image")
+    subprocess.run(["git", "init", "--quiet", tmp_path / "image"], check=True)
+    commit = ["git", "-C", tmp_path / "image", "-c", "user.name=x", "-c", "user.email=x", "commit", "--quiet"]
+    subprocess.run([*commit, "--allow-empty", "--message=x"], check=True)
+    return lambda step, **more: run_step("image-drift.yml", step, **{**environment, **gh(), **more})
+
+
+def change_image(folder, before, after):
+    freeze = folder / "image/pip-freeze.gpu.txt"
+    text = freeze.read_text()
+    assert re.search(before, text, re.MULTILINE)
+    freeze.write_text(re.sub(before, after, text, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said", "fits"),
+    [
+        ("^google-colab @ .*", "google-colab @ https://x.org/a==1.whl", "has not moved", "true"),
+        ("^absl-py==.*", "absl-py==1.5.0", "has moved", "true"),
+        ("^absl-py==.*\n", "", "has moved", "true"),
+        (r"^torch==.*", "torch==2.3.1+cu121", "has moved", "false"),
+    ],
+)
+def test_an_image_that_moved_is_told_from_one_on_which_the_lock_does_not_hold(
+    drift, tmp_path, before, after, said, fits
+):
+    change_image(tmp_path, before, after)
+    done = drift(CHECK)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "output").read_text() == f"fits={fits}\n"
+    holds = "the lock holds" if fits == "true" else "the lock does not hold"
+    assert (tmp_path / "summary").read_text() == f"Colab's image {said} since {IMAGE.name}: {holds}.\n"
+
+
+def test_drift_is_told_from_a_crash(drift, tmp_path):
+    shutil.rmtree(tmp_path / "image")
+    done = drift(CHECK)
+    assert done.returncode != 0 and not (tmp_path / "output").exists() and not (tmp_path / "summary").exists()
+
+
+# The real command, which asks the package index, for one wish: the series' own take a minute, and a whole image three.
+@pytest.mark.slow
+@pytest.mark.parametrize(("packaging", "resolves"), [("26.3", "true"), ("20.8", "false")])
+def test_a_new_lock_is_resolved_or_uv_says_why_not(drift, tmp_path, packaging, resolves):
+    shutil.copytree(ROOT / "helpers", tmp_path / "helpers")
+    (tmp_path / "colab-image").mkdir()
+    (tmp_path / "colab-image/wanted.in").write_text("bitsandbytes==0.50.2  # asks for packaging>=20.9\n")
+    (tmp_path / "image/pip-freeze.gpu.txt").write_text(f"packaging=={packaging}\ntorch==2.11.0+cu128\n")
+    done = drift(RESOLVE, cwd=tmp_path)
+    if re.search("^package index: |Failed to fetch|error sending request", done.stdout, re.MULTILINE):
+        pytest.skip(done.stdout[-300:])
+    assert (tmp_path / "output").read_text() == f"resolves={resolves}\n", done.stdout
+    lock, why = tmp_path / "requirements-colab.txt", (tmp_path / "why.txt").read_text()
+    if resolves == "true":
+        assert "torch 2.11.0+cu128" in lock.read_text() and "\nbitsandbytes==0.50.2 " in lock.read_text() and not why
+        assert (tmp_path / "summary").read_text() == "A new lock resolves.\n"
+    else:
+        assert not lock.exists() and re.search(r"bitsandbytes\S+ depends\s+on\s+packaging>=20\.9", why)
+        assert (tmp_path / "summary").read_text() == "No new lock resolves.\n"
+
+
+UNSATISFIABLE = "uv pip compile: found error: No solution found when resolving dependencies"
+
+
+@pytest.fixture
+def python(tmp_path):
+    """`python(code)` is a stand-in for the command `python`, in the folder of the one for `gh`."""
+
+    def write(code):
+        (tmp_path / "bin/python").write_text(f"#!/bin/sh\n{code}\n")
+        (tmp_path / "bin/python").chmod(0o755)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("code", "resolves", "status"),
+    [
+        ('echo "tqdm==4.67.3" > "$6"', "true", 0),
+        (f"echo '{UNSATISFIABLE}' >&2; exit 1", "false", 0),
+        ("echo 'package index: found ERROR: no answer' >&2; exit 1", "unknown", 1),
+        ("echo 'ModuleNotFoundError: tabulate' >&2; exit 1", "unknown", 1),
+    ],
+)
+def test_what_cannot_be_resolved_is_told_from_an_index_that_does_not_answer(
+    drift, python, tmp_path, code, resolves, status
+):
+    python(code)
+    done = drift(RESOLVE)
+    assert done.returncode == status and (tmp_path / "output").read_text() == f"resolves={resolves}\n"
+    assert (tmp_path / "requirements-colab.txt").exists() == (resolves == "true")
+    assert status == 0 or "found ERROR" in done.stdout or "ModuleNotFoundError" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("resolves", "has", "has_not"),
+    [
+        ("true", "<summary>The new lock</summary>\n\n```\ntqdm==4.67.3\n```\n</details>", "No solution"),
+        ("false", f"```\n{UNSATISFIABLE}\n```", "<details>"),
+        ("unknown", f"```\n{UNSATISFIABLE}\n```", "<details>"),
+    ],
+)
+def test_the_issue_has_the_table_and_the_new_lock_or_uvs_message(drift, tmp_path, resolves, has, has_not):
+    change_image(tmp_path, "^torch==.*", "torch==2.3.1+cu121")
+    drift(CHECK)
+    (tmp_path / "requirements-colab.txt").write_text("tqdm==4.67.3\n")
+    (tmp_path / "why.txt").write_text(UNSATISFIABLE + "\n")
+    done = drift(ISSUE, RESOLVES=resolves)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert calls.startswith("issue create --title The lock does not fit Colab's image any more")
+    assert "the lock does not hold" in calls and re.search(r"commit [0-9a-f]{7,} of googlecolab", calls)
+    [table] = re.findall(r"^```\n(what +package (?:.*\n)+?)```$", calls, re.MULTILINE)
+    assert re.search("CONFLICT +unsloth .*torch", table) and "the lock does not install cleanly" in table
+    assert calls.index(table) < calls.index(has) and has_not not in calls
+
+
+def test_a_lock_that_is_too_long_for_an_issue_leaves_the_table_in_it(drift, tmp_path):
+    (tmp_path / "said.md").write_text("It moved.\n")
+    (tmp_path / "table.txt").write_text("CONFLICT\n")
+    (tmp_path / "requirements-colab.txt").write_text("x" * 70_000)
+    assert drift(ISSUE, RESOLVES="true").returncode == 0
+    calls = (tmp_path / "calls").read_text()
+    assert "```\nCONFLICT\n```\nThe new lock is too long" in calls and "xxx" not in calls
+
+
+def test_a_long_message_of_uvs_is_cut_and_the_table_is_not(drift, tmp_path):
+    (tmp_path / "said.md").write_text("It moved.\n")
+    (tmp_path / "table.txt").write_text("CONFLICT\n")
+    (tmp_path / "why.txt").write_text("x" * 70_000)
+    assert drift(ISSUE, RESOLVES="false").returncode == 0
+    calls = (tmp_path / "calls").read_text()
+    assert "```\nCONFLICT\n```\n" in calls and 50_000 < calls.count("x") < 60_000
+
+
+def test_the_image_is_watched_daily_and_each_verdict_has_its_steps():
+    workflow = read_workflow("image-drift.yml")
+    [when] = workflow[True]["schedule"]  # yaml reads `on` as True
+    assert when["cron"].endswith(" * * *")
+    named = {step["name"]: step for step in workflow["jobs"]["drift"]["steps"]}
+    assert named[RESOLVE]["if"] == "${{ steps.check.outputs.fits == 'false' }}"
+    assert named[ISSUE]["if"] == "${{ !cancelled() && steps.check.outputs.fits == 'false' }}"
+    kept = named["Keep the table and the new lock"]
+    assert kept["if"] == "${{ steps.lock.outputs.resolves == 'true' }}"
+    assert re.findall(r"/(\S+)", kept["with"]["path"]) == ["table.txt", "requirements-colab.txt"]
+
+
+def test_the_tools_of_the_drift_check_are_the_pinned_ones(run_alone, tmp_path):
+    (tmp_path / "requirements-local.txt").write_text("uv==1\nuvloop==2\npackaging==3\ntabulate==4\n")
+    (tmp_path / ".venv/bin/python").write_text("#!/bin/sh\nwhile read -r row; do echo $row; done\n")
+    assert run_alone("make", "drift-tools").stdout.split() == ["uv==1", "packaging==3", "tabulate==4"]
 
 
 @pytest.mark.parametrize(
