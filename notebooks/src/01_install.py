@@ -44,9 +44,13 @@
 # ## Set up
 #
 # The next cell opens every chapter, because on Colab every notebook gets a machine of its own. On Colab and Kaggle it
-# installs what `requirements-colab.txt` lists (the *lock*: each package with its exact version), changes nothing else,
+# installs the *lock*, `requirements-colab.txt`: a list of packages with their exact versions. It changes nothing else
 # and says what it changed; the second time it does nothing. On your own computer it only looks, because `make setup`
 # has installed everything.
+#
+# Colab's image, the set of packages that a new machine starts with, changes every few weeks. Where the lock cannot work
+# on it, the cell says so before it installs anything. It then names the older image to choose: *Runtime → Change
+# runtime type → Runtime version*.
 #
 # The outputs below a cell, before you run it, were recorded without a GPU. A T4 trains a larger model on other
 # conversations, so your figures and answers will differ.
@@ -57,12 +61,16 @@
 # %% [markdown] lang="en"
 # Choices are made in one cell. `"auto"` takes the `t4` profile where a CUDA GPU is present and `cpu` otherwise. An
 # empty `MODEL_NAME` means the profile's own model; give another one's name on the Hugging Face Hub, where models and
-# data sets are published, to see whether it needs an access token.
+# data sets are published, to see whether it needs an access token. `HF_ENDPOINT` names a mirror of the
+# Hub, such as `"https://hf-mirror.com"`, which gets your access token too. `USE_MODELSCOPE` takes models from
+# ModelScope, but data sets still come from the Hub or its mirror.
 
 # %% tags=["parameters"]
 # @title Choices
 PROFILE = "auto"  # @param ["auto", "t4", "cpu"]
 MODEL_NAME = ""  # @param {type:"string"}
+HF_ENDPOINT = ""  # @param {type:"string"}
+USE_MODELSCOPE = False  # @param {type:"boolean"}
 
 # %% [markdown] lang="en"
 # ## Check the machine
@@ -72,7 +80,9 @@ MODEL_NAME = ""  # @param {type:"string"}
 
 # %%
 from helpers.environment import check_environment
+from helpers.hub import choose_hub
 
+choose_hub(HF_ENDPOINT, modelscope=USE_MODELSCOPE)
 environment = check_environment(model_name=MODEL_NAME or None)
 environment
 

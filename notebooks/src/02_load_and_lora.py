@@ -24,7 +24,8 @@
 # a Hub repository or a folder, `MAX_SEQ_LENGTH` the most tokens that a conversation may have. `RUN_DIR` is the folder
 # through which the chapters hand their results on; it ends with a Colab machine. There, set
 # `DRIVE_DIR = "/content/drive/MyDrive/llama"` (the same in every chapter): Colab asks you for permission, and a copy
-# stays on your Google Drive, where the next chapter finds it.
+# stays on your Google Drive, where the next chapter finds it. `HF_ENDPOINT` and `USE_MODELSCOPE` choose
+# the hub, as in chapter 01; set them alike in every chapter.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -33,11 +34,15 @@ MODEL_NAME = ""  # @param {type:"string"}
 MAX_SEQ_LENGTH = None  # @param {type:"raw"}
 RUN_DIR = ""  # @param {type:"string"}
 DRIVE_DIR = ""  # @param {type:"string"}
+HF_ENDPOINT = ""  # @param {type:"string"}
+USE_MODELSCOPE = False  # @param {type:"boolean"}
 
 # %%
 from helpers.handoff import open_run
+from helpers.hub import choose_hub
 from helpers.profiles import choose_profile, model_source
 
+choose_hub(HF_ENDPOINT, modelscope=USE_MODELSCOPE)
 profile = choose_profile(PROFILE, model_name=MODEL_NAME, max_seq_length=MAX_SEQ_LENGTH, run_dir=RUN_DIR)
 run = open_run(profile.run_dir, drive=DRIVE_DIR)
 profile
@@ -50,7 +55,7 @@ profile
 # | `model_name` | A repository on the Hugging Face Hub, or a folder. Names under `unsloth/` need no token; a *gated* one, such as `meta-llama/…`, needs `token=` with an access token of somebody who has accepted Meta's licence. |
 # | `max_seq_length` | The longest conversation, in tokens, that training will see. Memory grows with it. Llama 3.2 itself can take 131,072. |
 # | `dtype=None` | Let Unsloth choose the precision for what is not quantised: float16 on a T4, bfloat16 on newer cards. |
-# | `load_in_4bit=True` | Keep the frozen weights as 4-bit NormalFloat numbers (NF4, from the QLoRA paper): a quarter of 16 bits. Every 64 weights share a scale. To compute with them, Unsloth turns them into 16 bits for a moment. For the Llama models it downloads a copy that is in 4 bits already. |
+# | `load_in_4bit=True` | Keep the frozen weights as 4-bit NormalFloat numbers (NF4, from the QLoRA paper): a quarter of 16 bits. Every 64 weights share a scale. To compute with them, Unsloth turns them into 16 bits for a moment. For the Llama models it downloads a copy that is in 4 bits already. From ModelScope it takes the 16-bit weights. |
 #
 # `track_memory` measures the seconds and the memory of what is indented below it.
 

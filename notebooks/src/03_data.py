@@ -23,7 +23,8 @@
 # `DATASET` takes the name of a data set on the Hugging Face Hub, or the path of a `.json` or `.jsonl` file of your own
 # with one `{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}` a row. `MAX_STEPS` is
 # how long chapter 04 will train, and so how many rows are prepared. `PROFILE`, `MODEL_NAME`, `MAX_SEQ_LENGTH`,
-# `RUN_DIR` and `DRIVE_DIR` are as in chapter 02; empty means the profile's own value.
+# `RUN_DIR` and `DRIVE_DIR` are as in chapter 02; empty means the profile's own value. `HF_ENDPOINT` and
+# `USE_MODELSCOPE` choose the hub, as in chapter 01. Data sets never come from ModelScope.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -34,11 +35,15 @@ MAX_SEQ_LENGTH = None  # @param {type:"raw"}
 MAX_STEPS = None  # @param {type:"raw"}
 RUN_DIR = ""  # @param {type:"string"}
 DRIVE_DIR = ""  # @param {type:"string"}
+HF_ENDPOINT = ""  # @param {type:"string"}
+USE_MODELSCOPE = False  # @param {type:"boolean"}
 
 # %%
 from helpers.handoff import fingerprint, open_run
+from helpers.hub import choose_hub
 from helpers.profiles import choose_profile, choose_template, data_source, model_source
 
+choose_hub(HF_ENDPOINT, modelscope=USE_MODELSCOPE)
 choices = dict(model_name=MODEL_NAME, dataset=DATASET, max_seq_length=MAX_SEQ_LENGTH, max_steps=MAX_STEPS)
 profile = choose_profile(PROFILE, **choices, run_dir=RUN_DIR)
 run = open_run(profile.run_dir, drive=DRIVE_DIR)
@@ -61,7 +66,7 @@ from transformers import AutoTokenizer
 
 from helpers.template import pin_date
 
-untouched = AutoTokenizer.from_pretrained(model_source(profile.model_name))
+untouched = AutoTokenizer.from_pretrained(model_source(profile.model_name, weights=False))
 tokenizer = copy.deepcopy(untouched)
 template = choose_template(tokenizer)
 if template.name:

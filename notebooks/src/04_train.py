@@ -25,7 +25,8 @@
 # the chapters hand their results on, and `DRIVE_DIR` a copy of it on your Google Drive (on Colab, such as
 # `"/content/drive/MyDrive/llama"`). `HUB_REPO` is a repository on the Hub to which you uploaded a whole run folder
 # (`hf upload your-name/my-run runs/t4`), to take from it what neither of them has; what chapter 06 publishes is not
-# one. `START_AFRESH` deletes an interrupted training run instead of going on with it.
+# one. `START_AFRESH` deletes an interrupted training run instead of going on with it. `HF_ENDPOINT` and
+# `USE_MODELSCOPE` choose the hub, as in chapter 01.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -39,11 +40,15 @@ RUN_DIR = ""  # @param {type:"string"}
 DRIVE_DIR = ""  # @param {type:"string"}
 HUB_REPO = ""  # @param {type:"string"}
 START_AFRESH = False  # @param {type:"boolean"}
+HF_ENDPOINT = ""  # @param {type:"string"}
+USE_MODELSCOPE = False  # @param {type:"boolean"}
 
 # %%
 from helpers.handoff import open_run
+from helpers.hub import choose_hub
 from helpers.profiles import choose_profile, model_source
 
+choose_hub(HF_ENDPOINT, modelscope=USE_MODELSCOPE)
 choices = dict(model_name=MODEL_NAME, dataset=DATASET, max_seq_length=MAX_SEQ_LENGTH, max_steps=MAX_STEPS)
 profile = choose_profile(PROFILE, **choices, learning_rate=LEARNING_RATE, run_dir=RUN_DIR)
 given = {name.upper(): value for name, value in choices.items()} | {"PROFILE": PROFILE}

@@ -23,7 +23,8 @@
 # %% [markdown] lang="en"
 # Empty means: the profile's own value. `MAX_NEW_TOKENS` is the longest reply, in tokens. `RUN_DIR`, `DRIVE_DIR` and
 # `HUB_REPO` say where the adapter is found, as in chapter 04. `PROFILE`, `MODEL_NAME`, `DATASET`, `MAX_SEQ_LENGTH` and
-# `MAX_STEPS` say how to train it, should it have to be trained first.
+# `MAX_STEPS` say how to train it, should it have to be trained first. `HF_ENDPOINT` and `USE_MODELSCOPE` choose the
+# hub, as in chapter 01.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -36,11 +37,15 @@ MAX_NEW_TOKENS = 96  # @param {type:"integer"}
 RUN_DIR = ""  # @param {type:"string"}
 DRIVE_DIR = ""  # @param {type:"string"}
 HUB_REPO = ""  # @param {type:"string"}
+HF_ENDPOINT = ""  # @param {type:"string"}
+USE_MODELSCOPE = False  # @param {type:"boolean"}
 
 # %%
 from helpers.handoff import open_run
+from helpers.hub import choose_hub
 from helpers.profiles import choose_profile, model_source
 
+choose_hub(HF_ENDPOINT, modelscope=USE_MODELSCOPE)
 choices = dict(model_name=MODEL_NAME, dataset=DATASET, max_seq_length=MAX_SEQ_LENGTH, max_steps=MAX_STEPS)
 profile = choose_profile(PROFILE, **choices, run_dir=RUN_DIR)
 given = {name.upper(): value for name, value in choices.items()} | {"PROFILE": PROFILE}

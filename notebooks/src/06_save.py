@@ -26,7 +26,8 @@
 # machine. Give `your-name/your-model` to publish the form in `PUSH_FORM` on the Hugging Face Hub; that needs a token
 # with write access in the environment variable `HF_TOKEN` (on Colab: the key icon, *Secrets*). `RUN_DIR`, `DRIVE_DIR`
 # and `HUB_REPO` say where the adapter is found, as in chapter 04; `PROFILE`, `MODEL_NAME`, `DATASET`, `MAX_SEQ_LENGTH`
-# and `MAX_STEPS` say how to train it, should it have to be trained first.
+# and `MAX_STEPS` say how to train it, should it have to be trained first. `HF_ENDPOINT` and `USE_MODELSCOPE` choose
+# the hub, as in chapter 01. What is published goes to `HF_ENDPOINT` too.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -39,14 +40,18 @@ GGUF = "q4_k_m, q8_0"  # @param {type:"string"}
 RUN_DIR = ""  # @param {type:"string"}
 DRIVE_DIR = ""  # @param {type:"string"}
 HUB_REPO = ""  # @param {type:"string"}
+HF_ENDPOINT = ""  # @param {type:"string"}
+USE_MODELSCOPE = False  # @param {type:"boolean"}
 PUSH_TO = ""  # @param {type:"string"}
 PUSH_FORM = "adapter"  # @param ["adapter", "merged", "gguf"]
 
 # %%
 from helpers.export import check_push, read_gguf_types
 from helpers.handoff import open_run
+from helpers.hub import choose_hub
 from helpers.profiles import choose_profile, model_source
 
+choose_hub(HF_ENDPOINT, modelscope=USE_MODELSCOPE)
 quantization = read_gguf_types(GGUF)
 check_push(PUSH_TO, PUSH_FORM, quantization=quantization)  # what would fail at the end is refused now
 choices = dict(model_name=MODEL_NAME, dataset=DATASET, max_seq_length=MAX_SEQ_LENGTH, max_steps=MAX_STEPS)
