@@ -1,4 +1,4 @@
-# Everything runs in .venv, which `make setup` builds from requirements-local.txt.
+# Everything runs in .venv, which `make setup` builds from tests/requirements-local.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -18,13 +18,13 @@ help:  ## list the targets
 
 setup: $(READY)  ## build .venv (once)
 
-$(READY): requirements-local.txt
+$(READY): tests/requirements-local.txt
 	@start=$$(date +%s); \
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "Python 3.11, 3.12 or 3.13 is needed, found $$($(PYTHON) --version). Fix: make setup PYTHON=python3.11"; exit 1; }; \
 	echo "Building .venv ..."; $(PYTHON) -m venv --clear .venv && \
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements-local.txt torch && \
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-local.txt && \
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c tests/requirements-local.txt torch && \
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r tests/requirements-local.txt && \
 	touch $(READY) && echo ".venv is ready: $$(( $$(date +%s) - start )) s"
 
 model: $(READY)  ## prepare the cpu profile's model (once, into the cache)
@@ -40,23 +40,23 @@ run: model llama-cpp notebooks  ## run the six chapters and print one table; PRO
 	@python -m helpers.series --fresh $(if $(PROFILE),-f tests/profiles/$(PROFILE).yaml)
 
 regress: $(READY)  ## compare the last run, or PROFILE's, with the recorded outputs, and judge its measures
-	@python -m helpers.regress $(if $(PROFILE),runs/$(PROFILE)) --nbval 03_data
+	@python -m tests.maintain.regress $(if $(PROFILE),runs/$(PROFILE)) --nbval 03_data
 
 # The baseline first: a run that is no good stops there, and changes nothing. The notebooks and the README show what the
 # cpu profile gives on a CPU; what another run showed is kept nowhere.
 record: PROFILE ?= cpu
 record: run  ## run, keep its measures as the baseline, and of the cpu profile on a CPU the outputs too; PROFILE=cpu or t4
-	@python -m helpers.regress runs/$(PROFILE) --record
+	@python -m tests.maintain.regress runs/$(PROFILE) --record
 	@if [ $(PROFILE) = cpu ] && grep -q '"kind": ".* CPU"' runs/cpu/executed/measured.json; then \
 	  cp runs/cpu/executed/measured.json notebooks/measured.json && \
 	  python notebooks/build.py --outputs-from runs/cpu/executed; \
 	fi
 
 repeat: model notebooks  ## train chapter 04 twenty times: what the runs use of their bands; RUNS=5 for fewer
-	@python tests/repeat.py $(if $(RUNS),--runs $(RUNS))
+	@python -m tests.maintain.repeat $(if $(RUNS),--runs $(RUNS))
 
 faults: model llama-cpp notebooks  ## break the stack in 23 ways and show what notices; stopped, it goes on where it was
-	@python tests/faults.py
+	@python -m tests.maintain.faults
 
 lint: $(READY)  ## check code, notebooks and workflows
 	@$(MAKE) --silent --jobs=2 code workflows
@@ -90,24 +90,23 @@ test:  ## lint, tests, the whole series on the cpu profile and its regression; s
 	timed setup make --silent model llama-cpp; \
 	timed lint make --silent lint; \
 	timed "tests and series" make --silent unit TESTS="tests/whole_series.py tests/test_*.py"; \
-	timed regression python -m helpers.regress runs/test
+	timed regression python -m tests.maintain.regress runs/test
 
 lock: $(READY)  ## resolve requirements-colab.txt against the image's freeze again
-	@python -m helpers.lock
+	@python -m tests.maintain.lock
 
-drift:  ## make drift IMAGE=colab-image/2026-05: does the lock install cleanly there? RESOLVE=1 asks uv too
-	@python -m helpers.environment $(if $(FETCH),--fetch) $(if $(RESOLVE),--resolve) \
-	  --image $(IMAGE)/pip-freeze.gpu.txt --os $(IMAGE)/os-info-gpu.txt
+drift:  ## make drift IMAGE=tests/colab-image/2026-05: does the lock install cleanly there? RESOLVE=1 asks uv too
+	@python -m tests.maintain.image $(if $(FETCH),--fetch) $(if $(RESOLVE),--resolve) $(IMAGE)
 
 future: $(READY)  ## make future DATE=2026-11-28 OUT=runs/future: the image with that day's newest versions, for drift
-	@python -m helpers.future $(if $(IMAGE),--image $(IMAGE)) --date $(DATE) --out $(OUT) $(ONLY)
+	@python -m tests.maintain.future $(if $(IMAGE),--image $(IMAGE)) --date $(DATE) --out $(OUT) $(ONLY)
 
-drift-tools:  # all that drift and `python -m helpers.lock` need, without .venv
-	@grep -E '^(packaging|tabulate|uv)==' requirements-local.txt | python -m pip install --quiet --no-deps -r /dev/stdin
+drift-tools:  # all that drift and `python -m tests.maintain.lock` need, without .venv
+	@grep -E '^(packaging|tabulate|uv)==' tests/requirements-local.txt | python -m pip install --quiet --no-deps -r /dev/stdin
 
 # Chapters that failed there (status 1) are judged too; without any (status 2) there is nothing to judge.
-remote = python -m helpers.remote $(1); status=$$?; [ $$status -lt 2 ] || exit $$status; \
-	python -m helpers.regress runs/t4 || status=$$?; exit $$status
+remote = python -m tests.maintain.remote $(1); status=$$?; [ $$status -lt 2 ] || exit $$status; \
+	python -m tests.maintain.regress runs/t4 || status=$$?; exit $$status
 
 kaggle: $(READY)  ## the series on a T4 of Kaggle's, judged here; needs KAGGLE_USERNAME and the command kaggle
 	@$(call remote,kaggle)
@@ -116,11 +115,11 @@ colab: $(READY)  ## the series on a T4 of Colab's, judged here; needs Google's c
 	@$(call remote,colab)
 
 colab-rehearsal: $(READY)  ## chapters 01-04 in an environment like Colab's (Python 3.13); IMAGE=runs/future: 01-03 there
-	@python -m helpers.rehearsal $(if $(IMAGE),--image $(IMAGE) 01_install 02_load_and_lora 03_data)
+	@python -m tests.maintain.rehearsal $(if $(IMAGE),--image $(IMAGE) 01_install 02_load_and_lora 03_data)
 
 proof-tools: $(READY)  ## JupyterLab, a browser driver and Go, for the tests that are skipped without them
 	@$(PYTHON) -m venv --clear .venv-proof && \
-	.venv-proof/bin/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-proof.txt && \
+	.venv-proof/bin/python -m pip install -q --disable-pip-version-check --no-deps -r tests/requirements-proof.txt && \
 	python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	  > "$$(.venv-proof/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/series.pth"
 

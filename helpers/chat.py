@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from helpers.errors import InputError
+from helpers.base import InputError
 
 Message = dict[str, str]
 _LOCKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from helpers.base import short_path
 from helpers.chat import ChatError, Message, Reply, generating, stream_reply, trim_conversation
-from helpers.profiles import shown
 
 REFRESH_SECONDS = 0.1  # each refresh sends the whole history to the browser
 BESIDE = "<div style='display:flex;gap:8px;align-items:flex-start'>{}</div>"
@@ -207,7 +207,7 @@ class ChatBox:
         made["question"].on_submit(lambda _: self._send())
         made["stop"].on_click(lambda _: self._stop.set())
         made["reset"].on_click(lambda _: self.reset())
-        made["save"].on_click(lambda _: self._say(f"saved: {shown(self.save_transcript(save_to))}"))
+        made["save"].on_click(lambda _: self._say(f"saved: {short_path(self.save_transcript(save_to))}"))
         # Laid out from below, so that the newest text stays in view while it grows.
         scrolled = w.Layout(max_height="420px", overflow="auto", flex_flow="column-reverse", border="1px solid #ccc")
         buttons = w.HBox([made[name] for name in ("send", "stop", "reset", "save", "status")])

@@ -20,8 +20,8 @@ and handed over makes room for a new one.
 
 How equal the result is: on a CPU a run that was killed and resumed ends with the same bits as one that was not, because
 rows, learning rate, optimiser and random numbers all continue from the checkpoint. On a GPU kernels that add in no
-fixed order (atomics) can make even two uninterrupted runs differ in the last bits; benchmarks/README.md has runs that
-ended with the same bits there too.
+fixed order (atomics) can make even two uninterrupted runs differ in the last bits; tests/benchmarks/README.md has runs
+that ended with the same bits there too.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import InputError
-from helpers.handoff import fingerprint_rows, hash_files, replace_file, sha256_of
+from helpers.base import InputError, hash_files, replace_file, sha256_of
+from helpers.handoff import fingerprint_rows
 from helpers.hub import base_name
 
 MANIFEST = "manifest.json"

@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from helpers.errors import InputError
-from helpers.tables import html_table, text_table
+from helpers.base import InputError, html_table, text_table
 
 # the names that Unsloth's standardize_sharegpt knows; it ignores case and spaces around them
 _ROLES = {"system": "system", "user": "user", "human": "user", "input": "user"}

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from helpers.errors import InputError
+from helpers.base import InputError
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

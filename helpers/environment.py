@@ -1,7 +1,6 @@
 """The preflight: is this machine fit for the series, and if not, what to do about it.
 
-python -m helpers.environment                                        check this machine
-python -m helpers.environment --image FREEZE.txt [--os OS.txt]       check the lock against a Colab image's freeze
+python -m helpers.environment [--json]
 """
 
 import argparse
@@ -17,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.errors import InputError
+from helpers.base import InputError, html_table, text_table
 from helpers.hub import (
     HUB_SECONDS,
     HubError,
@@ -27,7 +26,6 @@ from helpers.hub import (
     require_modelscope,
     uses_modelscope,
 )
-from helpers.image import Pin, check_image, normal_name, read_freeze, read_lock, requirement_name, unmet
 from helpers.install import (
     GPU_ONLY,
     OTHER_IMAGE,
@@ -40,7 +38,7 @@ from helpers.install import (
     stale_packages,
 )
 from helpers.probes import SDPA, ProbeResult, run_probe
-from helpers.tables import html_table, text_table
+from helpers.requirements import Pin, normal_name, read_lock, requirement_name, unmet
 
 HEADERS = ("check", "found", "expected", "verdict", "what to do")
 SET_UP = {"local": "run `make setup` and choose the kernel of .venv"}
@@ -401,39 +399,19 @@ def _has_tpu() -> bool:
     return bool(os.environ.get("COLAB_TPU_ADDR") or os.environ.get("TPU_NAME")) or Path("/dev/accel0").exists()
 
 
-def second_opinion(freeze: str | Path, python: str, *, requirements: Path) -> str:
-    """What `uv pip compile` says of the lock on that image: "" where it resolves."""
-    from helpers.lock import resolve_conflict
-
-    return resolve_conflict(read_lock(requirements), image=read_freeze(freeze), python=python)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 where all is well, 1 where a row failed or the lock conflicts, 2 for bad input."""
+    """The command: 0 where all is well, 1 where a row failed, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m helpers.environment", description=__doc__.splitlines()[0])
-    parser.add_argument("--image", metavar="FREEZE.txt", help="check the lock against this freeze instead")
-    parser.add_argument("--os", metavar="OS.txt", help="the image's system line, for its Python version")
     parser.add_argument("--requirements", default="requirements-colab.txt", help="the lock")
-    parser.add_argument("--fetch", action="store_true", help="read what is not on record from the package index")
-    parser.add_argument("--resolve", action="store_true", help="ask uv too whether the lock's versions fit the image")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     try:
-        if options.image is None:
-            report = check_environment(options.requirements)
-            data = {"ok": report.ok, "rows": [row.__dict__ for row in report.rows]}
-        else:
-            requirements = find_requirements(options.requirements)
-            report = check_image(options.image, options.os, requirements=requirements, fetch=options.fetch)
-            data = report.as_json()
-            if options.resolve:
-                data["resolve"] = second_opinion(options.image, report.python, requirements=requirements)
+        report = check_environment(options.requirements)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
+    data = {"ok": report.ok, "rows": [row.__dict__ for row in report.rows]}
     print(json.dumps(data, indent=1) if options.json else report)
-    if "resolve" in data and not options.json:
-        print(f"uv pip compile: {data['resolve'] or 'the same versions resolve'}")
     return 0 if report.ok else 1
 
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import InputError
+from helpers.base import InputError, html_table, text_table
 from helpers.hub import base_name
-from helpers.tables import html_table, text_table
 
 GIB = 2**30
 # Bytes a parameter takes. Quantised files keep some tensors at more bits, small models more of them.

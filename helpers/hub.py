@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from helpers.errors import InputError
+from helpers.base import InputError
 
 HUGGING_FACE = "https://huggingface.co"
 ENDPOINT, MODELSCOPE = "HF_ENDPOINT", "UNSLOTH_USE_MODELSCOPE"  # environment variables: the Hub's client's, Unsloth's
@@ -180,6 +180,47 @@ def no_answer_fix(local: str, *, connect: str = "connect to the network") -> str
 def mirror_fix() -> str:
     """What to try with HF_ENDPOINT where the Hub, or its mirror, does not answer."""
     return f"correct {ENDPOINT} or leave it empty" if os.environ.get(ENDPOINT) else f"set {ENDPOINT} to a mirror"
+
+
+def require_hub(repository: str, *, setting: str, repo_type: str = "model") -> None:
+    """Make sure that a Hub repository can be had: it is in the local cache, or the Hub or its mirror says it exists.
+
+    Raises:
+        HubError: no connection, no such repository, or one whose licence this token has not accepted.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    what = "data set" if repo_type == "dataset" else "model"
+    local = "a .jsonl file" if repo_type == "dataset" else "a folder with a model"
+    where = f"{setting} {repository}"
+    try:
+        snapshot_download(repository, repo_type=repo_type, local_files_only=True)
+        return
+    except HFValidationError:
+        expected = f"{local}, or a Hub name such as owner/name"
+        raise HubError(where, found="no such folder", expected=expected, fix="correct the path") from None
+    except (LocalEntryNotFoundError, OSError):
+        pass
+    try:
+        HfApi().repo_info(repository, repo_type=repo_type, timeout=HUB_SECONDS)
+    except GatedRepoError:
+        fix = f"accept it on the {what}'s page and put a token into HF_TOKEN (on Colab: the key icon, Secrets)"
+        raise HubError(where, found=f"a gated {what}", expected="its licence accepted", fix=fix) from None
+    except RepositoryNotFoundError:
+        fix = f"correct the name, or give {local}"
+        raise HubError(
+            where, found=f"no such repository at {HfApi().endpoint}", expected=f"a {what}", fix=fix
+        ) from None
+    except Exception as error:  # the Hub's client raises its own, httpx's and the socket's errors
+        fix = f"connect to the network, {mirror_fix()}, or set {setting} to {local}"
+        found = f"no answer from {HfApi().endpoint} ({type(error).__name__})"
+        raise HubError(where, found=found, expected=f"a {what} that can be downloaded", fix=fix) from None
 
 
 def missing_files(folder: Path, *, weights: bool = True) -> list[str]:

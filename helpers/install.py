@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.errors import InputError
-from helpers.image import Change, Conflict, Pin, normal_name, read_lock, read_needs, requirement_name, unmet
-from helpers.tables import html_table, text_table
+from helpers.base import ROOT, InputError, html_table, text_table
+from helpers.requirements import Change, Conflict, Pin, normal_name, read_lock, read_needs, requirement_name, unmet
 
-ROOT = Path(__file__).resolve().parent.parent
 GPU_ONLY = ("xformers",)  # in the lock, but of no use without a CUDA GPU: the local CPU environment leaves it out
 PLACES = {"colab": "Google Colab", "kaggle": "Kaggle", "local": "this computer"}
 RESTART = {
@@ -207,11 +205,12 @@ def set_up(*, requirements: str | Path = "requirements-colab.txt") -> SetupRepor
     """Install the lock on Colab or Kaggle where something differs from it; on a local computer only look.
 
     Only the lock's packages are touched (no dependency resolution), and their hashes are checked. From then on this
-    process does not show the `HARMLESS` warnings. Two settings are made where they are not set already:
-    UNSLOTH_DISABLE_STATISTICS, because Unsloth's call home takes two minutes where the Hub is out of reach, and
-    OMP_WAIT_POLICY, so that PyTorch's threads sleep where they wait for each other. By default they spin, and where
-    other programs take a core from them, small products become twenty times slower (8 x 576 x 1536 on two cores beside
-    one busy process: 23 ms, sleeping 1 ms).
+    process does not show the `HARMLESS` warnings. Three settings are made where they are not set already:
+    - UNSLOTH_DISABLE_STATISTICS: Unsloth's call home takes two minutes where the Hub is out of reach,
+    - HF_UPDATE_DOWNLOAD_COUNTS: that of datasets takes three seconds there, also for a local file,
+    - OMP_WAIT_POLICY: PyTorch's threads sleep where they wait for each other. By default they spin, and where other
+      programs take a core from them, small products become twenty times slower (8 x 576 x 1536 on two cores beside one
+      busy process: 23 ms, sleeping 1 ms).
 
     Raises:
         InstallError: the lock cannot work on this image, the installer failed (its whole output is printed first), or a
@@ -222,6 +221,7 @@ def set_up(*, requirements: str | Path = "requirements-colab.txt") -> SetupRepor
         logging.getLogger(name).addFilter(_not_harmless)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     place = find_place()
     path = find_requirements(requirements)
     pins = read_lock(path)
@@ -266,7 +266,7 @@ def _look(pins: Sequence[Pin], *, before: dict[str, str | None], differs: Sequen
         raise InstallError(
             "this Python environment",
             found=f"no {', '.join(missing)} in {sys.prefix}",
-            expected="the packages of requirements-local.txt",
+            expected="the packages of tests/requirements-local.txt",
             fix="run `make setup`, then choose the kernel of .venv",
         )
     other = [f"{pin.name} {before[pin.name]} (lock: {pin.version})" for pin in differs if before[pin.name]]

@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from helpers.errors import InputError
+from helpers.base import InputError, html_table, text_table
 from helpers.rows import Rows, RowsError, flat, ids_of, need_columns, read_rows
-from helpers.tables import html_table, text_table
 from helpers.turns import Answers, TokenBytes, Turns, find_answers, read_turns
 
 _UNKNOWN = np.iinfo(np.int64).max  # the length that an answer would need, where the row was cut

@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from helpers.errors import InputError
-from helpers.tables import html_table, text_table
+from helpers.base import InputError, html_table, text_table
 
 GIB = 2**30
 SAMPLE_SECONDS = 0.02
@@ -238,9 +237,9 @@ def predict_peak(
     gradients are taken from the last layer to the first: it adds to the loss alone.
 
     Form after those sources; the factors are fitted to 91 measured configurations of Llama 3.2 1B and 3B with Triton's
-    loss (one H100 capped to a T4's memory, Unsloth 2026.10.9, 2026-11-24; benchmarks/results/planner.csv), none of
-    which is off by more than 5 %, and the loss without Triton to the runs in benchmarks/results/training.csv.
-    `python benchmarks/planner.py` measures them again; 54 others, measured later, are within 5.8 %.
+    loss (one H100 capped to a T4's memory, Unsloth 2026.10.9, 2026-11-24; tests/benchmarks/results/planner.csv), none
+    of which is off by more than 5 %, and the loss without Triton to the runs in tests/benchmarks/results/training.csv.
+    `python tests/benchmarks/planner.py` measures them again; 54 others, measured later, are within 5.8 %.
 
     Raises:
         PlanError: the configuration is not that of a Llama-like model.

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import InputError
+from helpers.base import InputError, text_table
 from helpers.handoff import Run
 from helpers.smollm2 import GGUF_FILE, NAME, PACKAGE
-from helpers.tables import text_table
 
 # A base model's name begins with this -> (its licence on the Hub, what its licence asks of your card)
 LICENCES = {

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpers.base import InputError
 from helpers.chat import Message, render_prompt, stop_tokens
-from helpers.errors import InputError
 
 _MARK = "Zq{}p"  # a content that no template holds and none changes
 

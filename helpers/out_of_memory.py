@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from helpers.errors import InputError
+from helpers.base import InputError
 from helpers.memory import Stage, track_memory
 
 REHEARSAL, FIRST_STEP = "rehearsal of the longest", "first step"

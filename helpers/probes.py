@@ -14,9 +14,9 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers.base import ROOT
+
 SDPA = "PyTorch's own attention"
 
 

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import InputError
-from helpers.hub import HUB_SECONDS, download_from_modelscope, mirror_fix, missing_files, uses_modelscope
-from helpers.tables import html_table, text_table
+from helpers.base import ROOT, InputError, html_table, short_path, text_table
+from helpers.hub import download_from_modelscope, missing_files, require_hub, uses_modelscope
 
-ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = "SmolLM2-135M-Instruct"
 
 
@@ -262,47 +260,6 @@ def data_source(dataset: str) -> dict[str, str]:
     return {"path": "json", "data_files": str(file)}
 
 
-def require_hub(repository: str, *, setting: str, repo_type: str = "model") -> None:
-    """Make sure that a Hub repository can be had: it is in the local cache, or the Hub or its mirror says it exists.
-
-    Raises:
-        ProfileError: no connection, no such repository, or one whose licence this token has not accepted.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    what = "data set" if repo_type == "dataset" else "model"
-    local = "a .jsonl file" if repo_type == "dataset" else "a folder with a model"
-    where = f"{setting} {repository}"
-    try:
-        snapshot_download(repository, repo_type=repo_type, local_files_only=True)
-        return
-    except HFValidationError:
-        expected = f"{local}, or a Hub name such as owner/name"
-        raise ProfileError(where, found="no such folder", expected=expected, fix="correct the path") from None
-    except (LocalEntryNotFoundError, OSError):
-        pass
-    try:
-        HfApi().repo_info(repository, repo_type=repo_type, timeout=HUB_SECONDS)
-    except GatedRepoError:
-        fix = f"accept it on the {what}'s page and put a token into HF_TOKEN (on Colab: the key icon, Secrets)"
-        raise ProfileError(where, found=f"a gated {what}", expected="its licence accepted", fix=fix) from None
-    except RepositoryNotFoundError:
-        fix = f"correct the name, or give {local}"
-        raise ProfileError(
-            where, found=f"no such repository at {HfApi().endpoint}", expected=f"a {what}", fix=fix
-        ) from None
-    except Exception as error:  # the Hub's client raises its own, httpx's and the socket's errors
-        fix = f"connect to the network, {mirror_fix()}, or set {setting} to {local}"
-        found = f"no answer from {HfApi().endpoint} ({type(error).__name__})"
-        raise ProfileError(where, found=found, expected=f"a {what} that can be downloaded", fix=fix) from None
-
-
 def choose_template(tokenizer: Any) -> ChatTemplate:
     """The chat template to train with, by the special tokens that the model was taught.
 
@@ -324,14 +281,5 @@ def choose_template(tokenizer: Any) -> ChatTemplate:
     )
 
 
-def shown(path: str | Path) -> str:
-    """A path as it is printed: relative to the series' folder or to the home folder where it lies below them."""
-    path = Path(path)
-    for base, prefix in ((ROOT, ""), (Path.home(), "~/")):
-        if path.is_relative_to(base):
-            return prefix + path.relative_to(base).as_posix()
-    return path.as_posix()
-
-
 def _one_line(value: object) -> object:
-    return shown(value) if isinstance(value, Path) or (isinstance(value, str) and value.startswith("/")) else value
+    return short_path(value) if isinstance(value, Path) or (isinstance(value, str) and value.startswith("/")) else value

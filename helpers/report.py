@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from helpers.errors import InputError
+from helpers.base import InputError, replace_file
 from helpers.figures import as_image
-from helpers.handoff import fingerprint_rows, library_versions, replace_file
+from helpers.handoff import fingerprint_rows, library_versions
 from helpers.training import Curves, HeldOutLosses, draw_curves, duration, fall_interval
 
 if TYPE_CHECKING:

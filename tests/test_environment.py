@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.base import ROOT
 from helpers.environment import (
     EnvironmentProblem,
     EnvironmentReport,
@@ -32,9 +33,9 @@ from helpers.environment import (
     has_code_for,
     main,
 )
-from helpers.image import ROOT, read_lock
 from helpers.install import InstallError, import_names
 from helpers.probes import ProbeResult, run_probe
+from helpers.requirements import read_lock
 
 PINS = read_lock(ROOT / "requirements-colab.txt")
 T4 = {
@@ -171,7 +172,7 @@ def test_broken_package_replaced_under_a_live_process(monkeypatch, packages, tmp
         "import json5\n"  # this process holds the old version …
         f"sys.path.remove({str(older)!r})\n"  # … and the environment has the lock's
         "from helpers.environment import check_packages\n"
-        "from helpers.image import read_lock\n"
+        "from tests.maintain.image import read_lock\n"
         "print([r for r in check_packages(read_lock('requirements-colab.txt'), gpu=False) if r.verdict != 'ok'])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 
-import faults
 import nbformat
 import pytest
-import repeat
-from faults import (
+
+from helpers.series import CHAPTERS
+from tests.maintain import faults, repeat
+from tests.maintain.faults import (
     CONTROLS,
     FAULTS,
     ROOT,
@@ -29,8 +30,6 @@ from faults import (
     summary,
     verdict,
 )
-
-from helpers.series import CHAPTERS
 
 PARAMETERS = ROOT / "tests/profiles/cpu.yaml"
 CHAPTER = "02_load_and_lora"

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from helpers.base import replace_file
 from helpers.handoff import (
     MANIFEST,
     HandoffError,
@@ -20,7 +21,6 @@ from helpers.handoff import (
     is_on_drive,
     missing_chapters,
     open_run,
-    replace_file,
 )
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,9 +15,8 @@ import pytest
 from hub import serve_hub, serve_modelscope, serve_silence
 from train_once import shallow_smollm2
 
+from helpers.base import InputError, sha256_of
 from helpers.environment import check_hub
-from helpers.errors import InputError
-from helpers.handoff import sha256_of
 from helpers.hub import (
     HUB_SECONDS,
     HUGGING_FACE,

@@ -6,25 +6,14 @@ import sys
 
 import pytest
 
+from helpers.base import ROOT, InputError
 from helpers.environment import main
-from helpers.image import (
-    ROOT,
-    ImageError,
-    Metadata,
-    Pin,
-    check_image,
-    compare_image,
-    normal_name,
-    read_freeze,
-    read_lock,
-    read_metadata,
-    read_os_info,
-    unmet,
-)
 from helpers.install import RUNTIME_VERSION
+from helpers.requirements import Pin, normal_name, read_lock, unmet
+from tests.maintain.image import Metadata, check_image, compare_image, read_freeze, read_metadata, read_os_info
 
 LOCK = ROOT / "requirements-colab.txt"
-IMAGES = ROOT / "colab-image"
+IMAGES = ROOT / "tests" / "colab-image"
 
 
 def paths(month):
@@ -174,7 +163,7 @@ def test_extras_and_foreign_platforms_are_not_asked_for():
 def test_a_file_that_is_no_freeze_is_refused_with_its_line(tmp_path, text, message):
     path = tmp_path / "freeze.txt"
     path.write_text(text)
-    with pytest.raises(ImageError, match=message):
+    with pytest.raises(InputError, match=message):
         read_freeze(path)
 
 
@@ -183,7 +172,7 @@ def test_a_freeze_with_windows_line_ends_a_mark_and_addresses_is_read(tmp_path):
     path.write_bytes("\ufeffJinja2==3.1.6\r\nx @ https://example.org/x.whl\r\n\r\ntorch==2.11.0+cu128\r\n".encode())
     assert read_freeze(path) == {"jinja2": "3.1.6", "x": None, "torch": "2.11.0+cu128"}
     path.write_bytes("torch==2.11.0\n".encode("utf-16"))
-    with pytest.raises(ImageError, match="not UTF-8"):
+    with pytest.raises(InputError, match="not UTF-8"):
         read_freeze(path)
 
 
@@ -195,7 +184,7 @@ def test_a_freeze_gives_versions_and_knows_packages_from_addresses():
 
 
 def test_a_lock_package_without_a_record_is_an_error_and_not_a_pass():
-    with pytest.raises(ImageError, match="no metadata"):
+    with pytest.raises(InputError, match="no metadata"):
         compare_image({}, python="3.13.1", pins=[Pin("trl", "9.9")], metadata=read_metadata())
 
 

@@ -15,8 +15,9 @@ import zipfile
 import pytest
 
 import helpers
-from helpers.image import ROOT, read_lock
+from helpers.base import ROOT
 from helpers.install import HARMLESS, same_version
+from helpers.requirements import read_lock
 
 CELL = (ROOT / "notebooks" / "src" / "setup_cell.py").read_text(encoding="utf-8")
 UV = shutil.which("uv", path=os.path.dirname(sys.executable)) or shutil.which("uv")
@@ -207,12 +208,13 @@ def test_versions_are_compared_as_versions():
     assert not same_version("2026.10.19", "2026.10.19.post1")
 
 
-def test_unsloths_statistics_are_off_unless_the_reader_said_otherwise(make_machine, tmp_path):
+@pytest.mark.parametrize(("name", "value"), [("UNSLOTH_DISABLE_STATISTICS", "1"), ("HF_UPDATE_DOWNLOAD_COUNTS", "0")])
+def test_no_library_calls_home_unless_the_reader_said_otherwise(make_machine, tmp_path, name, value):
     machine = make_machine("pip")
     lock = make_lock(tmp_path / "lock.txt", make_wheel(machine.wheels, "2.0.0"), version="2.0.0")
-    show = "import os; print('SET', os.environ['UNSLOTH_DISABLE_STATISTICS'])"
-    assert "SET 1" in machine.run(set_up_code(lock, after=show)).stdout
-    assert "SET 0" in machine.run(set_up_code(lock, after=show), UNSLOTH_DISABLE_STATISTICS="0").stdout
+    show = f"import os; print('SET', os.environ['{name}'])"
+    assert f"SET {value}" in machine.run(set_up_code(lock, after=show)).stdout
+    assert "SET own" in machine.run(set_up_code(lock, after=show), **{name: "own"}).stdout
 
 
 def test_on_a_local_computer_nothing_is_installed(machine, tmp_path):
@@ -301,19 +303,20 @@ def test_the_cell_is_short_and_names_this_version_and_this_repository():
 
 
 def test_the_local_environment_has_the_locks_versions():
-    local = {pin.name: pin.version for pin in read_lock(ROOT / "requirements-local.txt")}
+    local = {pin.name: pin.version for pin in read_lock(ROOT / "tests/requirements-local.txt")}
     lock = {pin.name: pin.version for pin in read_lock(ROOT / "requirements-colab.txt")}
     del lock["xformers"]  # of no use without a GPU
     assert {name: local.get(name) for name in lock} == lock
 
 
 def test_the_local_environment_has_the_images_versions_of_all_else():
-    from helpers.image import public, read_freeze
-    from helpers.lock import IMAGE
+    from helpers.requirements import public
+    from tests.maintain.image import read_freeze
+    from tests.maintain.lock import IMAGE
 
     image = read_freeze(IMAGE / "pip-freeze.gpu.txt")
     locked = {pin.name for pin in read_lock(ROOT / "requirements-colab.txt")}
-    local = {pin.name: pin.version for pin in read_lock(ROOT / "requirements-local.txt")}
+    local = {pin.name: pin.version for pin in read_lock(ROOT / "tests/requirements-local.txt")}
     own = ("torch", "setuptools")  # torch has a CPU build here, newer than the image's; it asks for a newer setuptools
     shared = [name for name in local if image.get(name) and name not in locked and name not in own]
     assert len(shared) > 100
@@ -324,9 +327,9 @@ def test_the_packages_of_the_local_environment_fit_together():
     """What is installed here asks for nothing that is not here in a fitting version, but for what only a GPU needs."""
     import importlib.metadata
 
-    from helpers.image import requirement_name, unmet
+    from helpers.requirements import requirement_name, unmet
 
-    versions = {pin.name: pin.version for pin in read_lock(ROOT / "requirements-local.txt")}
+    versions = {pin.name: pin.version for pin in read_lock(ROOT / "tests/requirements-local.txt")}
     python = ".".join(map(str, sys.version_info[:3]))
     broken = [
         (name, requirement, found)

@@ -4,11 +4,11 @@ import importlib.metadata
 import re
 from types import SimpleNamespace
 
-import licences
 import pytest
-from licences import ROOT, count_agpl, find_package, imported_agpl, is_agpl
 
-from helpers.image import normal_name, read_lock
+from helpers.requirements import normal_name, read_lock
+from tests.maintain import licences
+from tests.maintain.licences import ROOT, count_agpl, find_package, imported_agpl, is_agpl
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SITES = find_package("unsloth").parent
@@ -78,7 +78,7 @@ def test_the_readme_counts_every_folder_that_the_packages_install():
 
 @pytest.mark.parametrize("folder", ROWS)
 def test_the_readme_counts_right(folder):
-    """After another version: python tests/licences.py, and python tests/licences.py --run for the lists of imports."""
+    """After another version: `python -m tests.maintain.licences`, and with --run for the lists of imports."""
     _, package, version, files, agpl, *_ = ROWS[folder]
     assert (int(agpl), int(files)) == count_agpl(SITES / folder)
     pinned = {pin.name: pin.version for pin in read_lock(ROOT / "requirements-colab.txt")}

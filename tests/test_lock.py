@@ -8,21 +8,12 @@ import sys
 import pytest
 from packaging.specifiers import Specifier, SpecifierSet
 
-from helpers.errors import InputError
-from helpers.future import change_freeze, main, make_future, newest_versions, touched_packages
-from helpers.image import (
-    Metadata,
-    check_image,
-    read_freeze,
-    read_lock,
-    read_metadata,
-    read_needs,
-    read_os_info,
-)
-from helpers.lock import (
+from helpers.base import ROOT, InputError
+from helpers.requirements import read_lock, read_needs
+from tests.maintain.future import change_freeze, main, make_future, newest_versions, touched_packages
+from tests.maintain.image import Metadata, check_image, read_freeze, read_metadata, read_os_info
+from tests.maintain.lock import (
     IMAGE,
-    LOCK,
-    ROOT,
     THE_IMAGES_OWN,
     WANTED,
     excludes_newer,
@@ -170,7 +161,7 @@ def test_every_row_of_the_lock_has_a_reason_hashes_and_a_record():
 
 
 def test_the_lock_names_no_place_to_fetch_from():
-    for path in (LOCK, ROOT / "requirements-local.txt", WANTED):
+    for path in (LOCK, ROOT / "tests/requirements-local.txt", WANTED):
         assert "://" not in path.read_text(encoding="utf-8"), path.name
 
 

@@ -16,8 +16,8 @@ from helpers.memory import PlanError, plan_batch, predict_peak, stage_table, tra
 from helpers.out_of_memory import DoesNotFit, fit_into_memory
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-MEASURED = list(csv.DictReader((ROOT / "benchmarks/results/planner.csv").read_text().splitlines()))
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+MEASURED = list(csv.DictReader((ROOT / "tests/benchmarks/results/planner.csv").read_text().splitlines()))
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 LOGGED = ("step", "loss", "grad_norm", "eval_loss", "num_tokens", "mean_token_accuracy", "entropy")
 MODES = {"True": True, "False": False, "unsloth": "unsloth"}
@@ -49,7 +49,7 @@ def test_the_formula_is_within_a_tenth_of_every_measured_peak(configs):
 
 
 def test_the_formula_without_tritons_loss_is_within_a_tenth_of_chapter_04s_peaks(configs):
-    rows = list(csv.DictReader((ROOT / "benchmarks/results/training.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((ROOT / "tests/benchmarks/results/training.csv").read_text().splitlines()))
     ours = [row for row in rows if row["row"] == "c"]
     assert len(ours) == 4
     for row in ours:
@@ -61,7 +61,7 @@ def test_the_formula_without_tritons_loss_is_within_a_tenth_of_chapter_04s_peaks
 
 @pytest.mark.parametrize("file, fitted, failed", [("planner_chapter04", 54, 1), ("planner_t4", 16, 2)])
 def test_the_formula_holds_where_it_was_not_fitted(configs, file, fitted, failed):
-    rows = list(csv.DictReader((ROOT / f"benchmarks/results/{file}.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((ROOT / f"tests/benchmarks/results/{file}.csv").read_text().splitlines()))
     assert [sum(row["out_of_memory"] == text for row in rows) for text in ("False", "True")] == [fitted, failed]
     for row in rows:
         asked = dict(tokens=int(row["batch"]) * int(row["length"]), lora_rank=int(row["rank"]))
@@ -74,7 +74,7 @@ def test_the_formula_holds_where_it_was_not_fitted(configs, file, fitted, failed
 
 
 def test_the_formula_holds_where_only_some_layers_are_checkpointed(configs):
-    rows = list(csv.DictReader((ROOT / "benchmarks/results/planner_as_needed.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((ROOT / "tests/benchmarks/results/planner_as_needed.csv").read_text().splitlines()))
     assert [sum(row["out_of_memory"] == text for row in rows) for text in ("False", "True")] == [37, 3]
     for row in rows:
         asked = dict(tokens=int(row["batch"]) * int(row["length"]), lora_rank=int(row["rank"]))
@@ -87,7 +87,7 @@ def test_the_formula_holds_where_only_some_layers_are_checkpointed(configs):
 
 
 def test_the_peaks_of_the_plans_that_were_trained_are_as_predicted(configs):
-    files = [ROOT / f"benchmarks/results/training_2026-11-{day}.csv" for day in (25, 26)]
+    files = [ROOT / f"tests/benchmarks/results/training_2026-11-{day}.csv" for day in (25, 26)]
     rows = [row for file in files for row in csv.DictReader(file.read_text().splitlines())]
     planned = [row for row in rows if row["predicted_gib"]]
     assert len(planned) == 7 + 35

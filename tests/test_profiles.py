@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from helpers.errors import InputError
+from helpers.base import InputError
 from helpers.profiles import (
     ROOT,
     ProfileError,

@@ -11,8 +11,10 @@ import nbformat
 import pytest
 from nbval.plugin import get_sanitize_patterns
 
-from helpers import regress
-from helpers.regress import (
+from helpers.base import text_table
+from helpers.series import CHAPTERS
+from tests.maintain import regress
+from tests.maintain.regress import (
     NOTEBOOKS,
     SANITIZER,
     Metrics,
@@ -33,8 +35,6 @@ from helpers.regress import (
     run_nbval,
     write_reports,
 )
-from helpers.series import CHAPTERS
-from helpers.tables import text_table
 
 OF = {
     "profile": "cpu",

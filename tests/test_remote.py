@@ -16,8 +16,8 @@ import nbclient
 import nbformat
 import pytest
 
-from helpers import remote
 from helpers.series import AT_THE_END, with_new_ports
+from tests.maintain import remote
 
 KAGGLE = """
 kernels = commands.add_parser("kernels").add_subparsers(dest="command")

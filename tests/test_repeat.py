@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import repeat
-from repeat import as_markdown, code_fingerprint, copy_needs, problems, spread
 
 from helpers.handoff import HandoffError, open_run
-from helpers.regress import Metrics, RegressError, make_baseline
+from tests.maintain import repeat
+from tests.maintain.regress import Metrics, RegressError, make_baseline
+from tests.maintain.repeat import as_markdown, code_fingerprint, copy_needs, problems, spread
 
 OF = {
     "profile": "cpu",

@@ -12,7 +12,7 @@ import zipfile
 import pytest
 
 from helpers import smollm2
-from helpers.handoff import sha256_of
+from helpers.base import sha256_of
 from helpers.smollm2 import MANIFEST, NAME, SmolLM2Error, is_prepared, prepare_smollm2
 
 AWKWARD = [

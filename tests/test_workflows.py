@@ -11,7 +11,7 @@ import pytest
 import yaml
 from test_browser import SCREENSHOTS
 
-from helpers.lock import IMAGE
+from tests.maintain.lock import IMAGE
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
@@ -31,8 +31,12 @@ def lint(folder):
 def project(tmp_path):
     shutil.copytree(ROOT / ".github", tmp_path / ".github")
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
-    (tmp_path / "colab-image").mkdir()
-    for path in (*ROOT.glob("requirements-*.txt"), ROOT / "colab-image" / "wanted.in"):
+    (tmp_path / "tests" / "colab-image").mkdir(parents=True)
+    for path in (
+        *ROOT.glob("requirements-*.txt"),
+        *ROOT.glob("tests/requirements-*.txt"),
+        ROOT / "tests" / "colab-image" / "wanted.in",
+    ):
         shutil.copy(path, tmp_path / path.relative_to(ROOT))  # workflows name them, and the lint looks for them
     return tmp_path
 
@@ -246,8 +250,10 @@ def test_drift_is_told_from_a_crash(drift, tmp_path):
 @pytest.mark.parametrize(("packaging", "resolves"), [("26.3", "true"), ("20.8", "false")])
 def test_a_new_lock_is_resolved_or_uv_says_why_not(drift, tmp_path, packaging, resolves):
     shutil.copytree(ROOT / "helpers", tmp_path / "helpers")
-    (tmp_path / "colab-image").mkdir()
-    (tmp_path / "colab-image/wanted.in").write_text("bitsandbytes==0.50.2  # asks for packaging>=20.9\n")
+    shutil.copytree(ROOT / "tests/maintain", tmp_path / "tests/maintain")
+    (tmp_path / "tests/__init__.py").touch()
+    (tmp_path / "tests" / "colab-image").mkdir()
+    (tmp_path / "tests/colab-image/wanted.in").write_text("bitsandbytes==0.50.2  # asks for packaging>=20.9\n")
     (tmp_path / "image/pip-freeze.gpu.txt").write_text(f"packaging=={packaging}\ntorch==2.11.0+cu128\n")
     done = drift(RESOLVE, cwd=tmp_path)
     if re.search("^package index: |Failed to fetch|error sending request", done.stdout, re.MULTILINE):
@@ -349,7 +355,7 @@ def test_the_image_is_watched_daily_and_each_verdict_has_its_steps():
 
 
 def test_the_tools_of_the_drift_check_are_the_pinned_ones(run_alone, tmp_path):
-    (tmp_path / "requirements-local.txt").write_text("uv==1\nuvloop==2\npackaging==3\ntabulate==4\n")
+    (tmp_path / "tests/requirements-local.txt").write_text("uv==1\nuvloop==2\npackaging==3\ntabulate==4\n")
     (tmp_path / ".venv/bin/python").write_text("#!/bin/sh\nwhile read -r row; do echo $row; done\n")
     assert run_alone("make", "drift-tools").stdout.split() == ["uv==1", "packaging==3", "tabulate==4"]
 
@@ -411,7 +417,8 @@ def run_alone(tmp_path):
     (tmp_path / ".github").mkdir()
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
     shutil.copy(ROOT / "Makefile", tmp_path)
-    (tmp_path / "requirements-local.txt").touch()
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/requirements-local.txt").touch()
     tools = tmp_path / "tools"  # and no Chromium
     stand_ins = [tmp_path / ".venv" / "bin" / name for name in (*COMMANDS, "python3")]
     stand_ins.append(tmp_path / ".venv-proof" / "bin" / "python")
@@ -445,7 +452,7 @@ def test_make_test_stops_at_the_first_part_that_fails(run_alone):
     assert done.returncode != 0
     table = done.stdout.partition("make test took\n")[2]
     assert re.findall(r"^ +\d+ s  (.+)$", table, re.MULTILINE) == ["setup", "lint", "tests and series, FAILED"]
-    assert "helpers.regress" not in done.stderr
+    assert "tests.maintain.regress" not in done.stderr
 
 
 def test_ci_installs_chromium_and_tests(run_alone):
@@ -483,15 +490,15 @@ def test_make_browser_leaves_a_chromium_that_is_there(run_alone, tmp_path):
     ("fails", "status", "judged"),
     [
         ("nothing", 0, True),
-        ("python -m helpers.remote*", 1, True),  # a chapter failed there
-        ("python -m helpers.remote*", 2, False),  # nothing came back
-        ("python -m helpers.regress*", 1, True),
+        ("python -m tests.maintain.remote*", 1, True),  # a chapter failed there
+        ("python -m tests.maintain.remote*", 2, False),  # nothing came back
+        ("python -m tests.maintain.regress*", 1, True),
         ("python -m helpers.re*", 1, True),
     ],
 )
 def test_what_came_back_is_judged_and_the_worse_status_counts(run_alone, service, fails, status, judged):
     done = run_alone("make", service, fails=fails, STATUS=str(status))
-    assert ("helpers.regress runs/t4" in done.stderr) == judged
+    assert ("tests.maintain.regress runs/t4" in done.stderr) == judged
     assert f"{service}] Error {status}" in done.stderr if status else done.returncode == 0
 
 
@@ -516,11 +523,11 @@ def test_make_record_keeps_measures_and_outputs_of_the_run_that_it_made(run_alon
     called = [line.removeprefix("called: python ") for line in done.stderr.splitlines()]
     series = called.index("-m helpers.series --fresh -f tests/profiles/cpu.yaml")
     outputs = "notebooks/build.py --outputs-from runs/cpu/executed"
-    assert called[series + 1 :] == ["-m helpers.regress runs/cpu --record", outputs]
+    assert called[series + 1 :] == ["-m tests.maintain.regress runs/cpu --record", outputs]
     assert recorded(tmp_path)
 
 
-@pytest.mark.parametrize("fails", ["python -m helpers.regress*", "python -m helpers.series*"])
+@pytest.mark.parametrize("fails", ["python -m tests.maintain.regress*", "python -m helpers.series*"])
 def test_make_record_changes_nothing_where_the_run_is_no_good(run_alone, last_run, tmp_path, fails):
     done = run_alone("make", "record", fails=fails)
     assert done.returncode != 0 and "--outputs-from" not in done.stderr and not recorded(tmp_path)
@@ -528,7 +535,7 @@ def test_make_record_changes_nothing_where_the_run_is_no_good(run_alone, last_ru
 
 def test_make_record_keeps_no_outputs_of_another_profile_or_of_a_gpu(run_alone, last_run, tmp_path):
     done = run_alone("make", "record", "PROFILE=t4")
-    assert "-f tests/profiles/t4.yaml" in done.stderr and "helpers.regress runs/t4 --record" in done.stderr
+    assert "-f tests/profiles/t4.yaml" in done.stderr and "tests.maintain.regress runs/t4 --record" in done.stderr
     (last_run / "cpu" / "executed" / "measured.json").write_text('{"kind": "Tesla T4"}')
     done = (done, run_alone("make", "record"))
     assert not any(each.returncode or "--outputs-from" in each.stderr for each in done)
@@ -536,5 +543,5 @@ def test_make_record_keeps_no_outputs_of_another_profile_or_of_a_gpu(run_alone, 
 
 
 def test_make_regress_takes_the_run_that_it_is_told_or_the_last(run_alone):
-    assert "helpers.regress runs/t4 --nbval" in run_alone("make", "regress", "PROFILE=t4").stderr
-    assert "helpers.regress --nbval" in run_alone("make", "regress").stderr
+    assert "tests.maintain.regress runs/t4 --nbval" in run_alone("make", "regress", "PROFILE=t4").stderr
+    assert "tests.maintain.regress --nbval" in run_alone("make", "regress").stderr

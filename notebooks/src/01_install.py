@@ -38,7 +38,7 @@
 # a T4's memory, in bfloat16, importing the libraries not counted: to load a model of Llama-3.2-3B's shape and train 60
 # steps of 8 conversations takes chapter 04's settings 33 s and 6.9 GiB, and the standard libraries (Transformers, PEFT
 # and TRL, with the largest batch that fits) 103 s and 14.2 GiB. A T4 has no bfloat16, and its arithmetic is what takes
-# the time: expect a smaller difference in time there, which was not measured. `benchmarks/README.md` has the details.
+# the time: expect a smaller difference in time there, which was not measured. `tests/benchmarks/README.md` has the details.
 
 # %% [markdown] lang="en"
 # ## Set up

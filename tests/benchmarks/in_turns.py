@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def run_in_turns(script: str, jobs: Sequence[dict], *, ahead: int = 6) -> Iterator[tuple[dict, dict]]:
@@ -68,7 +68,7 @@ def make_models(shapes: Sequence[str], folder: str) -> dict[str, str]:
     for shape in shapes:
         if not pathlib.Path(folder, shape, "tokenizer_config.json").exists():
             code = f"from llama_shapes import save_model; save_model({shape!r}, {f'{folder}/{shape}'!r})"
-            subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "benchmarks")
+            subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "tests" / "benchmarks")
     return {shape: f"{folder}/{shape}" for shape in shapes}
 
 

@@ -1,6 +1,6 @@
 """Rehearse Colab: its Python, packages and kernel, an empty folder, and the setup cell (`make colab-rehearsal`).
 
-python -m helpers.rehearsal [--image FOLDER] [--keep FOLDER] [CHAPTER ...]
+python -m tests.maintain.rehearsal [--image FOLDER] [--keep FOLDER] [CHAPTER ...]
 
 With `--image` it starts from another freeze, such as one that `make future` wrote: the setup cell then has to bring
 back what has moved on.
@@ -21,12 +21,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from helpers.errors import InputError
-from helpers.image import METADATA, public, read_freeze, read_lock, read_metadata, read_os_info, requirement_name
-from helpers.lock import IMAGE, LOCK, ROOT, find_uv
-from helpers.regress import cell_texts
+from helpers.base import ROOT, InputError, text_table
+from helpers.requirements import public, read_lock, requirement_name
 from helpers.series import read_result
-from helpers.tables import text_table
+from tests.maintain.image import FREEZE, LOCK, METADATA, OS_INFO, read_freeze, read_metadata, read_os_info
+from tests.maintain.lock import IMAGE, find_uv
+from tests.maintain.regress import cell_texts
 
 CHAPTERS = ("01_install", "02_load_and_lora", "03_data", "04_train")
 SETUP_CELL = ROOT / "notebooks" / "src" / "setup_cell.py"
@@ -71,7 +71,7 @@ def make_image(folder: Path, *, image: Mapping[str, str | None], python: Path, u
     The packages of the lock's own image are resolved first. What another image has in another version is then put over
     them without resolving, because an image may break requirements of its own packages, as Colab's does.
     """
-    base, pins = read_freeze(IMAGE / "pip-freeze.gpu.txt"), read_lock(LOCK)
+    base, pins = read_freeze(IMAGE / FREEZE), read_lock(LOCK)
     metadata = read_metadata(METADATA)
     asked = {requirement_name(text) for pin in pins for text in metadata[f"{pin.name}=={pin.version}"].requires}
     names = {*asked, *KERNEL, *(pin.name for pin in pins)}
@@ -151,13 +151,13 @@ def rehearse(folder: Path, *, image: Path, chapters: Sequence[str]) -> list[list
         rows.append([name, round(time.perf_counter() - start, 1), seen])
         print(f"{name}: {rows[-1][1]} s. {seen}", flush=True)
 
-    uv, version = find_uv(), read_os_info(image / "os-info-gpu.txt").rpartition(".")[0]
+    uv, version = find_uv(), read_os_info(image / OS_INFO).rpartition(".")[0]
     python = find_python(version)
     if python is None:
         print(f"colab-rehearsal: skipped, there is no Python {version} on this machine (Colab's image has it)")
         return rows
     start = time.perf_counter()
-    interpreter = make_image(folder, image=read_freeze(image / "pip-freeze.gpu.txt"), python=python, uv=uv)
+    interpreter = make_image(folder, image=read_freeze(image / FREEZE), python=python, uv=uv)
     step("image", start, f"Python {version} with the packages of the image {image.name}")
 
     content = folder / "content"
@@ -176,7 +176,7 @@ def rehearse(folder: Path, *, image: Path, chapters: Sequence[str]) -> list[list
     step("setup cell", start, first.strip().splitlines()[-1])
 
     start = time.perf_counter()
-    local = {pin.name: pin.version for pin in read_lock(ROOT / "requirements-local.txt")}
+    local = {pin.name: pin.version for pin in read_lock(ROOT / "tests/requirements-local.txt")}
     extra = [f"{name}=={local[name]}" for name in CPU_PROFILE]
     run([uv, "pip", "install", "--quiet", "--python", interpreter, "--no-deps", *extra], what="the cpu profile's model")
     step("cpu profile", start, f"added {', '.join(extra)}")
@@ -192,7 +192,7 @@ def rehearse(folder: Path, *, image: Path, chapters: Sequence[str]) -> list[list
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 where all steps passed or Python 3.13 is missing, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.rehearsal", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.maintain.rehearsal", description=__doc__.splitlines()[0])
     parser.add_argument("chapters", nargs="*", default=list(CHAPTERS), help="default: the first four")
     parser.add_argument("--image", type=Path, default=IMAGE, metavar="FOLDER", help="with its freeze and system line")
     parser.add_argument("--keep", metavar="FOLDER", help="work in this new folder and leave it there (7 GB)")

@@ -1,5 +1,9 @@
-"""Read a freeze of Colab's image, and say whether the lock installs cleanly on it, without installing anything."""
+"""Read a freeze of Colab's image, and say whether the lock installs cleanly on it, without installing anything.
 
+python -m tests.maintain.image FOLDER [--fetch] [--resolve] [--json]      `make drift IMAGE=FOLDER`
+"""
+
+import argparse
 import json
 import re
 import subprocess
@@ -10,30 +14,29 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from helpers.errors import InputError
-from helpers.tables import html_table, text_table
+from helpers.base import ROOT, InputError, html_table, text_table
+from helpers.requirements import (
+    Change,
+    Conflict,
+    Pin,
+    applicable,
+    normal_name,
+    public,
+    read_lock,
+    read_text,
+    requirement_name,
+    unmet,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-METADATA = ROOT / "colab-image" / "metadata.json"
-NEED = "#: "  # how a lock's line begins that says what the image must have
+IMAGES = ROOT / "tests" / "colab-image"
+METADATA = IMAGES / "metadata.json"
+LOCK = ROOT / "requirements-colab.txt"
+FREEZE, OS_INFO = "pip-freeze.gpu.txt", "os-info-gpu.txt"  # as Google names them
 # Packages whose own build is in the image: the package index has another CUDA build of the same version, which asks for
 # other NVIDIA packages. Their requirements are the image's affair: they count as having none.
 BUILT_FOR_THE_IMAGE = ("torch", "torchvision", "torchaudio", "triton")
 PIP_BATCH = 40  # pip stops at the first package without a wheel, so a lost batch must be cheap to repeat
 PIPS_AT_ONCE = 4  # they wait for the package index most of their time
-
-
-class ImageError(InputError):
-    """A freeze, a system line, a lock or its metadata that cannot be read."""
-
-
-@dataclass(frozen=True)
-class Pin:
-    """One row of a lock: `trl==0.29.1`, and the reason written above it."""
-
-    name: str
-    version: str
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,25 +49,6 @@ class Metadata:
     requires: tuple[str, ...]
     requires_python: str = ""
     wheels: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Change:
-    """What the lock does to one package of the image."""
-
-    package: str
-    before: str
-    after: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Conflict:
-    """A requirement that does not hold once the lock is installed."""
-
-    package: str
-    requires: str
-    found: str
 
 
 @dataclass(frozen=True)
@@ -128,43 +112,22 @@ class ImageReport:
         return {"ok": self.ok, **asdict(self)}
 
 
-def normal_name(name: str) -> str:
-    """A package's name as indexes compare it. Example: `unsloth_zoo` -> `unsloth-zoo`."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def public(version: str) -> str:
-    """A version without its build label. Example: `2.11.0+cu128` -> `2.11.0`."""
-    return version.partition("+")[0]
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise ImageError(str(path), found="no such file", expected="a text file", fix="check the path")
-    try:
-        return path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows puts in front
-    except UnicodeDecodeError:
-        raise ImageError(
-            str(path), found="bytes that are not UTF-8", expected="a text file", fix="save it as UTF-8"
-        ) from None
-
-
 def read_freeze(path: str | Path) -> dict[str, str | None]:
     """The packages of a `pip freeze`, by normal name; None where the row gives an address instead of a version.
 
     Example: `Jinja2==3.1.6` and `google-colab @ file:///x.tar.gz` -> `{"jinja2": "3.1.6", "google-colab": None}`.
 
     Raises:
-        ImageError: a line is neither of the two, or there is none.
+        InputError: a line is neither of the two, or there is none.
     """
     packages: dict[str, str | None] = {}
-    for number, line in enumerate(_read(Path(path)).splitlines(), start=1):
+    for number, line in enumerate(read_text(Path(path)).splitlines(), start=1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
         row = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:==(\S+)| @ \S+)", line)
         if row is None:
-            raise ImageError(
+            raise InputError(
                 f"{path}, line {number}",
                 found=repr(line),
                 expected="name==version or name @ address",
@@ -172,7 +135,7 @@ def read_freeze(path: str | Path) -> dict[str, str | None]:
             )
         packages[normal_name(row[1])] = row[2]
     if not packages:
-        raise ImageError(str(path), found="no package", expected="the output of `pip freeze`", fix="check the file")
+        raise InputError(str(path), found="no package", expected="the output of `pip freeze`", fix="check the file")
     return packages
 
 
@@ -180,58 +143,18 @@ def read_os_info(path: str | Path) -> str:
     """The Python version in a system line file: `Python 3.13.15` -> `3.13.15`.
 
     Raises:
-        ImageError: no such line.
+        InputError: no such line.
     """
-    row = re.search(r"^Python (\d+\.\d+\.\d+)$", _read(Path(path)), flags=re.MULTILINE)
+    row = re.search(r"^Python (\d+\.\d+\.\d+)$", read_text(Path(path)), flags=re.MULTILINE)
     if row is None:
-        raise ImageError(str(path), found="no such line", expected="a line `Python X.Y.Z`", fix="give os-info-gpu.txt")
+        raise InputError(str(path), found="no such line", expected="a line `Python X.Y.Z`", fix="give os-info-gpu.txt")
     return row[1]
-
-
-def read_lock(path: str | Path) -> list[Pin]:
-    """The rows of a requirements file in which every package is pinned; a comment line above a row is its reason
-    (less the image's version in parentheses, which `make lock` writes behind it).
-
-    Raises:
-        ImageError: a row without `==`, or no row at all.
-    """
-    pins, reason = [], ""
-    for line in _read(Path(path)).splitlines():
-        if line.startswith(NEED):
-            continue
-        if line.startswith("#"):
-            reason = re.sub(r" \((not in the image|image: \S+)\)$", "", line[1:].strip())
-        elif line.strip() and not line.startswith(" "):
-            row = re.match(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)", line)
-            if row is None:
-                raise ImageError(
-                    str(path), found=repr(line), expected="name==version", fix="run `make lock` to make the file anew"
-                )
-            pins.append(Pin(normal_name(row[1]), row[2], reason))
-            reason = ""
-    if not pins:
-        raise ImageError(str(path), found="no package", expected="name==version rows", fix="run `make lock`")
-    return pins
-
-
-@dataclass(frozen=True)
-class Need:
-    """What locked packages ask of one of the image's. Example: `Need("torch>=2.4,<2.15", "unsloth, xformers")`."""
-
-    requirement: str
-    askers: str
-
-
-def read_needs(path: str | Path) -> list[Need]:
-    """What a lock's packages ask of the image, from the lines that `make lock` wrote for it."""
-    lines = [line for line in _read(Path(path)).splitlines() if line.startswith(NEED)]
-    return [Need(*line.removeprefix(NEED).split("  ", 1)) for line in lines]
 
 
 def read_reasons(path: str | Path) -> dict[str, str]:
     """The text behind `#`, by package. Example: `trl==0.29.1  # SFTTrainer` -> `{"trl": "SFTTrainer"}`."""
     reasons = {}
-    for line in _read(Path(path)).splitlines():
+    for line in read_text(Path(path)).splitlines():
         requirement, _, reason = line.partition("#")
         if requirement.strip():
             reasons[normal_name(re.split(r"[=<>!~ ;\[]", requirement.strip())[0])] = reason.strip()
@@ -241,13 +164,13 @@ def read_reasons(path: str | Path) -> dict[str, str]:
 def read_metadata(path: str | Path = METADATA) -> dict[str, Metadata]:
     """What `make lock` put on record, by `name==version`."""
     try:
-        rows = json.loads(_read(Path(path)))
+        rows = json.loads(read_text(Path(path)))
         return {
             key: Metadata(tuple(row["requires"]), row.get("requires_python", ""), tuple(row.get("wheels", ())))
             for key, row in rows.items()
         }
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ImageError(
+        raise InputError(
             str(path), found=repr(error), expected="what `make lock` writes", fix="run `make lock`"
         ) from None
 
@@ -258,7 +181,7 @@ def fetch_metadata(pins: Sequence[Pin], *, python: str) -> dict[str, Metadata]:
     Packages that have no wheel for this Python on Colab's platform (Linux, x86_64, glibc 2.35) are left out.
 
     Raises:
-        ImageError: pip failed for another reason, such as no network; the message is pip's own.
+        InputError: pip failed for another reason, such as no network; the message is pip's own.
     """
     batches = [pins[start : start + PIP_BATCH] for start in range(0, len(pins), PIP_BATCH)]
     with ThreadPoolExecutor(PIPS_AT_ONCE) as pool:
@@ -283,7 +206,7 @@ def _fetch_batch(pins: Sequence[Pin], *, python: str) -> dict[str, Metadata]:
         lost = re.search(r"No matching distribution found for ([A-Za-z0-9._-]+)==", done.stderr)
         if lost is None or "Retrying" in done.stderr:
             errors = "; ".join(line for line in done.stderr.splitlines() if line.startswith("ERROR"))
-            raise ImageError(
+            raise InputError(
                 "package index", found=errors or done.stderr[-600:], expected="an answer", fix="check the network"
             )
         del batch[normal_name(lost[1])]
@@ -317,7 +240,7 @@ def check_image(
         fetch: read the requirements of packages that are not on record from the package index (minutes).
 
     Raises:
-        ImageError: a file cannot be read, or the index does not answer.
+        InputError: a file cannot be read, or the index does not answer.
     """
     image, pins, metadata = read_freeze(freeze), read_lock(requirements), read_metadata()
     beside = Path(freeze).with_name(METADATA.name)
@@ -332,9 +255,9 @@ def check_image(
 
 
 def _python_of(requirements: str | Path) -> str:
-    row = re.search(r"^# .*Python (\d+\.\d+\.\d+)", _read(Path(requirements)), flags=re.MULTILINE)
+    row = re.search(r"^# .*Python (\d+\.\d+\.\d+)", read_text(Path(requirements)), flags=re.MULTILINE)
     if row is None:
-        raise ImageError(
+        raise InputError(
             str(requirements), found="no Python version", expected="it in the head", fix="give --os OS.txt"
         )
     return row[1]
@@ -355,7 +278,7 @@ def compare_image(
         metadata: each package's own requirements, from `read_metadata` or `fetch_metadata`.
 
     Raises:
-        ImageError: the metadata of a locked package is not on record.
+        InputError: the metadata of a locked package is not on record.
     """
     locked = {pin.name: pin.version for pin in pins}
     after = {**image, **locked}
@@ -363,7 +286,7 @@ def compare_image(
     for name, version in after.items():
         row = metadata.get(f"{name}=={public(version)}") if version else None
         if row is None and name in locked:
-            raise ImageError(
+            raise InputError(
                 f"{name}=={version}", found="no metadata", expected="a record of it", fix="run `make lock`"
             )
         if row is not None:
@@ -436,32 +359,32 @@ def needed_packages(roots: Iterable[str], requires: Mapping[str, Sequence[str]],
     return needed
 
 
-def requirement_name(requirement: str) -> str:
-    """The package that a requirement is about. Example: `unsloth_zoo[x]>=2 ; python_version > "3"` -> `unsloth-zoo`."""
-    return normal_name(re.match(r"[A-Za-z0-9._-]+", requirement)[0])
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0 where the lock installs cleanly, 1 where it conflicts, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m tests.maintain.image", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="with pip-freeze.gpu.txt and os-info-gpu.txt")
+    parser.add_argument("--requirements", type=Path, default=LOCK, help="the lock")
+    parser.add_argument("--fetch", action="store_true", help="read what is not on record from the package index")
+    parser.add_argument("--resolve", action="store_true", help="ask uv too whether the lock's versions fit the image")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(arguments)
+    freeze, os_info = options.folder / FREEZE, options.folder / OS_INFO
+    try:
+        report = check_image(freeze, os_info, requirements=options.requirements, fetch=options.fetch)
+        data = report.as_json()
+        if options.resolve:
+            from tests.maintain.lock import resolve_conflict
+
+            pins = read_lock(options.requirements)
+            data["resolve"] = resolve_conflict(pins, image=read_freeze(freeze), python=report.python)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps(data, indent=1) if options.json else report)
+    if options.resolve and not options.json:
+        print(f"uv pip compile: {data['resolve'] or 'the same versions resolve'}")
+    return 0 if report.ok else 1
 
 
-def applicable(requires: Sequence[str], *, python: str) -> list:
-    """The requirements that hold on Linux x86_64 under this Python, without extras, as `packaging` reads them."""
-    from packaging.requirements import Requirement
-
-    place = {"python_version": ".".join(python.split(".")[:2]), "python_full_version": python, "extra": ""}
-    place |= {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix", "platform_machine": "x86_64"}
-    place |= {"implementation_name": "cpython", "platform_python_implementation": "CPython"}
-    requirements = map(Requirement, requires)
-    return [r for r in requirements if r.marker is None or r.marker.evaluate(place)]
-
-
-def unmet(requires: Sequence[str], versions: Mapping[str, str | None], *, python: str) -> list[tuple[str, str]]:
-    """The requirements that do not hold among `versions` on Linux x86_64, each with what is there instead.
-
-    Extras are not followed. A package whose version is None (installed from an address) passes.
-
-    Example: `unmet(["datasets!=4.0.*"], {"datasets": "4.0.0"}, python="3.13.15")` -> `[("datasets!=4.0.*", "4.0.0")]`.
-    """
-    broken = []
-    for requirement in applicable(requires, python=python):
-        version = versions.get(normal_name(requirement.name), "nothing")
-        if version == "nothing" or (version and not requirement.specifier.contains(version, prereleases=True)):
-            broken.append((f"{requirement.name}{requirement.specifier}", version))
-    return broken
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Training speed and memory on a GPU, Llama 3.2's 1B and 3B shapes: the popular notebook's settings, plain
 Transformers + PEFT + TRL, and this series' settings.
 
-    python benchmarks/training.py [--out FILE]     (--help: shapes, types, rows, lengths, and another card's plan)
+    python tests/benchmarks/training.py [--out FILE]     (--help: shapes, types, rows, lengths, and another card's plan)
 
 Each row runs in a process of its own with empty compilation caches. Some processes at a time import their libraries
 side by side; then, once all of these have, they take turns, so that only one of them uses the machine. The GPU's memory
@@ -19,9 +19,9 @@ import tempfile
 import time
 
 PROCESS_START = time.perf_counter()
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
 from in_turns import device_and_versions, make_models, run_in_turns, wait_for_turn, write_csv  # noqa: E402
 

@@ -1,16 +1,16 @@
 """Break the stack in realistic ways, one at a time, and show which chapter and which claim notices.
 
-    python tests/faults.py                          every fault that is left: stopped, it goes on where it was
-    python tests/faults.py no_lora four_bit_off     some, also where they were run before, and beside others
-    python tests/faults.py --fresh                  every fault, and the good run anew
+    python -m tests.maintain.faults                          every fault that is left: stopped, it goes on where it was
+    python -m tests.maintain.faults no_lora four_bit_off     some, also where they were run before, and beside others
+    python -m tests.maintain.faults --fresh                  every fault, and the good run anew
 
 No notebook is changed: `tests/planted/sitecustomize.py`, put on the kernels' PYTHONPATH, replaces a function of a
 library once Unsloth is imported. A small good run of the series comes first (72 steps, 12 held-out conversations; kept
 in runs/faults for the next time, until code or a version changes). Then a fault runs from the first chapter that it can
 touch, on what the good run's chapters before it handed on, until it is noticed: by a *claim* (a cell raises an error of
 this project's own), by a *crash* (another error, or a dead kernel), by an *output* (a tagged cell shows something else
-than in the good run), or by a *band* (a number leaves what `helpers.regress.RULES` allows around the good run's, which
-is as wide as around a recorded one).
+than in the good run), or by a *band* (a number leaves what `tests.maintain.regress.RULES` allows around the good run's,
+which is as wide as around a recorded one).
 
 Two controls go through the same and must not be noticed. How each ended is kept beside the good run, and once all have
 run their table goes to tests/baselines, beside the bands.
@@ -31,17 +31,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-WORK = ROOT / "runs" / "faults"
-CONVERSATIONS = ROOT / "notebooks" / "data" / "support_conversations.jsonl"
-sys.path.insert(0, str(ROOT))
-
-from repeat import code_fingerprint, heading  # noqa: E402
-
-import helpers  # noqa: E402
-from helpers.errors import InputError  # noqa: E402
-from helpers.handoff import fingerprint, library_versions  # noqa: E402
-from helpers.regress import (  # noqa: E402
+import helpers
+from helpers.base import ROOT, InputError, markdown_table, text_table
+from helpers.handoff import fingerprint, library_versions
+from helpers.series import CHAPTERS
+from tests.maintain.regress import (
     BASELINES,
     baseline_path,
     collect_metrics,
@@ -49,8 +43,10 @@ from helpers.regress import (  # noqa: E402
     judge,
     make_baseline,
 )
-from helpers.series import CHAPTERS  # noqa: E402
-from helpers.tables import markdown_table, text_table  # noqa: E402
+from tests.maintain.repeat import code_fingerprint, heading
+
+WORK = ROOT / "runs" / "faults"
+CONVERSATIONS = ROOT / "notebooks" / "data" / "support_conversations.jsonl"
 
 # fault: (the first chapter that it can touch, what is broken)
 FAULTS = {
@@ -109,7 +105,7 @@ class Caught:
 
 def good_fingerprint() -> str:
     """Names all that a good run comes from: chapters, helpers, conversations, versions, and how long it is."""
-    files = [*sorted((ROOT / "helpers").glob("*.py")), CONVERSATIONS]
+    files = [*sorted((ROOT / "helpers").rglob("*.py")), CONVERSATIONS]
     parts = [code_fingerprint(*CHAPTERS), json.dumps(library_versions()), f"{STEPS} {HELD_OUT}"]
     return fingerprint("\n".join([*parts, *(path.read_text(encoding="utf-8") for path in files)]))
 

@@ -1,9 +1,9 @@
 """One verdict on a run of the series: what its notebooks showed, and what it measured, against what is committed.
 
-python -m helpers.regress                              compare, judge, write reports into the last run's folder
-python -m helpers.regress runs/cpu                     that run, into runs/cpu/reports
-python -m helpers.regress runs/cpu --nbval 03_data     and execute one cheap chapter by plain `pytest --nbval-lax`
-python -m helpers.regress runs/cpu --record            keep what this run measured as the baseline of its device
+python -m tests.maintain.regress                          compare, judge, write reports into the last run's folder
+python -m tests.maintain.regress runs/cpu                 that run, into runs/cpu/reports
+python -m tests.maintain.regress runs/cpu --nbval 03_data and execute one cheap chapter by plain `pytest --nbval-lax`
+python -m tests.maintain.regress runs/cpu --record            keep what this run measured as the baseline of its device
 
 Nothing is executed twice: the run's executed notebooks are read. *Shown*: the outputs of cells that are tagged
 `nbval-check-output` must be those of the committed notebooks (`tests/nbval_executed.py`). *Measured*: losses, tokens,
@@ -28,13 +28,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import InputError
-from helpers.image import public
+from helpers.base import ROOT, InputError, html_table, markdown_table, text_table
 from helpers.profiles import PROFILES
+from helpers.requirements import public
 from helpers.series import CHAPTERS, NOTEBOOKS, read_result
-from helpers.tables import html_table, markdown_table, text_table
 
-ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs"
 TESTS = ROOT / "tests"
 BASELINES = TESTS / "baselines"

@@ -1,7 +1,7 @@
 """Count Unsloth's files by the licence in their header, or list those under the AGPL that a training run imports.
 
-python tests/licences.py          the counts
-python tests/licences.py --run    one step of training, as in chapter 04, then the imported files (a minute on a CPU)
+python -m tests.maintain.licences          the counts
+python -m tests.maintain.licences --run    one step of training as in chapter 04, then the imported files (a minute)
 """
 
 import argparse
@@ -13,7 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("unsloth", "unsloth_zoo")
 # Unsloth's headers have the long notice, the SPDX line, or both.
 AGPL = re.compile(r"GNU Affero General Public License|SPDX-License-Identifier: AGPL-3\.0")
@@ -84,10 +83,9 @@ def train_one_step() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python tests/licences.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.maintain.licences", description=__doc__.splitlines()[0])
     parser.add_argument("--run", action="store_true", help="train one step and list the imported files")
     if parser.parse_args().run:
-        sys.path.insert(0, str(ROOT))
         train_one_step()
         files = imported_agpl()
         print(*files, f"{len(files)} imported files are under the AGPL by their header.", sep="\n")

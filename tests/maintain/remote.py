@@ -1,7 +1,7 @@
 """Run the series on a T4 that is not here, on Kaggle or on Colab, and judge what comes back.
 
-python -m helpers.remote kaggle             all six chapters; the account is the one in KAGGLE_USERNAME
-python -m helpers.remote colab 03_data -p MAX_STEPS 5
+python -m tests.maintain.remote kaggle             all six chapters; the account is the one in KAGGLE_USERNAME
+python -m tests.maintain.remote colab 03_data -p MAX_STEPS 5
 
 One notebook is made of the files as they are here, committed or not, and sent. There it installs the lock, runs the
 chapters with papermill, and packs the executed notebooks; here they take the place of a run on this machine, so that
@@ -25,17 +25,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.errors import InputError
+from helpers.base import ROOT, InputError, text_table
 from helpers.series import CHAPTERS, check_parameters, read_parameter_file, read_result, read_value
-from helpers.tables import text_table
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-ROOT = Path(__file__).resolve().parent.parent
 # What a chapter needs to run; neither the recorded outputs nor the sources travel.
-SENT = ("helpers/*.py", "notebooks/*.ipynb", "notebooks/data/*", "colab-image/*.txt", "requirements-colab.txt")
-SENT += ("colab-image/wanted.in", "pyproject.toml")
+SENT = ("helpers/**/*.py", "notebooks/*.ipynb", "notebooks/data/*", "requirements-colab.txt", "pyproject.toml")
 ARCHIVE = "executed.tar.gz"
 SLUG = "llama-series-on-a-t4"
 MOST_HOURS, POLL_SECONDS, KAGGLE_LIMIT = 3, 60, 2**20

@@ -1,6 +1,6 @@
 """Runs that are killed and resumed on a GPU, in float16 as on a T4, against runs that are left alone.
 
-    python benchmarks/resume.py [--kills 4] [--steps 24] [--out FILE]
+    python tests/benchmarks/resume.py [--kills 4] [--steps 24] [--out FILE]
 
 Every run trains SmolLM2 on this series' conversations in a process of its own, all side by side, since nothing is
 timed. Two are left alone: how far they end apart is what the GPU's kernels do that add in no fixed order. Each of the
@@ -20,7 +20,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 SAVE_SECONDS = 1.0
 ROWS = 64
@@ -141,7 +141,7 @@ def main() -> int:
     if options.one:
         print("\n" + json.dumps(train(json.loads(options.one))))
         return 0
-    from helpers.tables import text_table
+    from helpers.base import text_table
 
     moments = random.Random(options.seed)
     kills = [(moments.randrange(2, options.steps - 2), moments.uniform(0, 0.5)) for _ in range(options.kills)]

@@ -1,6 +1,6 @@
 """How fast the checks are: the masks of 10,000 rows of 512 tokens, and 100,000 short conversations.
 
-    python benchmarks/check_speed.py
+    python tests/benchmarks/check_speed.py
 
 Prints the seconds, on one core, and the most memory that this process ever held (the rows lie in a file, as those of
 `datasets` do); exits with 1 where a limit is passed. The tokenizer is SmolLM2's, the masks are Unsloth's.
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 ROWS, TOKENS, MASK_LIMIT_S, MEMORY_LIMIT_GIB = 10_000, 512, 10.0, 1.0

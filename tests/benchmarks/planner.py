@@ -1,6 +1,6 @@
 """Peak memory on a GPU against the planner's prediction (`helpers.memory.predict_peak`), over many configurations.
 
-    python benchmarks/planner.py [--only chapter04|t4|as_needed] [--out FILE]
+    python tests/benchmarks/planner.py [--only chapter04|t4|as_needed] [--out FILE]
 
 Nothing is timed, so four processes at a time share the GPU, each capped to a T4's memory. A configuration is three
 steps of rows of one length; the peak is the allocator's, over all three.
@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
 from in_turns import make_models, write_csv  # noqa: E402
 

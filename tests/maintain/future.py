@@ -17,21 +17,21 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from helpers.errors import InputError
-from helpers.image import (
+from helpers.base import InputError
+from helpers.requirements import Pin, applicable, normal_name, read_lock
+from tests.maintain.image import (
     BUILT_FOR_THE_IMAGE,
+    FREEZE,
+    LOCK,
     METADATA,
+    OS_INFO,
     Metadata,
-    Pin,
-    applicable,
     fetch_metadata,
-    normal_name,
     read_freeze,
-    read_lock,
     read_metadata,
     read_os_info,
 )
-from helpers.lock import IMAGE, LOCK, find_uv, read_resolved
+from tests.maintain.lock import IMAGE, find_uv, read_resolved
 
 
 def touched_packages(
@@ -93,7 +93,7 @@ def make_future(folder: Path, *, date: str, out: Path, only: Sequence[str] = ())
     Raises:
         InputError: a file cannot be read, or a version cannot be had.
     """
-    freeze, system = folder / "pip-freeze.gpu.txt", folder / "os-info-gpu.txt"
+    freeze, system = folder / FREEZE, folder / OS_INFO
     image, python = read_freeze(freeze), read_os_info(system)
     wanted = only or touched_packages(image, pins=read_lock(LOCK), metadata=read_metadata(), python=python)
     versions = newest_versions(wanted, date=date, python=python.rpartition(".")[0])
@@ -108,7 +108,7 @@ def make_future(folder: Path, *, date: str, out: Path, only: Sequence[str] = ())
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.future", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.maintain.future", description=__doc__.splitlines()[0])
     parser.add_argument("--image", type=Path, default=IMAGE, metavar="FOLDER", help="the image to start from")
     parser.add_argument("--date", required=True, help="such as 2026-11-28")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the new freeze is written")

@@ -1,6 +1,6 @@
 """How long the setup cell's install takes with uv and with pip: same lock, same machine, no cache, new environments.
 
-python benchmarks/installers.py [ROUNDS]
+python tests/benchmarks/installers.py [ROUNDS]
 
 Both download from the package index. pip compiles bytecode as it installs, uv leaves that to the first import; that is
 how the setup cell uses them.
@@ -13,11 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from helpers.lock import LOCK, find_uv  # noqa: E402
-from helpers.tables import text_table  # noqa: E402
+from helpers.base import text_table  # noqa: E402
+from tests.maintain.lock import LOCK, find_uv  # noqa: E402
 
 
 def seconds_to_install(installer: str) -> float:

@@ -1,6 +1,6 @@
 """Tokens per second on a GPU: Unsloth's inference mode against plain Transformers, Llama 3.2's 1B and 3B shapes.
 
-    python benchmarks/inference.py [--shapes 1B 3B] [--batches 1 8] [--tokens 128] [--out FILE]
+    python tests/benchmarks/inference.py [--shapes 1B 3B] [--batches 1 8] [--tokens 128] [--out FILE]
 
 The weights are random and made here (speed does not depend on them), so nothing is downloaded. Each library and shape
 has a process of its own; these import side by side and then take turns. With each batch it reads prompts of 256 tokens
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent.parent), str(pathlib.Path(__file__).resolve().parent)]
+sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[2]), str(pathlib.Path(__file__).resolve().parent)]
 
 from in_turns import device_and_versions, make_models, run_in_turns, wait_for_turn, write_csv  # noqa: E402
 

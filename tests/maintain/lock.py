@@ -1,6 +1,6 @@
 """Make `requirements-colab.txt`: what has to be added to Colab's image, or kept in it, and nothing else (`make lock`).
 
-python -m helpers.lock [--image FOLDER] [--out FILE]       a lock for another image, written elsewhere
+python -m tests.maintain.lock [--image FOLDER] [--out FILE]       a lock for another image, written elsewhere
 """
 
 import argparse
@@ -14,28 +14,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import InputError
-from helpers.image import (
+from helpers.base import InputError
+from helpers.requirements import NEED, Pin, applicable, normal_name, public, read_lock
+from tests.maintain.image import (
     BUILT_FOR_THE_IMAGE,
+    FREEZE,
+    IMAGES,
+    LOCK,
     METADATA,
-    NEED,
+    OS_INFO,
     Metadata,
-    Pin,
-    applicable,
     fetch_metadata,
-    normal_name,
-    public,
     read_freeze,
-    read_lock,
     read_os_info,
     read_reasons,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-IMAGES = ROOT / "colab-image"
 IMAGE = IMAGES / "2026-08"  # the image that the lock is made for
 WANTED = IMAGES / "wanted.in"
-LOCK = ROOT / "requirements-colab.txt"
 WHEELS_FOR = ("3.11", "3.12", "3.13", "3.14")  # the Pythons for which it is put on record whether a wheel exists
 
 # Never pinned, whoever limits them: built for the image, or read by half of it in a form that another version breaks.
@@ -115,8 +111,8 @@ def resolve(
 def resolve_conflict(pins: Sequence[Pin], *, image: Mapping[str, str | None], python: str) -> str:
     """Why uv cannot fit the lock's versions to an image, in its own words; "" where it can.
 
-    It is the second opinion on `helpers.image.compare_image`. A package that the image lacks and the lock does not have
-    is a conflict too, because the setup cell resolves nothing.
+    It is the second opinion on `tests.maintain.image.compare_image`. A package that the image lacks and the lock does
+    not have is a conflict too, because the setup cell resolves nothing.
     """
     try:
         text = resolve([f"{p.name}=={p.version}" for p in pins], image=image, python=python, hashes=False)
@@ -290,7 +286,7 @@ def make_lock(folder: Path, records: Mapping[str, Metadata]) -> str:
     Raises:
         InputError: a file cannot be read, the package index does not answer, or nothing fits the image.
     """
-    image, python = read_freeze(folder / "pip-freeze.gpu.txt"), read_os_info(folder / "os-info-gpu.txt")
+    image, python = read_freeze(folder / FREEZE), read_os_info(folder / OS_INFO)
     wanted = [line.partition("#")[0].strip() for line in WANTED.read_text(encoding="utf-8").splitlines()]
     minor = python.rpartition(".")[0]
     resolved = resolve([w for w in wanted if w], image=image, python=minor, previous=LOCK)
@@ -299,7 +295,7 @@ def make_lock(folder: Path, records: Mapping[str, Metadata]) -> str:
     title = (
         "# What has to be added to Colab's image, changed in it or kept, for this series: nothing else is touched.\n"
         f"# Resolved against the image of {folder.name}: Python {python}, torch {image['torch']}.\n"
-        "# Made by `make lock` from colab-image/; the setup cell installs it with --no-deps and --require-hashes.\n"
+        "# Made by `make lock`; the setup cell installs it with --no-deps and --require-hashes.\n"
         f"# What these packages ask of the image, with who asks; a line a package, after `{NEED.strip()}`:"
     )
     return lock_text(
@@ -313,15 +309,15 @@ def make_lock(folder: Path, records: Mapping[str, Metadata]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the lock and `colab-image/metadata.json`; with `--out`, a lock for another image and nothing else."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.lock", description=__doc__.splitlines()[0])
+    """Write the lock and `tests/colab-image/metadata.json`; with `--out`, a lock for another image and nothing else."""
+    parser = argparse.ArgumentParser(prog="python -m tests.maintain.lock", description=__doc__.splitlines()[0])
     parser.add_argument("--image", type=Path, default=IMAGE, metavar="FOLDER", help="with its freeze and system line")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the lock there, and nothing else")
     options = parser.parse_args(arguments)
     try:
         image, python = (
-            read_freeze(options.image / "pip-freeze.gpu.txt"),
-            read_os_info(options.image / "os-info-gpu.txt"),
+            read_freeze(options.image / FREEZE),
+            read_os_info(options.image / OS_INFO),
         )
         print("Reading what the image's packages ask for (about 2 minutes) ...", flush=True)
         records = fetch_metadata([Pin(name, version) for name, version in image.items() if version], python=python)

@@ -1,8 +1,8 @@
 """Train chapter 04 again and again, and show how much of its bands good runs use.
 
-    python tests/repeat.py                   twenty runs, on what runs/cpu has of chapters 02 and 03
-    python tests/repeat.py --runs 5          fewer
-    python tests/repeat.py --fresh           forget the runs that are kept
+    python -m tests.maintain.repeat                   twenty runs, on what runs/cpu has of chapters 02 and 03
+    python -m tests.maintain.repeat --runs 5          fewer
+    python -m tests.maintain.repeat --fresh           forget the runs that are kept
 
 Each run is a new process in a new folder. What it measured is kept in runs/repeat when it is done, so that a command
 that was cut off goes on where it was. The table goes to tests/baselines, beside the bands.
@@ -22,13 +22,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from helpers.errors import InputError  # noqa: E402
-from helpers.handoff import MANIFEST, Run, fingerprint, replace_file  # noqa: E402
-from helpers.regress import BASELINES, Metrics, RegressError, baseline_path, collect_metrics, judge  # noqa: E402
-from helpers.series import NOTEBOOKS  # noqa: E402
+from helpers.base import ROOT, InputError, replace_file
+from helpers.handoff import MANIFEST, Run, fingerprint
+from helpers.series import NOTEBOOKS
+from tests.maintain.regress import BASELINES, Metrics, RegressError, baseline_path, collect_metrics, judge
 
 CHAPTER, NEEDS = "04_train", ("lora.json", "dataset")
 ANOTHER_CPU = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}

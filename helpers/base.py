@@ -1,0 +1,107 @@
+"""What every other module stands on: the shape of an error, paths, files written whole or not at all, and tables."""
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent  # the folder that holds helpers/ and notebooks/
+NUMBER = re.compile(r"-?[\d,]+(\.\d+)?( ?%)?|")
+
+
+class InputError(ValueError):
+    """Bad input, said in one line.
+
+    Args:
+        where: the file, row, cell or setting that is wrong.
+        found: what is there.
+        expected: what should be there.
+        fix: what the reader can do now.
+
+    Example:
+        >>> print(InputError("MAX_STEPS", found="0", expected="1 or more", fix="set MAX_STEPS to 60"))
+        MAX_STEPS: found 0, expected 1 or more. Fix: set MAX_STEPS to 60.
+    """
+
+    def __init__(self, where: str, *, found: str, expected: str, fix: str):
+        self.where, self.found, self.expected, self.fix = where, found, expected, fix
+        super().__init__(f"{where}: found {found}, expected {expected}. Fix: {fix}.")
+
+    def _render_traceback_(self) -> list[str]:
+        """IPython shows this instead of a traceback: the one line that the reader needs."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+def short_path(path: str | Path) -> str:
+    """A path as it is printed: relative to the series' folder or to the home folder where it lies below them."""
+    path = Path(path)
+    for base, prefix in ((ROOT, ""), (Path.home(), "~/")):
+        if path.is_relative_to(base):
+            return prefix + path.relative_to(base).as_posix()
+    return path.as_posix()
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(path: Path) -> dict[str, str]:
+    """{name relative to the artefact: sha256} of one file or of every file below a folder."""
+    if path.is_file():
+        return {path.name: sha256_of(path)}
+    return {file.relative_to(path).as_posix(): sha256_of(file) for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        durable: wait until it is on the disk; without it, a power cut may bring back the old one.
+    """
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def text_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Plain text, columns aligned, numbers to the right and shown with the digits that they come with.
+
+    Example:
+        >>> print(text_table(["stage", "GiB"], [["load", "2.50"]]))
+        stage      GiB
+        -------  -----
+        load      2.50
+    """
+    return _table(headers, rows, "simple")
+
+
+def html_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """The same rows as an HTML table; every cell is escaped."""
+    table = str(_table(headers, rows, "html"))
+    for tag in ("td", "th"):  # notebooks align cells to the right unless told otherwise
+        table = table.replace(f"<{tag}>", f'<{tag} style="text-align: left;">')
+    return table
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """The same rows as Markdown, for a job page or a file; a `|` in a cell is escaped."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[object]], form: str) -> str:
+    from tabulate import tabulate
+
+    columns = zip(*rows, strict=True)
+    sides = ["right" if all(NUMBER.fullmatch(str(cell)) for cell in column) else "left" for column in columns]
+    return tabulate(rows, headers=headers, tablefmt=form, disable_numparse=True, colalign=sides or None)

@@ -1,0 +1,1 @@
+"""What maintainers run: the lock, Colab's images, the regression, planted faults, and runs on other machines."""
