@@ -24,19 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from helpers.base import InputError, hash_files, replace_file, short_path
+from helpers.chapters import producer_of
 from helpers.hub import require_hub
 
 SCHEMA_VERSION = 1
 MANIFEST = "handoff.json"
-# Which chapter writes what, and what that chapter needs itself: the order in which catch-up runs them.
-PRODUCERS = {
-    "lora.json": "02_load_and_lora",
-    "dataset": "03_data",
-    "adapter": "04_train",
-    "report.json": "04_train",
-    "report.html": "04_train",
-}
-NEEDS = {"02_load_and_lora": (), "03_data": (), "04_train": ("lora.json", "dataset")}
 RECORDED_PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 
 
@@ -146,7 +138,7 @@ class Run:
             if list(files) == [unfinished.name]:
                 files = {target.name: files[unfinished.name]}
             entry = {
-                "chapter": PRODUCERS.get(name, "06_save"),
+                "chapter": producer_of(name).name,
                 "base_model": base_model,
                 "template": template,
                 "versions": library_versions(),
@@ -267,7 +259,7 @@ def _fetch(run: Run, name: str, hub: str | None, parameters: Mapping[str, Any]) 
             fix=f"open {last.executed}",
         )
     run.artefact(name)
-    return f"made now by {PRODUCERS[name]}"
+    return f"made now by {producer_of(name).name}"
 
 
 def missing_chapters(run: Run, name: str) -> list[str]:
@@ -275,15 +267,15 @@ def missing_chapters(run: Run, name: str) -> list[str]:
 
     Example: in an empty run folder "adapter" -> ["02_load_and_lora", "03_data", "04_train"]
     """
-    chapters: list[str] = []
-    for need in NEEDS[PRODUCERS[name]]:
+    producer, chapters = producer_of(name), []
+    for need in producer.needs:
         if not run.has(need):
             chapters += [chapter for chapter in missing_chapters(run, need) if chapter not in chapters]
-    return [*chapters, PRODUCERS[name]]
+    return [*chapters, producer.name]
 
 
 def _refused(name: str, where: str, found: str, expected: str) -> HandoffError:
-    chapter = PRODUCERS.get(name, "06_save")
+    chapter = producer_of(name).name
     return HandoffError(where, found=found, expected=expected, fix=f"run chapter {chapter} (again) with this RUN_DIR")
 
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from helpers.base import InputError, short_path, text_table
+from helpers.chapters import CHAPTER_NAMES
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-CHAPTERS = ("01_install", "02_load_and_lora", "03_data", "04_train", "05_infer", "06_save")
 # Colab's ipykernel 6.17 hangs each second time it is asked to end: it flushes into a thread that it has stopped. After
 # 2.5 seconds it is killed; so kill it, and its children, at once. The chapters leave nothing to be done at that point.
 AT_THE_END = {"shutdown_kernel": "immediate"}
@@ -61,8 +61,9 @@ def chapter_parameters(chapter: str) -> set[str]:
     """The names that a chapter's parameters cell sets."""
     import papermill
 
-    if chapter not in CHAPTERS:
-        raise SeriesError("chapter", found=chapter, expected=f"one of {', '.join(CHAPTERS)}", fix="name one of these")
+    if chapter not in CHAPTER_NAMES:
+        expected = f"one of {', '.join(CHAPTER_NAMES)}"
+        raise SeriesError("chapter", found=chapter, expected=expected, fix="name one of these")
     return set(papermill.inspect_notebook(str(NOTEBOOKS / f"{chapter}.ipynb")))
 
 
@@ -78,7 +79,7 @@ def run_chapter(chapter: str, *, executed_dir: str | Path, parameters: Mapping[s
     """Execute one chapter; the executed notebook is written to `executed_dir`, also when a cell fails.
 
     Args:
-        chapter: a name of `CHAPTERS`.
+        chapter: a name of `CHAPTER_NAMES`.
         executed_dir: where the executed notebook goes.
         parameters: values for names that the chapter's parameters cell sets; names that only other chapters have are
             left out, so that one set serves the series.
@@ -288,14 +289,14 @@ def main(arguments: list[str] | None = None) -> int:
     from helpers.profiles import choose_profile
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("chapters", nargs="*", default=list(CHAPTERS), metavar="CHAPTER", help="default: all six")
+    parser.add_argument("chapters", nargs="*", default=list(CHAPTER_NAMES), metavar="CHAPTER", help="default: all six")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
     parser.add_argument("-f", type=Path, metavar="FILE", help="a YAML file of parameters")
     parser.add_argument("--fresh", action="store_true", help="set the run folder aside first, as NAME.previous")
     options = parser.parse_args(arguments)
     try:
         parameters = read_parameter_file(options.f) if options.f else {}
-        check_parameters(CHAPTERS, parameters)  # a file is for the series, whatever part of it runs now
+        check_parameters(CHAPTER_NAMES, parameters)  # a file is for the series, whatever part of it runs now
         typed = {name: read_value(value) for name, value in options.p}
         check_parameters(options.chapters, typed)
         parameters |= typed

@@ -25,6 +25,10 @@ from nbformat import NotebookNode
 
 NOTEBOOKS = Path(__file__).resolve().parent
 ROOT = NOTEBOOKS.parent
+sys.path.insert(0, str(ROOT))
+
+from helpers.chapters import CHAPTER_NAMES, CHAPTERS  # noqa: E402
+
 README = ROOT / "README.md"
 TABLE_START, TABLE_END = "<!-- chapters: written by notebooks/build.py -->", "<!-- end of chapters -->"
 EDITIONS = {"en": NOTEBOOKS, "zh": NOTEBOOKS / "zh-CN"}
@@ -35,7 +39,7 @@ METADATA = {
 }
 CELL_METADATA = ("tags", "lang")
 INCLUDE = "# include: "
-BUDGET = "{{budget}}"
+BUDGET, NEXT = "{{budget}}", "{{next}}"  # in a source, for what the build writes
 
 
 def repository() -> str:
@@ -45,8 +49,19 @@ def repository() -> str:
 
 
 def sources() -> list[Path]:
-    """The chapters' sources in order."""
-    return sorted(path for path in (NOTEBOOKS / "src").glob("[0-9][0-9]_*.py"))
+    """The chapters' sources in order.
+
+    Raises:
+        SystemExit: the table in helpers/chapters.py and the folder src/ do not name the same chapters.
+    """
+    paths = [NOTEBOOKS / "src" / f"{name}.py" for name in CHAPTER_NAMES]
+    present = sorted((NOTEBOOKS / "src").glob("[0-9][0-9]_*.py"))
+    if odd := sorted({path.name for path in set(paths) ^ set(present)}):
+        raise SystemExit(
+            f"notebooks/src: found {', '.join(odd)} in one place alone, expected a source for each row of "
+            "helpers/chapters.py. Fix: add the row, or the source."
+        )
+    return paths
 
 
 def read_cells(source: Path) -> list[NotebookNode]:
@@ -77,7 +92,9 @@ def build(source: Path, lang: str) -> NotebookNode:
         text = f"{source.stem}\n{cell.cell_type}\n{cell.source}".replace(repository(), "")
         seen[text] += 1
         metadata = {key: cell.metadata[key] for key in CELL_METADATA if key in cell.metadata}
-        source_text = cell.source.replace(BUDGET, budget(source.stem, lang))
+        source_text = (
+            cell.source.replace(BUDGET, budget(source.stem, lang)).replace(NEXT, next_line(source.stem, lang)).rstrip()
+        )
         make = nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
         cell_id = hashlib.sha256(f"{text}\n{seen[text]}".encode()).hexdigest()[:12]
         cells.append(make(source_text, id=cell_id, metadata=metadata))
@@ -119,7 +136,7 @@ def readme() -> str:
     for source in sources():
         link = f"https://colab.research.google.com/github/{repository()}/blob/main/notebooks/{source.stem}.ipynb"
         badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
-        figures = taken["chapters"][source.stem]
+        figures = taken["chapters"].get(source.stem, {"minutes": "not measured yet", "peak_gib": ""})
         name = f"[{source.stem[:2]} {title(source)}](notebooks/{source.stem}.ipynb)"
         rows.append(f"| {name} | {badge} | {figures['minutes']} | {figures['peak_gib']} | not measured |")
     table = "\n".join([TABLE_START, *rows, TABLE_END])
@@ -135,7 +152,9 @@ def measured() -> dict:
 def budget(chapter: str, lang: str) -> str:
     """The chapter's budget line: measured where it was recorded, and honest about where it was not."""
     taken = measured()
-    figures = taken["chapters"][chapter]
+    figures = taken["chapters"].get(chapter)
+    if figures is None:
+        return "**开销**：尚未测量。" if lang == "zh" else "**Budget**: not measured yet."
     if lang == "zh":
         return (
             f"**开销**：{figures['minutes']} 分钟，内存峰值 {figures['peak_gib']} GiB"
@@ -145,6 +164,13 @@ def budget(chapter: str, lang: str) -> str:
         f"**Budget**: {figures['minutes']} minutes and {figures['peak_gib']} GiB of memory at the peak (`cpu` profile, "
         f"{taken['device']}, {taken['date']}). On a T4: not measured."
     )
+
+
+def next_line(chapter: str, lang: str) -> str:
+    """The link to the chapter that follows; nothing behind the last one."""
+    following = CHAPTERS[CHAPTER_NAMES.index(chapter) + 1 :][:1]
+    word = {"en": "Next", "zh": "下一章"}[lang]
+    return "".join(f"{word}: [{other.title} →]({other.name}.ipynb)" for other in following)
 
 
 def keep_outputs(notebook: NotebookNode, donor: NotebookNode) -> int:

@@ -20,7 +20,8 @@ import nbformat
 import pytest
 from train_once import shallow_smollm2
 
-from helpers.series import CHAPTERS, chapter_parameters
+from helpers.chapters import CHAPTER_NAMES
+from helpers.series import chapter_parameters
 from tests.maintain.image import read_freeze
 from tests.maintain.lock import IMAGE
 
@@ -74,7 +75,7 @@ def tree(tmp_path_factory):
     few = [[line for line in lines if f'"split": "{split}"' in line][:count] for split, count in FEW_ROWS.items()]
     (folder / "few.jsonl").write_text("".join(sum(few, [])), encoding="utf-8")
     shallow_smollm2(folder / "shallow")
-    for chapter in CHAPTERS:
+    for chapter in CHAPTER_NAMES:
         prepare(folder, chapter, FEW_STEPS)
     faults = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in FAULTS])
     faults.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -149,7 +150,7 @@ def wait_for(url, server, log):
 
 @pytest.fixture(scope="module")
 def lab(tree):
-    return open_in_browser(tree, "lab", CHAPTERS)
+    return open_in_browser(tree, "lab", CHAPTER_NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def seen(request, front_end, name):
     return saw
 
 
-VISITS = [("lab", chapter) for chapter in CHAPTERS] + [("classic", chapter) for chapter in IN_CLASSIC]
+VISITS = [("lab", chapter) for chapter in CHAPTER_NAMES] + [("classic", chapter) for chapter in IN_CLASSIC]
 
 
 @pytest.mark.parametrize("front_end, chapter", VISITS)

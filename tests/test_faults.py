@@ -9,7 +9,7 @@ import sys
 import nbformat
 import pytest
 
-from helpers.series import CHAPTERS
+from helpers.chapters import CHAPTER_NAMES
 from tests.maintain import faults, repeat
 from tests.maintain.faults import (
     CONTROLS,
@@ -67,7 +67,7 @@ def test_a_fault_is_caught(good, tmp_path, fault, way, said):
 @pytest.mark.slow
 def test_nothing_is_noticed_where_nothing_is_broken(good, tmp_path, monkeypatch):
     """The same way through a new kernel as the faults' above, and with as much planted: a line in the log."""
-    monkeypatch.setattr(faults, "CHAPTERS", (CHAPTER,))
+    monkeypatch.setattr(faults, "CHAPTER_NAMES", (CHAPTER,))
     outcome = plant("none", good=good, work=tmp_path, parameters=PARAMETERS)
     assert (outcome.way, outcome.what) == ("", "")
     assert (tmp_path / "none.log").read_text() == "none\n"
@@ -80,7 +80,7 @@ def test_a_fault_whose_code_never_runs_does_not_count_as_caught(good, tmp_path, 
     def run_unbroken(fault, chapter, *, run_dir, **rest):
         shutil.copy(good / "executed" / f"{chapter}.ipynb", run_dir / "executed")
 
-    monkeypatch.setattr(faults, "CHAPTERS", (CHAPTER,))
+    monkeypatch.setattr(faults, "CHAPTER_NAMES", (CHAPTER,))
     monkeypatch.setattr(faults, "run_chapter_with", run_unbroken)
     caught = plant("no_lora", good=good, work=tmp_path, parameters=PARAMETERS)
     assert (caught.way, caught.what) == ("", "NOT PLANTED: its code never ran (nothing noticed)")
@@ -104,7 +104,7 @@ def test_every_fault_has_its_code_and_a_chapter():
     planted = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(planted)
     assert set(planted.FAULTS) == {*FAULTS, *CONTROLS, *faults.BEFORE.values()}
-    assert {chapter for chapter, _ in (FAULTS | CONTROLS).values()} <= set(CHAPTERS)
+    assert {chapter for chapter, _ in (FAULTS | CONTROLS).values()} <= set(CHAPTER_NAMES)
     assert len(FAULTS) >= 15
 
 
@@ -131,7 +131,7 @@ def test_a_good_run_is_used_again_only_while_it_comes_from_what_is_here(tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(faults, "STEPS", 3)
         assert not is_whole(tmp_path)
-    for chapter in CHAPTERS:
+    for chapter in CHAPTER_NAMES:
         shutil.copy(repeat.NOTEBOOKS / f"{chapter}.ipynb", tmp_path)
     monkeypatch.setattr(repeat, "NOTEBOOKS", tmp_path)
     assert is_whole(tmp_path)

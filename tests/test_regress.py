@@ -12,7 +12,7 @@ import pytest
 from nbval.plugin import get_sanitize_patterns
 
 from helpers.base import text_table
-from helpers.series import CHAPTERS
+from helpers.chapters import CHAPTER_NAMES
 from tests.maintain import regress
 from tests.maintain.regress import (
     NOTEBOOKS,
@@ -56,7 +56,7 @@ def run_dir(tmp_path):
     """A run whose executed notebooks are the committed ones, as papermill leaves them, and eight steps of training."""
     folder = tmp_path / "run"
     (folder / "executed").mkdir(parents=True)
-    for chapter in CHAPTERS:
+    for chapter in CHAPTER_NAMES:
         notebook = nbformat.read(NOTEBOOKS / f"{chapter}.ipynb", as_version=4)
         given = nbformat.v4.new_code_cell("PROFILE = 'cpu'", metadata={"tags": ["injected-parameters"]})
         notebook.cells.insert(4, given)
@@ -358,7 +358,7 @@ def test_a_committed_baseline_has_the_bands_of_the_rules(path):
     ("metric", "chapter"), [("04 peak GiB", "04_train"), ("peak GiB, 04_train", "04_train"), ("steps", None)]
 )
 def test_a_metric_belongs_to_its_chapter(metric, chapter):
-    assert [name for name in CHAPTERS if belongs_to(metric, name)] == ([chapter] if chapter else [])
+    assert [name for name in CHAPTER_NAMES if belongs_to(metric, name)] == ([chapter] if chapter else [])
 
 
 def test_recording_keeps_a_good_run_alone(run_dir, tmp_path):
@@ -412,7 +412,7 @@ def test_the_verdict_and_its_reports(run_dir, tmp_path, monkeypatch):
     assert counts(reports / "bands.xml") == (len(verdict.bands.outside), 3)  # the seconds and the speed are not judged
     index = (reports / "index.html").read_text(encoding="utf-8")
     assert "Regression FAILED" in index
-    for chapter in CHAPTERS:
+    for chapter in CHAPTER_NAMES:
         assert f'href="{chapter}.html"' in index
         assert "<html" in (reports / f"{chapter}.html").read_text(encoding="utf-8")
     assert json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))["values"]["04 loss, step 1"] == 6.0

@@ -38,7 +38,7 @@ def chapters(tmp_path, monkeypatch):
     write_chapter(tmp_path, "02_load_and_lora", "import os", "x = {}[\n  'nothing']")
     write_chapter(tmp_path, "03_data", "print('Result: reached')")
     monkeypatch.setattr(series, "NOTEBOOKS", tmp_path)
-    monkeypatch.setattr(series, "CHAPTERS", ("01_install", "02_load_and_lora", "03_data"))
+    monkeypatch.setattr(series, "CHAPTER_NAMES", ("01_install", "02_load_and_lora", "03_data"))
     return tmp_path
 
 
@@ -226,7 +226,7 @@ def test_a_file_that_is_missing_or_empty(tmp_path):
 @pytest.mark.parametrize("profile", ["cpu", "t4", "t4-smollm2"])
 def test_the_profiles_files_name_parameters_that_exist(profile):
     parameters = read_parameter_file(Path(__file__).parent / "profiles" / f"{profile}.yaml")
-    check_parameters(series.CHAPTERS, parameters)
+    check_parameters(series.CHAPTER_NAMES, parameters)
     assert parameters["PROFILE"] == profile.partition("-")[0]
 
 

@@ -150,4 +150,4 @@ print(f"Result: {passed} of {len(environment.rows)} checks ok, profile {profile.
 #
 # On your own: set `PROFILE` to `"t4"` on a machine without a GPU (to `"cpu"` on a T4), and read which settings differ.
 #
-# Next: [Load the model in 4-bit and add LoRA →](02_load_and_lora.ipynb)
+# {{next}}

@@ -207,4 +207,4 @@ print(f"Result: {trainable.trainable:,} trainable parameters, {share:.1f} % of t
 # parameters were theirs. Then set the values back and run the chapter once more, because chapter 04 trains with what
 # was written last.
 #
-# Next: [Turn ShareGPT conversations into training text →](03_data.ipynb)
+# {{next}}

@@ -243,4 +243,4 @@ print(f"Result: {len(train_dataset)} + {len(eval_dataset)} conversations, longes
 # On your own: put ten conversations of your own into a `.jsonl` file (on Colab, one on your Drive) and give its full
 # path as `DATASET`, here and in chapter 04; set `MAX_SEQ_LENGTH` to 96 and see how many rows no longer fit.
 #
-# Next: [Train on the answers only, and prove that it learned →](04_train.ipynb)
+# {{next}}

@@ -422,4 +422,4 @@ print(f"Result: {figure}")
 # claims still hold; put `response_part = response_part.replace("assistant", "assistent")` before
 # `train_on_responses_only` and see what stops the chapter; set `LEARNING_RATE` to 0.1.
 #
-# Next: [Talk to the tuned model →](05_infer.ipynb)
+# {{next}}

@@ -241,4 +241,4 @@ print(f"Result: {differing} of {len(tuned)} held-out replies differ from the bas
 #
 # On your own: set `temperature` to 0.3 and to 3 and sample again; leave out `min_p`; give the chat box a system prompt.
 #
-# Next: [Save, merge, export to GGUF, reload and verify →](06_save.ipynb)
+# {{next}}

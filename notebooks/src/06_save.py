@@ -314,6 +314,8 @@ print(f"Result: {passed} of {len(exports.checks)} forms answer within their limi
 # chapter; load with `load_in_4bit=True` and read why the chapter stops; change a word in the Modelfile's template and
 # ask Ollama again.
 #
-# This was the last chapter. Start again with data of your own: put the file on your Drive (or anywhere on your own
+# Start again with data of your own: put the file on your Drive (or anywhere on your own
 # computer), and give its full path as `DATASET`, and the same `DRIVE_DIR`, in [chapter 03](03_data.ipynb) and the
 # chapters after it.
+#
+# {{next}}

@@ -33,8 +33,8 @@ from typing import Any
 
 import helpers
 from helpers.base import ROOT, InputError, markdown_table, text_table
+from helpers.chapters import CHAPTER_NAMES
 from helpers.handoff import fingerprint, library_versions
-from helpers.series import CHAPTERS
 from tests.maintain.regress import (
     BASELINES,
     baseline_path,
@@ -106,7 +106,7 @@ class Caught:
 def good_fingerprint() -> str:
     """Names all that a good run comes from: chapters, helpers, conversations, versions, and how long it is."""
     files = [*sorted((ROOT / "helpers").rglob("*.py")), CONVERSATIONS]
-    parts = [code_fingerprint(*CHAPTERS), json.dumps(library_versions()), f"{STEPS} {HELD_OUT}"]
+    parts = [code_fingerprint(*CHAPTER_NAMES), json.dumps(library_versions()), f"{STEPS} {HELD_OUT}"]
     return fingerprint("\n".join([*parts, *(path.read_text(encoding="utf-8") for path in files)]))
 
 
@@ -185,7 +185,7 @@ def plant(fault: str, *, good: Path, work: Path, parameters: Path) -> Caught:
         run_chapter_with(BEFORE[fault], first, run_dir=run_dir, log=before, parameters=parameters)
         if not before.exists():
             raise HarnessError(f"{first} was not {BEFORE[fault]}")
-    for chapter in CHAPTERS[CHAPTERS.index(first) :]:
+    for chapter in CHAPTER_NAMES[CHAPTER_NAMES.index(first) :]:
         unlinked(run_dir / "executed" / f"{chapter}.ipynb")
         run_chapter_with(fault, chapter, run_dir=run_dir, log=log, parameters=parameters)
         way, what = noticed(chapter, run_dir=run_dir, good=good)

@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from helpers.base import ROOT, InputError, html_table, markdown_table, text_table
+from helpers.chapters import CHAPTER_NAMES
 from helpers.profiles import PROFILES
 from helpers.requirements import public
-from helpers.series import CHAPTERS, NOTEBOOKS, read_result
+from helpers.series import NOTEBOOKS, read_result
 
 RUNS = ROOT / "runs"
 TESTS = ROOT / "tests"
@@ -112,7 +113,7 @@ def collect_metrics(run_dir: str | Path) -> Metrics:
     report = _read_json(run_dir / "report.json")
     of = {"profile": measured["profile"], "device": measured["kind"], "model": last.get("base_model", "")}
     of |= {"steps": report.get("steps"), "versions": last.get("versions", {})}
-    texts = {chapter: cell_texts(run_dir / "executed" / f"{chapter}.ipynb") for chapter in CHAPTERS}
+    texts = {chapter: cell_texts(run_dir / "executed" / f"{chapter}.ipynb") for chapter in CHAPTER_NAMES}
     values: dict[str, float | bool] = {}
     if weights := _search(r"^(\d+) MiB of weights", texts["02_load_and_lora"]):
         values["02 weights, MiB"] = int(weights[1])
@@ -358,7 +359,7 @@ def compare_shown(
     *,
     against: Path,
     reports: Path,
-    chapters: Sequence[str] = CHAPTERS,
+    chapters: Sequence[str] = CHAPTER_NAMES,
     code_only: bool = False,
 ) -> list[Shown]:
     """Compare the executed notebooks with recorded ones through nbval, in a pytest of its own; no kernel starts.
@@ -502,7 +503,7 @@ def check_run(run_dir: str | Path, *, baselines: Path = BASELINES, nbval: str = 
     seconds = time.perf_counter() - start
     by_chapter = {each.chapter: each for each in shown}
     chapters = []
-    for chapter in CHAPTERS:
+    for chapter in CHAPTER_NAMES:
         executed = run_dir / "executed" / f"{chapter}.ipynb"
         each = by_chapter.get(chapter, Shown(chapter, 0, ()))
         off = [row for row in bands.outside if belongs_to(row[0], chapter) and not bands.unlike]
@@ -543,7 +544,7 @@ def write_gallery(verdict: Verdict, run_dir: Path) -> None:
     from nbconvert import HTMLExporter
 
     pages = []
-    for chapter in CHAPTERS:
+    for chapter in CHAPTER_NAMES:
         executed = run_dir / "executed" / f"{chapter}.ipynb"
         if executed.is_file():
             page, _ = HTMLExporter().from_filename(str(executed))
@@ -564,7 +565,7 @@ def record(run_dir: str | Path, *, baselines: Path = BASELINES) -> Path:
     """
     metrics = collect_metrics(run_dir)
     executed = Path(run_dir) / "executed"
-    for chapter in CHAPTERS:
+    for chapter in CHAPTER_NAMES:
         state = "" if (executed / f"{chapter}.ipynb").is_file() else "not executed"
         if state or not read_result(executed / f"{chapter}.ipynb"):
             found, fix = state or "no result, it failed", "run the series to its end first: `make run`"
@@ -585,7 +586,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = "a run folder, such as runs/cpu; default: that of runs/cpu and runs/t4 which was written last"
     parser.add_argument("run_dir", type=Path, nargs="?", metavar="RUN_DIR", help=where)
-    parser.add_argument("--nbval", metavar="CHAPTER", choices=CHAPTERS, default="", help="nbval executes this one too")
+    parser.add_argument("--nbval", metavar="CHAPTER", choices=CHAPTER_NAMES, default="", help="nbval executes it too")
     parser.add_argument("--record", action="store_true", help="keep this run's numbers as its device's baseline")
     options = parser.parse_args(arguments)
     try:

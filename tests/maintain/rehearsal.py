@@ -22,13 +22,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from helpers.base import ROOT, InputError, text_table
+from helpers.chapters import CHAPTER_NAMES
 from helpers.requirements import public, read_lock, requirement_name
 from helpers.series import read_result
 from tests.maintain.image import FREEZE, LOCK, METADATA, OS_INFO, read_freeze, read_metadata, read_os_info
 from tests.maintain.lock import IMAGE, find_uv
 from tests.maintain.regress import cell_texts
 
-CHAPTERS = ("01_install", "02_load_and_lora", "03_data", "04_train")
+CHAPTERS = CHAPTER_NAMES[:4]
 SETUP_CELL = ROOT / "notebooks" / "src" / "setup_cell.py"
 # What a Colab kernel and the helpers use, beside what the lock's packages ask for.
 KERNEL = ("ipykernel", "ipython", "ipywidgets", "matplotlib", "pip", "psutil", "setuptools", "tabulate", "torchvision")

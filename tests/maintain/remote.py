@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.base import ROOT, InputError, text_table
-from helpers.series import CHAPTERS, check_parameters, read_parameter_file, read_result, read_value
+from helpers.chapters import CHAPTER_NAMES
+from helpers.series import check_parameters, read_parameter_file, read_result, read_value
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -267,10 +268,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
     parser.add_argument("--into", type=Path, default=ROOT / "runs/t4", metavar="FOLDER", help="where the result goes")
     options = parser.parse_args(arguments)
-    chapters, owner = options.chapters or list(CHAPTERS), os.environ.get("KAGGLE_USERNAME", "")
+    chapters, owner = options.chapters or list(CHAPTER_NAMES), os.environ.get("KAGGLE_USERNAME", "")
     try:
         parameters = read_parameter_file(options.f)
-        check_parameters(CHAPTERS, parameters)  # a file is for the series, whatever part of it runs now
+        check_parameters(CHAPTER_NAMES, parameters)  # a file is for the series, whatever part of it runs now
         typed = {name: read_value(value) for name, value in options.p}
         check_parameters(chapters, typed)
         if options.service == "kaggle" and not owner:

@@ -1,0 +1,46 @@
+"""The chapters: the only place that names them. To add one, write its source in notebooks/src and a row here."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One notebook of the series.
+
+    Attributes:
+        name: of its source and notebook, such as "04_train".
+        title: its heading.
+        needs: the artefacts of the run folder that it reads.
+        writes: the artefacts that it hands on.
+    """
+
+    name: str
+    title: str
+    needs: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+
+
+CHAPTERS = (
+    Chapter("01_install", "Install Unsloth and check the machine"),
+    Chapter("02_load_and_lora", "Load the model in 4-bit and add LoRA", writes=("lora.json",)),
+    Chapter("03_data", "Turn ShareGPT conversations into training text", writes=("dataset",)),
+    Chapter(
+        "04_train",
+        "Train on the answers only, and prove that it learned",
+        needs=("lora.json", "dataset"),
+        writes=("adapter", "report.json", "report.html"),
+    ),
+    Chapter("05_infer", "Talk to the tuned model", needs=("adapter",)),
+    Chapter(
+        "06_save",
+        "Save, merge, export to GGUF, reload and verify",
+        needs=("dataset", "adapter", "report.json"),
+        writes=("merged", "gguf", "README.md"),
+    ),
+)
+CHAPTER_NAMES = tuple(chapter.name for chapter in CHAPTERS)
+
+
+def producer_of(artefact: str) -> Chapter:
+    """The chapter that hands an artefact on; the last one where none says so. Example: `"adapter"` -> 04_train's."""
+    return next((chapter for chapter in CHAPTERS if artefact in chapter.writes), CHAPTERS[-1])
