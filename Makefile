@@ -37,7 +37,7 @@ notebooks: $(READY)  ## build the notebooks from notebooks/src
 	@python notebooks/build.py
 
 run: model llama-cpp notebooks  ## run the six chapters and print one table; PROFILE=cpu or t4 takes its parameter file
-	@python -m helpers.series --fresh $(if $(PROFILE),-f tests/profiles/$(PROFILE).yaml)
+	@python -m helpers.series --fresh $(if $(PROFILE),-f tests/profiles/$(PROFILE).toml)
 
 regress: $(READY)  ## compare the last run, or PROFILE's, with the recorded outputs, and judge its measures
 	@python -m tests.maintain.regress $(if $(PROFILE),runs/$(PROFILE)) --nbval 03_data

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SECTIONS = ("settings", "environment", "data", "mask", "memory", "curves", "evidence", "replies")
 
+PAGE = Path(__file__).with_name("report.html")  # in Jinja's language
+
 
 class ReportError(InputError):
     """A report that cannot be made, or content that is no report."""
@@ -158,9 +160,8 @@ def _render(report: Mapping[str, Any]) -> str:
     curves = Curves(rows, report["curves"]["max_steps"], report["curves"]["is_gpu"], report["curves"]["total_gib"])
     png = as_image(draw_curves(curves)).data
     held = sum(holds for _, _, holds in report["evidence"]["rows"])
-    return environment.from_string(PAGE).render(
+    return environment.from_string(PAGE.read_text(encoding="utf-8")).render(
         report,
-        style=STYLE,
         resumed_from=report.get("resumed_from_step", 0),
         figures=_figures(report, curves),
         held=held,
@@ -234,149 +235,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-STYLE = """
-:root { color-scheme: light; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --tint: #f6f8fa; --blue: #0072b2;
-  --good: #00664a; --bad: #a63c00; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1.25rem 3rem; color: var(--ink); background: #fff;
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .2rem; }
-h2 { font-size: 1.05rem; margin: 2rem 0 .6rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); }
-p { margin: .3rem 0; }
-.soft { color: var(--soft); font-size: .87rem; }
-.figures { display: flex; flex-wrap: wrap; gap: .7rem; margin: 1.1rem 0; }
-.figures div { flex: 1 1 9.5rem; background: var(--tint); border-radius: 8px; padding: .65rem .8rem; }
-.figures b { display: block; font-size: 1.18rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.figures span { color: var(--soft); font-size: .8rem; display: block; line-height: 1.3; }
-.verdict { border-left: 4px solid var(--good); background: #eef8f4; padding: .55rem .8rem; border-radius: 0 6px 6px 0;
-  margin: .5rem 0; }
-.verdict.bad { border-color: var(--bad); background: #fdf1ea; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; color: var(--soft); font-size: .8rem; }
-th, td { padding: .32rem .7rem .32rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td:last-child, th:last-child { padding-right: 0; }
-.right { text-align: right; }
-.yes { color: var(--good); font-weight: 600; white-space: nowrap; }
-.no { color: var(--bad); font-weight: 600; white-space: nowrap; }
-.bar { background: var(--line); height: .55rem; border-radius: 3px; min-width: 6rem; margin-top: .45rem;
-  overflow: hidden; }
-.bar i { display: block; height: 100%; background: var(--blue); }
-img { max-width: 100%; height: auto; display: block; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .7rem; margin: .3rem 0 1.1rem; }
-.pair div { background: var(--tint); border-radius: 8px; padding: .55rem .8rem; overflow-wrap: anywhere;
-  font-size: .92rem; }
-.pair div + div { background: #eaf4fb; }
-.text { white-space: pre-wrap; margin: 0; }
-.prompt { font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); column-gap: 2rem; }
-.facts section { min-width: 0; }
-.facts td { overflow-wrap: anywhere; }
-.facts td:first-child { color: var(--soft); width: 54%; font-size: .85rem; }
-@media (max-width: 34rem) { body { padding: 1rem .8rem 2rem; } .pair { grid-template-columns: 1fr; }
-  .figures { gap: .5rem; } .figures div { flex-basis: 8rem; } .figures b { font-size: 1.05rem; }
-  .facts { grid-template-columns: minmax(0, 1fr); } }
-@media print { @page { size: A4; margin: 12mm; } body { font-size: 9.5px; line-height: 1.35; max-width: none;
-  padding: 0; -webkit-print-color-adjust: exact; print-color-adjust: exact; }
-  h2 { margin-top: .8rem; break-after: avoid; } tr, .pair, .figures, img { break-inside: avoid; }
-  img { max-height: 68mm; } .facts { grid-template-columns: 1fr 1fr; } .scroll { overflow: visible; } }
-"""
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Training report: {{ base_model }}</title>
-<style>{{ style|safe }}</style>
-</head>
-<body>
-<h1>Training report</h1>
-<p class="soft">{{ base_model }} · {{ data.dataset }} · {{ device }} · {{ written[:16]|replace("T", " ") }} UTC</p>
-<div class="figures">
-{% for name, value, what in figures %}
-<div><span>{{ name }}</span><b>{{ value }}</b><span>{{ what }}</span></div>
-{% endfor %}
-</div>
-{% set claims = evidence.rows|length %}
-<p class="verdict{{ '' if held == claims else ' bad' }}"><b>{{ held }} of {{ claims }} claims hold.</b>
-{{ 'It learned, and changed nothing else.' if held == claims else 'Do not use this adapter.' }}</p>
-{% if evidence.warning %}
-<p class="verdict bad"><b>Warning:</b> {{ evidence.warning }}</p>
-{% endif %}
-
-<h2>Evidence</h2>
-<div class="scroll"><table>
-<tr><th>claim</th><th>seen</th><th>holds</th></tr>
-{% for claim, seen, holds in evidence.rows %}
-<tr><td>{{ claim }}</td><td>{{ seen }}</td>
-<td class="{{ 'yes' if holds else 'no' }}">{{ '✓ yes' if holds else '✗ no' }}</td></tr>
-{% endfor %}
-</table></div>
-<p class="soft">Held-out loss: {{ held_out_loss.conversations }} conversations that were never trained on, their
-{{ '{:,}'.format(held_out_loss.answer_tokens) }} answer tokens only; 95 % intervals by bootstrap over
-conversations. Before
-{{ held_out_loss.before_interval[0]|number }} to {{ held_out_loss.before_interval[1]|number }}, after
-{{ held_out_loss.after_interval[0]|number }} to {{ held_out_loss.after_interval[1]|number }}.</p>
-
-<h2>Curves</h2>
-<img alt="Training and held-out loss, learning rate, tokens per second and memory by step"
-src="data:image/png;base64,{{ plot }}">
-{% if replies %}
-
-<h2>The same prompts, before and after</h2>
-{% for prompt, first, second in replies %}
-<p class="prompt">{{ prompt }}</p>
-<div class="pair"><div><span class="soft">before</span><p class="text">{{ first }}</p></div>
-<div><span class="soft">after</span><p class="text">{{ second }}</p></div></div>
-{% endfor %}
-{% endif %}
-
-<h2>Time and memory</h2>
-<div class="scroll"><table>
-<tr><th>stage</th><th class="right">seconds</th><th class="right">allocated GiB</th><th class="right">reserved GiB</th>
-<th class="right">peak GiB</th><th>of {{ '%.1f'|format(memory[0].total_gib) }} GiB</th></tr>
-{% for stage in memory %}
-<tr><td>{{ stage.stage }}</td><td class="right">{{ '%.1f'|format(stage.seconds) }}</td>
-<td class="right">{{ '%.2f'|format(stage.allocated_gib) }}</td>
-<td class="right">{{ '%.2f'|format(stage.reserved_gib) }}</td><td class="right">{{ '%.2f'|format(stage.peak_gib) }}</td>
-<td><div class="bar"><i style="width: {{ '%.1f'|format(100 * stage.peak_gib / stage.total_gib) }}%"></i></div></td></tr>
-{% endfor %}
-</table></div>
-{% if resumed_from %}
-<p class="soft">Training went on from step {{ resumed_from }}: these times and figures are the last session's.</p>
-{% endif %}
-
-<div class="facts">
-<section><h2>Data</h2><table>
-{% for name, value in data.items() %}
-<tr><td>{{ name }}</td><td>{{ value|shown }}</td></tr>
-{% endfor %}
-</table></section>
-<section><h2>Mask</h2>
-<p class="{{ 'yes' if mask.ok else 'no' }}">{{ '✓ Every answer is trained, and nothing else.' if mask.ok
-else '✗ Not fit to train on.' }}</p><table>
-<tr><td>rows, answers</td><td>{{ '{:,}, {:,}'.format(mask.rows, mask.answers) }}</td></tr>
-<tr><td>tokens trained</td><td>{{ '{:,} of {:,}'.format(mask.trained_tokens, mask.tokens) }}</td></tr>
-<tr><td>tokens per row</td><td>median {{ mask.tokens_per_row[0] }}, 95 % {{ mask.tokens_per_row[1] }},
-max {{ mask.tokens_per_row[2] }}</td></tr>
-{% for finding in mask.findings %}
-<tr><td class="no">fault</td><td>{{ finding }}</td></tr>
-{% endfor %}
-</table></section>
-<section><h2>Settings</h2><table>
-{% for name, value in settings.items() %}
-<tr><td>{{ name }}</td><td>{{ value|shown }}</td></tr>
-{% endfor %}
-</table></section>
-<section><h2>Environment</h2><table>
-{% for name, value in environment.items() %}
-<tr><td>{{ name }}</td><td>{{ value|shown }}</td></tr>
-{% endfor %}
-</table></section>
-</div>
-</body>
-</html>
-"""

@@ -2,7 +2,7 @@
 
 python -m helpers.series                              the series, as `make run` does
 python -m helpers.series 05_infer -p MAX_STEPS 5      some chapters, with parameters of theirs
-python -m helpers.series -f tests/profiles/t4.yaml    parameters from a file; one that -p names too is taken from -p
+python -m helpers.series -f tests/profiles/t4.toml    parameters from a file; one that -p names too is taken from -p
 """
 
 import argparse
@@ -14,6 +14,7 @@ import shutil
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,6 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 # 2.5 seconds it is killed; so kill it, and its children, at once. The chapters leave nothing to be done at that point.
 AT_THE_END = {"shutdown_kernel": "immediate"}
 RESULT = re.compile(r"^Result: (.+)$", re.MULTILINE)
-YAML_FLOAT = re.compile(
-    r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?$|^[-+]?[0-9]+[eE][-+]?[0-9]+$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"
-)
 
 
 class SeriesError(InputError):
@@ -244,44 +242,23 @@ def read_value(text: str) -> Any:
 
 
 def read_parameter_file(path: str | Path) -> dict[str, Any]:
-    """The parameters in a YAML file: one `NAME: value` a line, numbers read as YAML 1.2 reads them.
-
-    PyYAML follows YAML 1.1, to which `1e-4` is a string, and so is `on` a truth: here the one is a number and the other
-    a word.
+    """The parameters in a TOML file: one `NAME = value` a line.
 
     Raises:
-        SeriesError: no such file, not YAML, a name that is there twice, or no mapping of names to single values.
+        SeriesError: no such file, not TOML, or a value that holds several.
 
-    Example: "LEARNING_RATE: 1e-4" -> {"LEARNING_RATE": 0.0001}
+    Example: `LEARNING_RATE = 1e-4` -> {"LEARNING_RATE": 0.0001}
     """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers = {
-            first: [rule for rule in rules if rule[0].rpartition(":")[2] not in ("float", "bool")]
-            for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+.0123456789"))
-    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))
-    where, expected = f"parameter file {path}", "one `NAME: value` a line"
+    where, expected = f"parameter file {path}", "one `NAME = value` a line"
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader)
-        values = {} if root is None else yaml.load(text, Loader)
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise SeriesError(where, found=str(error.strerror), expected="a YAML file", fix="correct the path") from None
-    except yaml.YAMLError as error:
-        found = " ".join(str(error).split())
-        raise SeriesError(where, found=found, expected=f"YAML, {expected}", fix="correct that line") from None
-    nested = (
-        [value for value in values.values() if isinstance(value, list | dict)] if isinstance(values, dict) else [values]
-    )
-    if nested:
-        raise SeriesError(where, found=repr(nested[0]), expected=expected, fix="write it so")
-    names = [key.value for key, _ in root.value] if root is not None else []
-    if twice := [name for name in values if names.count(name) > 1]:
-        raise SeriesError(where, found=f"{twice[0]} twice", expected="each name once", fix="delete one of the two")
+        raise SeriesError(where, found=str(error.strerror), expected="a TOML file", fix="correct the path") from None
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise SeriesError(where, found=str(error), expected=f"TOML, {expected}", fix="correct that line") from None
+    for name, value in values.items():
+        if not isinstance(value, str | int | float | bool):
+            raise SeriesError(f"{where}, {name}", found=repr(value), expected=expected, fix="write it so")
     return values
 
 
@@ -291,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chapters", nargs="*", default=list(CHAPTER_NAMES), metavar="CHAPTER", help="default: all six")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
-    parser.add_argument("-f", type=Path, metavar="FILE", help="a YAML file of parameters")
+    parser.add_argument("-f", type=Path, metavar="FILE", help="a TOML file of parameters")
     parser.add_argument("--fresh", action="store_true", help="set the run folder aside first, as NAME.previous")
     options = parser.parse_args(arguments)
     try:

@@ -31,7 +31,7 @@ from tests.maintain.faults import (
     verdict,
 )
 
-PARAMETERS = ROOT / "tests/profiles/cpu.yaml"
+PARAMETERS = ROOT / "tests/profiles/cpu.toml"
 CHAPTER = "02_load_and_lora"
 
 

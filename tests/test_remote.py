@@ -4,9 +4,11 @@ A stand-in takes exactly the options of the real command (kaggle 2.2.5, google-c
 ends with status 0 whatever the notebook did.
 """
 
+import base64
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -78,7 +80,7 @@ def run_driver(machine, chapters):
     """Run the notebook that is sent here, in an empty folder; what it said, and the archive that it packed."""
     command(machine / "bin", "nvidia-smi", "#!/bin/sh\necho Tesla T4\n")
     parameters = {"PROFILE": "cpu", "MAX_STEPS": 2}
-    driver = remote.make_driver(chapters, parameters=parameters, bundle=remote.make_bundle())
+    driver = remote.make_driver(remote.make_bundle(chapters, parameters))
     changed = {"PATH": f"{machine / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(machine)}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changed.items():
@@ -178,15 +180,17 @@ def test_what_is_sent_is_parametrised_and_whole(world, archive):
     remote.main(["colab", "04_train", "-p", "MAX_STEPS", "5", "-p", "PROFILE", "t4", "--into", str(world / "t4")])
     sent = nbformat.read(world / "pushed/series.ipynb", as_version=4)
     nbformat.validate(sent)
-    assert "chapters = ['04_train']\n" in sent.cells[1].source
-    assert "parameters = {**{'PROFILE': 't4', 'MAX_STEPS': 5}, \"RUN_DIR\"" in sent.cells[1].source
+    bundle = base64.b64decode(re.match(r'BUNDLE = "(\S+)"\n', sent.cells[0].source)[1])
+    with tarfile.open(fileobj=io.BytesIO(bundle)) as opened:
+        job = json.load(opened.extractfile("job.json"))
+    assert job["chapters"] == ["04_train"] and job["parameters"] == {"PROFILE": "t4", "MAX_STEPS": 5}
     assert all(output == [] for output in (cell.outputs for cell in sent.cells))
 
 
 def test_a_file_is_for_the_series_and_a_typed_parameter_for_the_chapters_named(world, archive, capsys):
     shutil.copy(archive, world)
-    (world / "file.yaml").write_text("MAX_STEPS: 5\n")
-    arguments = ["colab", "01_install", "-f", str(world / "file.yaml"), "--into", str(world / "t4")]
+    (world / "file.toml").write_text("MAX_STEPS = 5\n")
+    arguments = ["colab", "01_install", "-f", str(world / "file.toml"), "--into", str(world / "t4")]
     assert remote.main([*arguments, "-p", "MAX_STEPS", "5"]) == 2
     assert "parameter: found MAX_STEPS" in capsys.readouterr().err and not (world / "calls").exists()
     assert remote.main(arguments) == 1  # the stand-in's archive holds other chapters
@@ -194,11 +198,18 @@ def test_a_file_is_for_the_series_and_a_typed_parameter_for_the_chapters_named(w
 
 
 def test_the_bundle_holds_no_outputs_and_nothing_private():
-    with tarfile.open(fileobj=io.BytesIO(remote.make_bundle())) as bundle:
+    with tarfile.open(fileobj=io.BytesIO(remote.make_bundle(["03_data"], {}))) as bundle:
         names = bundle.getnames()
         notebook = json.load(bundle.extractfile("notebooks/04_train.ipynb"))
         owners = {(entry.uname, entry.uid) for entry in bundle.getmembers()}
-    assert {"helpers/series.py", "notebooks/06_save.ipynb", "requirements-colab.txt", "pyproject.toml"} <= set(names)
+    assert {
+        "helpers/series.py",
+        "helpers/report.html",
+        "job.json",
+        "notebooks/06_save.ipynb",
+        "requirements-colab.txt",
+        "pyproject.toml",
+    } <= set(names)
     assert not [name for name in names if name.startswith(("runs", ".git", "tests", ".venv")) or "__pycache__" in name]
     assert all(not cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
     assert owners == {("", 0)}
@@ -209,7 +220,7 @@ def test_the_bundle_holds_no_outputs_and_nothing_private():
     [
         (["kaggle", "-p", "NO_SUCH", "1"], "parameter: found NO_SUCH"),
         (["kaggle", "09_more"], "chapter: found 09_more"),
-        (["colab", "-f", "/nowhere.yaml"], "parameter file /nowhere.yaml"),
+        (["colab", "-f", "/nowhere.toml"], "parameter file /nowhere.toml"),
     ],
 )
 def test_a_slip_is_told_before_anything_is_sent(arguments, said, world, capsys):

@@ -521,7 +521,7 @@ def test_make_record_keeps_measures_and_outputs_of_the_run_that_it_made(run_alon
     done = run_alone("make", "record")
     assert done.returncode == 0, done.stderr
     called = [line.removeprefix("called: python ") for line in done.stderr.splitlines()]
-    series = called.index("-m helpers.series --fresh -f tests/profiles/cpu.yaml")
+    series = called.index("-m helpers.series --fresh -f tests/profiles/cpu.toml")
     outputs = "notebooks/build.py --outputs-from runs/cpu/executed"
     assert called[series + 1 :] == ["-m tests.maintain.regress runs/cpu --record", outputs]
     assert recorded(tmp_path)
@@ -535,7 +535,7 @@ def test_make_record_changes_nothing_where_the_run_is_no_good(run_alone, last_ru
 
 def test_make_record_keeps_no_outputs_of_another_profile_or_of_a_gpu(run_alone, last_run, tmp_path):
     done = run_alone("make", "record", "PROFILE=t4")
-    assert "-f tests/profiles/t4.yaml" in done.stderr and "tests.maintain.regress runs/t4 --record" in done.stderr
+    assert "-f tests/profiles/t4.toml" in done.stderr and "tests.maintain.regress runs/t4 --record" in done.stderr
     (last_run / "cpu" / "executed" / "measured.json").write_text('{"kind": "Tesla T4"}')
     done = (done, run_alone("make", "record"))
     assert not any(each.returncode or "--outputs-from" in each.stderr for each in done)

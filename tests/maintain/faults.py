@@ -142,7 +142,7 @@ def is_whole(good: Path) -> bool:
 
 
 def make_good(work: Path) -> Path:
-    """The good run: made once, then reused. Its parameters are in `parameters.yaml` beside it."""
+    """The good run: made once, then reused. Its parameters are in `parameters.toml` beside it."""
     good = work / "good"
     if is_whole(good):
         return good
@@ -153,9 +153,9 @@ def make_good(work: Path) -> Path:
     rows = [json.loads(line) for line in CONVERSATIONS.read_text(encoding="utf-8").splitlines()]
     held_out = [row for row in rows if row["split"] == "held_out"][:HELD_OUT]
     few = [row for row in rows if row["split"] == "train"] + held_out
-    data, parameters = work / "conversations.jsonl", work / "parameters.yaml"
+    data, parameters = work / "conversations.jsonl", work / "parameters.toml"
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in few), encoding="utf-8")
-    parameters.write_text(f"PROFILE: cpu\nMAX_STEPS: {STEPS}\nDATASET: {data}\n", encoding="utf-8")
+    parameters.write_text(f"PROFILE = 'cpu'\nMAX_STEPS = {STEPS}\nDATASET = '{data}'\n", encoding="utf-8")
     command = [sys.executable, "-m", "helpers.series", "-f", str(parameters), "-p", "RUN_DIR", str(good)]
     subprocess.run(command, cwd=ROOT, check=True)
     (good / "whole").write_text(made_of, encoding="utf-8")
@@ -330,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
     kept = kept_outcomes(WORK)
     for fault in options.faults or [fault for fault in known if fault not in kept]:
         try:
-            kept[fault] = outcome = plant(fault, good=good, work=WORK, parameters=WORK / "parameters.yaml")
+            kept[fault] = outcome = plant(fault, good=good, work=WORK, parameters=WORK / "parameters.toml")
             keep_outcomes(WORK, kept_outcomes(WORK) | {fault: outcome})  # another process may have added others
         except HarnessError as error:  # not kept in the file: the next time it is tried again
             kept[fault] = outcome = Caught(fault, "", "", one_line(f"NOT RUN: {error}"), 0.0)

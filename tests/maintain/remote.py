@@ -33,69 +33,41 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 # What a chapter needs to run; neither the recorded outputs nor the sources travel.
-SENT = ("helpers/**/*.py", "notebooks/*.ipynb", "notebooks/data/*", "requirements-colab.txt", "pyproject.toml")
+SENT = (
+    "helpers/**/*.py",
+    "helpers/**/*.html",
+    "notebooks/*.ipynb",
+    "notebooks/data/*",
+    "requirements-colab.txt",
+    "pyproject.toml",
+)
 ARCHIVE = "executed.tar.gz"
 SLUG = "llama-series-on-a-t4"
 MOST_HOURS, POLL_SECONDS, KAGGLE_LIMIT = 3, 60, 2**20
 COMMANDS = {"kaggle": "kaggle==2.2.5", "colab": "google-colab-cli==0.7.5"}
-DRIVER = '''\
-# @title Run the chapters, and pack what they made
-import json
-import os
-import subprocess
-import sys
-
-def run(*command, check=True):
-    """Show what a command says while it says it."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0", "HF_HUB_OFFLINE": "0"}  # one T4, where Kaggle has two
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=place, env=environment)
-    process = subprocess.Popen(command, **options)
-    for line in process.stdout:
-        print(line, end="", flush=True)
-    if process.wait() and check:
-        raise SystemExit(f"{command} ended with status {process.returncode}")
-
-chapters = __CHAPTERS__
-parameters = {**__PARAMETERS__, "RUN_DIR": str(place / "run")}
-(place / "parameters.yaml").write_text(json.dumps(parameters, ensure_ascii=False))  # JSON is YAML
-try:
-    run("nvidia-smi")
-    run(sys.executable, "-c", "from helpers.install import set_up; print(set_up())")
-    run(sys.executable, "-m", "helpers.series", *chapters, "-f", "parameters.yaml", check=False)
-finally:
-    with tarfile.open("__ARCHIVE__", "w:gz") as archive:
-        for path in [*place.glob("run/*.json"), *place.glob("run/executed/*")]:
-            archive.add(path, path.relative_to(place / "run"))
-'''
-UNPACK = """\
-# @title Unpack the series as it was sent
-import base64
-import io
-import tarfile
-import tempfile
-from pathlib import Path
-
-bundle = base64.b64decode("__BUNDLE__")
-place = Path(tempfile.mkdtemp(prefix="series-"))
-with tarfile.open(fileobj=io.BytesIO(bundle)) as archive:
-    archive.extractall(place, filter="data")
-"""
+PROGRAMS = Path(__file__).with_name("on_a_t4")  # what runs there: a cell each
+JOB = "job.json"  # in the bundle: what to run, with which parameters
 
 
 class RemoteError(InputError):
     """The service's command is missing or failed, or nothing came back."""
 
 
-def make_bundle() -> bytes:
-    """The files of `SENT`, as they are now, as a tar.xz; notebooks without their outputs."""
-    buffer = io.BytesIO()
+def make_bundle(chapters: Sequence[str], parameters: Mapping[str, Any]) -> bytes:
+    """The job, and the files of `SENT` as they are now, as a tar.xz; notebooks without their outputs."""
+    buffer, job = io.BytesIO(), {"chapters": list(chapters), "parameters": dict(parameters), "archive": ARCHIVE}
     with tarfile.open(fileobj=buffer, mode="w:xz") as bundle:
         for path in sorted(path for pattern in SENT for path in ROOT.glob(pattern) if path.is_file()):
             content = _without_outputs(path) if path.suffix == ".ipynb" else path.read_bytes()
-            entry = tarfile.TarInfo(path.relative_to(ROOT).as_posix())
-            entry.size = len(content)
-            bundle.addfile(entry, io.BytesIO(content))
+            _add(bundle, path.relative_to(ROOT).as_posix(), content)
+        _add(bundle, JOB, json.dumps(job, ensure_ascii=False).encode())
     return buffer.getvalue()
+
+
+def _add(bundle: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    bundle.addfile(entry, io.BytesIO(content))
 
 
 def _without_outputs(path: Path) -> bytes:
@@ -106,14 +78,13 @@ def _without_outputs(path: Path) -> bytes:
     return json.dumps(notebook, ensure_ascii=False).encode()
 
 
-def make_driver(chapters: Sequence[str], *, parameters: Mapping[str, Any], bundle: bytes) -> "NotebookNode":
+def make_driver(bundle: bytes) -> "NotebookNode":
     """The one notebook that is sent: it unpacks the series, runs it, and packs the executed notebooks."""
     from nbformat.v4 import new_code_cell, new_notebook
 
-    unpack = UNPACK.replace("__BUNDLE__", base64.b64encode(bundle).decode())
-    run = DRIVER.replace("__CHAPTERS__", repr(list(chapters))).replace("__PARAMETERS__", repr(dict(parameters)))
+    unpack, run = ((PROGRAMS / name).read_text(encoding="utf-8") for name in ("unpack.py", "run.py"))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    cells = [new_code_cell(unpack), new_code_cell(run.replace("__ARCHIVE__", ARCHIVE))]
+    cells = [new_code_cell(f'BUNDLE = "{base64.b64encode(bundle).decode()}"\n{unpack}'), new_code_cell(run)]
     return new_notebook(cells=cells, metadata={"kernelspec": kernel})
 
 
@@ -264,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("service", choices=COMMANDS)
     parser.add_argument("chapters", nargs="*", metavar="CHAPTER", help="default: all six")
-    parser.add_argument("-f", type=Path, default=ROOT / "tests/profiles/t4.yaml", metavar="FILE", help="parameters")
+    parser.add_argument("-f", type=Path, default=ROOT / "tests/profiles/t4.toml", metavar="FILE", help="parameters")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
     parser.add_argument("--into", type=Path, default=ROOT / "runs/t4", metavar="FOLDER", help="where the result goes")
     options = parser.parse_args(arguments)
@@ -279,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise RemoteError("KAGGLE_USERNAME", found="nothing", expected="the account to run as", fix=fix)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            driver = make_driver(chapters, parameters=parameters | typed, bundle=make_bundle())
+            driver = make_driver(make_bundle(chapters, parameters | typed))
             (folder / "series.ipynb").write_text(json.dumps(driver), encoding="utf-8")
             trouble = run_there(options.service, folder, owner=owner)
             unpack(folder / ARCHIVE, options.into)

@@ -81,7 +81,7 @@ def run_once(source: Path, folder: Path, *, log: Path, another_cpu: bool) -> dic
     """Train once in a new folder; returns what is kept: `Metrics` as a mapping, date, failed, another_cpu."""
     shutil.rmtree(folder, ignore_errors=True)
     copy_needs(source, folder)
-    parameters = ROOT / "tests" / "profiles" / f"{collect_metrics(source).of['profile']}.yaml"
+    parameters = ROOT / "tests" / "profiles" / f"{collect_metrics(source).of['profile']}.toml"
     command = [sys.executable, "-m", "helpers.series", CHAPTER, "-f", str(parameters), "-p", "RUN_DIR", str(folder)]
     environment = os.environ | (ANOTHER_CPU if another_cpu else {})
     with open(log, "w", encoding="utf-8") as output:
