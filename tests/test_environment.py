@@ -172,7 +172,7 @@ def test_broken_package_replaced_under_a_live_process(monkeypatch, packages, tmp
         "import json5\n"  # this process holds the old version …
         f"sys.path.remove({str(older)!r})\n"  # … and the environment has the lock's
         "from helpers.environment import check_packages\n"
-        "from tests.maintain.image import read_lock\n"
+        "from helpers.requirements import read_lock\n"
         "print([r for r in check_packages(read_lock('requirements-colab.txt'), gpu=False) if r.verdict != 'ok'])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -7,10 +7,9 @@ import sys
 import pytest
 
 from helpers.base import ROOT, InputError
-from helpers.environment import main
 from helpers.install import RUNTIME_VERSION
 from helpers.requirements import Pin, normal_name, read_lock, unmet
-from tests.maintain.image import Metadata, check_image, compare_image, read_freeze, read_metadata, read_os_info
+from tests.maintain.image import Metadata, check_image, compare_image, main, read_freeze, read_metadata, read_os_info
 
 LOCK = ROOT / "requirements-colab.txt"
 IMAGES = ROOT / "tests" / "colab-image"
@@ -190,10 +189,10 @@ def test_a_lock_package_without_a_record_is_an_error_and_not_a_pass():
 
 @pytest.mark.parametrize(("month", "status"), [("2026-08", 0), ("2026-01", 1)])
 def test_the_command_says_the_same_as_text_and_as_json_and_in_its_status(month, status, capsys):
-    freeze, os_info = map(str, paths(month))
-    assert main(["--image", freeze, "--os", os_info]) == status
+    folder = str(IMAGES / month)
+    assert main([folder]) == status
     text = capsys.readouterr().out
-    assert main(["--image", freeze, "--os", os_info, "--json"]) == status
+    assert main([folder, "--json"]) == status
     data = json.loads(capsys.readouterr().out)
     assert data["ok"] is (status == 0)
     assert len(data["conflicts"]) == text.count("CONFLICT")
@@ -203,14 +202,15 @@ def test_the_command_says_the_same_as_text_and_as_json_and_in_its_status(month, 
 def test_the_command_needs_nothing_but_tabulate_and_packaging_and_refuses_bad_input_in_one_line():
     code = (
         "import sys\n"
-        "from helpers.environment import main\n"
-        "status = main(['--image', 'no-such-file.txt'])\n"
+        "from tests.maintain.image import main\n"
+        "status = main(['no-such-folder'])\n"
         "print(sorted({'torch', 'transformers', 'numpy', 'psutil'} & set(sys.modules)))\n"
         "sys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout.strip() == "[]"
-    assert done.stderr.strip() == "no-such-file.txt: found no such file, expected a text file. Fix: check the path."
+    said = "no-such-folder/pip-freeze.gpu.txt: found no such file, expected a text file. Fix: check the path."
+    assert done.stderr.strip() == said
 
 
 def test_the_table_as_html_has_the_facts_of_the_text():

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from helpers.base import ROOT
 from helpers.requirements import normal_name, read_lock
 from tests.maintain import licences
-from tests.maintain.licences import ROOT, count_agpl, find_package, imported_agpl, is_agpl
+from tests.maintain.licences import count_agpl, find_package, imported_agpl, is_agpl
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DETAILS = (ROOT / "tests/README.md").read_text(encoding="utf-8")
 SITES = find_package("unsloth").parent
 NOTICE = """\
 # Unsloth Zoo - Utilities for Unsloth
@@ -65,7 +67,7 @@ def test_an_imported_file_is_named_once_and_one_outside_the_packages_by_its_path
 
 
 ROW = re.compile(r"^\| `(\w+)/`.*? \| `(\w+)` (\S+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", re.MULTILINE)
-ROWS = {row[0]: row for row in ROW.findall(README)}
+ROWS = {row[0]: row for row in ROW.findall(DETAILS)}
 
 
 def test_the_readme_counts_every_folder_that_the_packages_install():
@@ -87,9 +89,9 @@ def test_the_readme_counts_right(folder):
 
 def test_the_readmes_sentence_has_the_numbers_of_its_table():
     said = [f"{ROWS[name][4]} of {ROWS[name][3]}" for name in licences.PACKAGES]
-    sentence = README.partition("### Unsloth's files under the AGPL\n")[2].partition(" A header is")[0]
+    sentence = README.partition("### Unsloth's files under the AGPL\n")[2].partition(" Among them")[0]
     assert re.findall(r"\d+ of \d+", sentence) == said
-    assert f"which {ROWS['unsloth'][4]} headers contradict" in README
+    assert f"which {ROWS['unsloth'][4]} headers contradict" in DETAILS
 
 
 @pytest.mark.parametrize(("column", "name"), [(5, "nvidia-h200"), (6, "cpu")])
@@ -97,7 +99,7 @@ def test_the_lists_of_imports_name_installed_files_under_the_agpl_as_many_as_the
     path = ROOT / f"tests/baselines/agpl-imports-{name}.txt"
     head, *lines = path.read_text(encoding="utf-8").splitlines()
     files = [line for line in lines if not line.startswith("#")]
-    assert importlib.metadata.version("unsloth") in head and path.name in README
+    assert importlib.metadata.version("unsloth") in head and path.name in DETAILS
     assert files == sorted(set(files)) and all(is_agpl(SITES / file) for file in files)
     for folder, row in ROWS.items():
         assert int(row[column]) == sum(file.startswith(f"{folder}/") for file in files), folder
@@ -109,8 +111,8 @@ def test_the_readme_names_the_files_that_say_it_of_functions_only():
         for path in find_package(package).rglob("*.py"):
             if "licensed under AGPL" in path.read_text(encoding="utf-8", errors="replace") and not is_agpl(path):
                 found.add(str(path.relative_to(SITES / package)))
-                assert f"`{path.relative_to(SITES / package)}`" in README, path
-    assert len(found) == 4 and "Four files with another header" in README
+                assert f"`{path.relative_to(SITES / package)}`" in DETAILS, path
+    assert len(found) == 4 and "Four files with another header" in DETAILS
 
 
 def test_the_projects_own_licence_is_the_one_that_it_names():
