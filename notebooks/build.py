@@ -8,16 +8,19 @@ there on, because everything below a changed cell may depend on it. `--outputs-f
 notebooks of a run instead, and `--check` writes nothing and fails where a notebook differs from its source.
 
 The README's chapter table is written too, from the titles and from what was measured when the outputs were recorded.
+Its picture of the losses is the recorded one.
 `--location owner/name` rewrites every mention of the series' place on GitHub.
 """
 
 import argparse
+import base64
 import hashlib
 import json
 import re
 import sys
 import tomllib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -29,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from helpers.chapters import CHAPTER_NAMES, CHAPTERS  # noqa: E402
 
-README = ROOT / "README.md"
+README, PICTURE = ROOT / "README.md", NOTEBOOKS / "images" / "loss.png"
 TABLE_START, TABLE_END = "<!-- chapters: written by notebooks/build.py -->", "<!-- end of chapters -->"
 EDITIONS = {"en": NOTEBOOKS, "zh": NOTEBOOKS / "zh-CN"}
 METADATA = {
@@ -210,6 +213,12 @@ def clean(outputs: list[NotebookNode]) -> list[NotebookNode]:
     return kept
 
 
+def first_picture(notebooks: Iterable[NotebookNode]) -> bytes:
+    """The first recorded PNG of the series, which the README shows; empty where none is recorded."""
+    outputs = (output for notebook in notebooks for cell in notebook.cells for output in cell.get("outputs", []))
+    return next((base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})), b"")
+
+
 def read_notebook(path: Path) -> NotebookNode:
     return nbformat.read(path, as_version=4)
 
@@ -232,21 +241,25 @@ def main() -> int:
     if arguments.location:
         for path in move(arguments.location):
             print(path.relative_to(ROOT))
-    made: dict[Path, str] = {}
+    made: dict[Path, bytes] = {}
+    notebooks: list[NotebookNode] = []
     stale: list[Path] = []
     for source, lang, path in targets():
         notebook = build(source, lang)
         donor = arguments.outputs_from / path.name if arguments.outputs_from else path
         if donor.exists():
             keep_outputs(notebook, read_notebook(donor))
-        made[path] = nbformat.writes(notebook) + "\n"
-    made[README] = readme()
-    for path, text in made.items():
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
+        notebooks.append(notebook)
+        made[path] = (nbformat.writes(notebook) + "\n").encode()
+    made[README] = readme().encode()
+    if picture := first_picture(notebooks):
+        made[PICTURE] = picture
+    for path, content in made.items():
+        if not path.exists() or path.read_bytes() != content:
             stale.append(path.relative_to(ROOT))
             if not arguments.check:
                 path.parent.mkdir(exist_ok=True)
-                path.write_text(text, encoding="utf-8")
+                path.write_bytes(content)
     if arguments.check and stale:
         print("Out of date: " + ", ".join(map(str, stale)) + ". Run `make notebooks`.", file=sys.stderr)
         return 1

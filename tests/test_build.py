@@ -174,3 +174,10 @@ def test_notebooks_are_stored_as_the_build_writes_them():
         text = path.read_text(encoding="utf-8")
         assert text == nbformat.writes(nbformat.reads(text, as_version=4)) + "\n"
         assert json.loads(text)["nbformat_minor"] == 5
+
+
+def test_the_readmes_picture_is_the_recorded_one():
+    notebooks = [build.read_notebook(path) for *_, path in build.targets()]
+    picture = build.first_picture(notebooks)
+    assert picture.startswith(b"\x89PNG") and picture == build.PICTURE.read_bytes()
+    assert build.first_picture([]) == b""

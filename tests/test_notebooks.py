@@ -271,6 +271,7 @@ def test_a_chinese_notebook_whose_code_drifted_is_refused(tmp_path):
 
 def test_the_command_names_notebook_and_problem(tmp_path):
     shutil.copytree(build.NOTEBOOKS, tmp_path / "notebooks", ignore=shutil.ignore_patterns("data", "__pycache__"))
+    shutil.copytree(ROOT / "helpers", tmp_path / "helpers", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     broken = build.read_notebook(THIRD.path)
     broken.metadata.widgets = {}

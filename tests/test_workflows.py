@@ -493,7 +493,7 @@ def test_make_browser_leaves_a_chromium_that_is_there(run_alone, tmp_path):
         ("python -m tests.maintain.remote*", 1, True),  # a chapter failed there
         ("python -m tests.maintain.remote*", 2, False),  # nothing came back
         ("python -m tests.maintain.regress*", 1, True),
-        ("python -m helpers.re*", 1, True),
+        ("python -m tests.maintain.re*", 1, True),
     ],
 )
 def test_what_came_back_is_judged_and_the_worse_status_counts(run_alone, service, fails, status, judged):
