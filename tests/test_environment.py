@@ -140,6 +140,19 @@ def test_broken_transformers_past_unsloths_range(monkeypatch, packages):
     assert row.verdict == "fail" and row.found == "transformers 5.18.0" and "<=5.17.0" in row.expected
 
 
+def test_what_the_setup_cell_cannot_mend_names_the_runtime_to_choose(monkeypatch, tmp_path):
+    for name, version in (("torch", "2.15.0"), ("transformers", "5.18.0")):
+        about = tmp_path / f"{name}-{version}.dist-info" / "METADATA"
+        about.parent.mkdir()
+        about.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    put_in_front(monkeypatch, tmp_path)
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "test")
+    rows = check_requirements(PINS)
+    row = row_of(rows, "unsloth needs torch")
+    assert row.verdict == "fail" and row.found == "torch 2.15.0" and "Runtime version > 2026.07" in row.fix
+    assert row_of(rows, "unsloth needs transformers").fix == "run the setup cell again"
+
+
 def test_broken_torchao_0_10_under_peft(monkeypatch, packages):
     put_in_front(monkeypatch, packages("torchao==0.10.0"))
     assert package_row("torchao").verdict == "warn"
