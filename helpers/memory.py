@@ -5,13 +5,14 @@ GiB are 2**30 bytes.
 
 import bisect
 import contextlib
+import functools
 import itertools
 import math
 import operator
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from helpers.base import InputError, html_table, text_table
@@ -398,8 +399,32 @@ def plan_batch(
         >>> plan_batch(config, lengths=lengths, effective_batch_size=8, lora_rank=16).settings
         {'per_device_train_batch_size': 8, 'gradient_accumulation_steps': 1, …}
     """
-    import torch
+    _check_plan(lengths, effective_batch_size=effective_batch_size, memory_gib=memory_gib)
+    memory_gib, capability, device = _device(memory_gib, capability)
+    longest = sorted(lengths, reverse=True)
+    costs = _Costs(
+        config,
+        longest=longest,
+        effective_batch_size=effective_batch_size,
+        lora_rank=lora_rank,
+        load_in_4bit=load_in_4bit,
+        limit_gib=memory_gib * (1 - MARGIN),
+        capability=capability,
+    )
+    options = _options(costs)
+    fitting = [option for option in options if option.fits]
+    if not fitting:
+        smallest = min(options, key=lambda option: option.predicted_gib)
+        raise PlanError(
+            f"the longest conversation ({longest[0]} tokens)",
+            found=f"{smallest.predicted_gib:.1f} GiB needed for it alone",
+            expected=f"at most {costs.limit_gib:.1f} GiB",
+            fix="choose a smaller model, a smaller MAX_SEQ_LENGTH or a smaller LoRA rank",
+        )
+    return BatchPlan(fitting[0], tuple(options), costs.padded_to, costs.limit_gib, device, costs.most_tokens)
 
+
+def _check_plan(lengths: Sequence[int], *, effective_batch_size: int, memory_gib: float | None) -> None:
     for where, wrong, found, expected in (
         ("lengths", not lengths, "no conversations", "at least one"),
         ("lengths", min(lengths, default=1) < 1, "a conversation without tokens", "1 token or more in each"),
@@ -408,78 +433,98 @@ def plan_batch(
     ):
         if wrong:
             raise PlanError(where, found=found, expected=expected, fix="correct it, or check the data set")
-    device = "a T4 (there is no GPU here)"
-    if memory_gib is None and torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        memory_gib = (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / GIB
-        device = torch.cuda.get_device_name(0)
-    elif memory_gib is not None:
-        device = f"{memory_gib:.1f} GiB"
+
+
+def _device(memory_gib: float | None, capability: tuple[int, int] | None) -> tuple[float, tuple[int, int], str]:
+    """Memory, compute capability and name of what is planned for: as given, else this GPU's, else a T4's."""
+    import torch
+
+    gpu = torch.cuda.is_available()
     if capability is None:
-        capability = torch.cuda.get_device_capability(0) if torch.cuda.is_available() else (7, 5)
-    limit_gib = (memory_gib or T4_GIB) * (1 - MARGIN)
-    flops, bytes_per_second = SPEEDS.get(tuple(capability), SPEEDS[7, 5])
-    layers, weights = config.num_hidden_layers, _linear_weights(config)
-    longest = sorted(lengths, reverse=True)
-    padded_to = max(16, 2 ** math.ceil(math.log2(longest[0] / WIDTHS)))
+        capability = torch.cuda.get_device_capability(0) if gpu else (7, 5)
+    if memory_gib is not None:
+        return memory_gib, capability, f"{memory_gib:.1f} GiB"
+    if not gpu:
+        return T4_GIB, capability, "a T4 (there is no GPU here)"
+    free, _ = torch.cuda.mem_get_info()
+    memory_gib = (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / GIB
+    return memory_gib, capability, torch.cuda.get_device_name(0)
 
-    def width(length: int) -> int:
-        return -(-length // padded_to) * padded_to
 
-    def peak_of(tokens: int, mode: bool | str, checkpointed_layers: int | None = None) -> float:
-        settings = dict(use_gradient_checkpointing=mode, checkpointed_layers=checkpointed_layers)
-        return predict_peak(config, tokens=tokens, lora_rank=lora_rank, load_in_4bit=load_in_4bit, **settings)
+@dataclass(frozen=True, kw_only=True)
+class _Costs:
+    """What one way to form micro-batches costs, in memory and time; see `plan_batch`."""
 
-    def most_tokens_with(checkpointed_layers: int) -> int:
-        fitting = range(effective_batch_size * width(longest[0]) + 1)
-        return (
-            bisect.bisect_right(fitting, limit_gib, key=lambda tokens: peak_of(tokens, True, checkpointed_layers)) - 1
+    config: Any = field(kw_only=False)
+    longest: Sequence[int]  # tokens of each conversation, the longest first
+    effective_batch_size: int
+    lora_rank: int
+    load_in_4bit: bool
+    limit_gib: float
+    capability: tuple[int, int]
+
+    @property
+    def padded_to(self) -> int:
+        """The widths of padded rows are multiples of this, so that there are few of them."""
+        return max(16, 2 ** math.ceil(math.log2(self.longest[0] / WIDTHS)))
+
+    def width(self, length: int) -> int:
+        return -(-length // self.padded_to) * self.padded_to
+
+    def peak(self, tokens: int, mode: bool | str, checkpointed_layers: int | None = None) -> float:
+        return predict_peak(
+            self.config,
+            tokens=tokens,
+            lora_rank=self.lora_rank,
+            load_in_4bit=self.load_in_4bit,
+            use_gradient_checkpointing=mode,
+            checkpointed_layers=checkpointed_layers,
         )
 
-    most_tokens = tuple(most_tokens_with(count) for count in range(layers + 1))
+    @functools.cached_property
+    def most_tokens(self) -> tuple[int, ...]:
+        """See `BatchPlan.most_tokens`: what fits with 0, 1, … checkpointed layers."""
+        fitting = range(self.effective_batch_size * self.width(self.longest[0]) + 1)
+        return tuple(
+            bisect.bisect_right(fitting, self.limit_gib, key=functools.partial(self._peak_with, layers)) - 1
+            for layers in range(self.config.num_hidden_layers + 1)
+        )
 
-    def option_of(micro_batch: int, mode: bool | str, as_needed: bool, padding_free: bool) -> BatchOption:
-        batches = [longest[i : i + micro_batch] for i in range(0, len(longest), micro_batch)]
-        sizes = [sum(batch) if padding_free else len(batch) * width(batch[0]) for batch in batches]
-        again = [_fewest_layers(most_tokens, size) if as_needed else layers for size in sizes]
+    def _peak_with(self, checkpointed_layers: int, tokens: int) -> float:
+        return self.peak(tokens, True, checkpointed_layers)
+
+    def option(self, micro_batch: int, mode: bool | str, as_needed: bool, padding_free: bool) -> BatchOption:
+        layers, weights = self.config.num_hidden_layers, _linear_weights(self.config)
+        flops, bytes_per_second = SPEEDS.get(tuple(self.capability), SPEEDS[7, 5])
+        batches = [self.longest[i : i + micro_batch] for i in range(0, len(self.longest), micro_batch)]
+        sizes = [sum(batch) if padding_free else len(batch) * self.width(batch[0]) for batch in batches]
+        again = [_fewest_layers(self.most_tokens, size) if as_needed else layers for size in sizes]
         passes = [2 + (count / layers if mode else 0) for count in again]
         gpu = 2 * weights * sum(map(operator.mul, sizes, passes)) / (flops * REACHED)
-        gpu += sum(passes) * weights * (4.5 if load_in_4bit else 2) / bytes_per_second
+        gpu += sum(passes) * weights * (4.5 if self.load_in_4bit else 2) / bytes_per_second
         host = sum(passes) * layers * (PADDING_FREE_HOST_SECONDS if padding_free else PADDED_HOST_SECONDS)
         # Offloaded, each layer's input goes to the host and comes back.
-        copied = 2 * sum(sizes) * layers * 2 * config.hidden_size if mode == "unsloth" else 0
-        steps = len(longest) / effective_batch_size
+        copied = 2 * sum(sizes) * layers * 2 * self.config.hidden_size if mode == "unsloth" else 0
+        steps = len(self.longest) / self.effective_batch_size
         seconds = (max(gpu, host) + copied / OFFLOAD_BYTES_PER_SECOND) / steps
-        peak = peak_of(sizes[0], mode, again[0] if as_needed else None)
-        way = (micro_batch, effective_batch_size // micro_batch, mode, as_needed, padding_free)
-        return BatchOption(*way, peak, seconds, peak <= limit_gib)
+        peak = self.peak(sizes[0], mode, again[0] if as_needed else None)
+        way = (micro_batch, self.effective_batch_size // micro_batch, mode, as_needed, padding_free)
+        return BatchOption(*way, peak, seconds, peak <= self.limit_gib)
 
+
+def _options(costs: _Costs) -> list[BatchOption]:
+    """All ways to form micro-batches, the fastest first."""
     modes = ((False, False), (True, True), (True, False), ("unsloth", False))
-    micro_batches = [size for size in range(1, effective_batch_size + 1) if effective_batch_size % size == 0]
+    whole = costs.effective_batch_size
+    micro_batches = [size for size in range(1, whole + 1) if whole % size == 0]
     options = [
-        option_of(micro_batch, *mode, padding_free)
+        costs.option(micro_batch, *mode, padding_free)
         for micro_batch, mode, padding_free in itertools.product(micro_batches, modes, (True, False))
     ]
-    kept = {
-        (option.micro_batch, option.padding_free)
-        for option in options
-        if not option.use_gradient_checkpointing and option.fits
-    }
+    without = {(o.micro_batch, o.padding_free) for o in options if not o.use_gradient_checkpointing and o.fits}
     # Where all can be kept, "as needed" is that option once more.
-    options = [
-        option for option in options if not option.as_needed or (option.micro_batch, option.padding_free) not in kept
-    ]
-    options.sort(key=lambda option: (option.seconds, option.accumulation, option.predicted_gib))
-    fitting = [option for option in options if option.fits]
-    if not fitting:
-        smallest = min(options, key=lambda option: option.predicted_gib)
-        raise PlanError(
-            f"the longest conversation ({longest[0]} tokens)",
-            found=f"{smallest.predicted_gib:.1f} GiB needed for it alone",
-            expected=f"at most {limit_gib:.1f} GiB",
-            fix="choose a smaller model, a smaller MAX_SEQ_LENGTH or a smaller LoRA rank",
-        )
-    return BatchPlan(fitting[0], tuple(options), padded_to, limit_gib, device, most_tokens)
+    options = [o for o in options if not o.as_needed or (o.micro_batch, o.padding_free) not in without]
+    return sorted(options, key=lambda option: (option.seconds, option.accumulation, option.predicted_gib))
 
 
 def _fewest_layers(most_tokens: Sequence[int], tokens: int) -> int:

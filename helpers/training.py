@@ -198,7 +198,6 @@ def live_plot(*, folder: str | Path) -> "TrainerCallback":
     Example:
         >>> trainer.add_callback(live_plot(folder=run.path / "curves"))
     """
-    from IPython.display import display
     from transformers import TrainerCallback
 
     folder = Path(folder)
@@ -207,117 +206,122 @@ def live_plot(*, folder: str | Path) -> "TrainerCallback":
     except OSError as error:
         found = error.strerror or str(error)
         raise CurvesError(str(folder), found=found, expected="a folder", fix="give another one") from None
+    return type("LivePlot", (_LivePlot, TrainerCallback), {})(folder)
 
-    class LivePlot(TrainerCallback):
-        def __init__(self) -> None:
-            self.rows: dict[int, dict[str, float | None]] = {}
-            self.max_steps = 0
-            self.handle = None
-            self.drawing = _Paced(share=DRAWING_SHARE, at_least=2)
-            self.writing = _Paced(share=WRITING_SHARE, at_least=0.5)
-            self.can_write = True
-            self.running = False
 
-        @property
-        def curves(self) -> Curves:
-            memory = memory_stats()
-            rows = tuple({"step": step} | self.rows[step] for step in sorted(self.rows))
-            return Curves(rows, self.max_steps, memory.is_gpu, memory.total_gib)
+class _LivePlot:
+    """What `live_plot` returns, but for its base class, which would import Transformers with this module."""
 
-        def on_train_begin(self, args, state, control, **kwargs) -> None:
-            saved = state.stateful_callbacks.get("LivePlot", {}).get("rows", {})  # in JSON the steps are strings
-            rows = {int(step): dict(row) for step, row in saved.items()} | self.rows
-            self.rows = {step: row for step, row in rows.items() if step <= state.global_step}
-            # Written into each checkpoint with the trainer's state, as the rows are by then.
-            state.stateful_callbacks["LivePlot"] = {"args": {}, "attributes": {}, "rows": self.rows}
-            for entry in state.log_history:
-                self.record(entry["step"], entry)
-            self.max_steps, self.running = state.max_steps, True
-            self.seconds_before = max((row["seconds"] or 0.0 for row in self.rows.values()), default=0.0)
-            self.tokens = state.num_input_tokens_seen
-            self.start_clock()
-            if state.global_step:
-                self.draw()
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: dict[int, dict[str, float | None]] = {}
+        self.max_steps = 0
+        self.handle = None
+        self.drawing = _Paced(share=DRAWING_SHARE, at_least=2)
+        self.writing = _Paced(share=WRITING_SHARE, at_least=0.5)
+        self.can_write = True
+        self.running = False
 
-        def start_clock(self) -> None:
-            self.clock_started = False
-            self.began = self.since = self.paused_since = time.monotonic()
-            self.paused = 0.0
+    @property
+    def curves(self) -> Curves:
+        memory = memory_stats()
+        rows = tuple({"step": step} | self.rows[step] for step in sorted(self.rows))
+        return Curves(rows, self.max_steps, memory.is_gpu, memory.total_gib)
 
-        def on_step_begin(self, args, state, control, **kwargs) -> None:
-            if not self.clock_started:  # what other callbacks did before the first step (a rehearsal) was no training
-                self.start_clock()
-                self.clock_started = True
-
-        def record(self, step: int, logs: Mapping[str, Any]) -> dict[str, float | None]:
-            row = self.rows.setdefault(step, dict.fromkeys(MEASURES))
-            row.update({column: float(logs[name]) for name, column in LOGGED.items() if name in logs})
-            return row
-
-        def on_step_end(self, args, state, control, **kwargs) -> None:
-            self.paused_since = time.monotonic()
-
-        def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-            if not LOGGED.keys() & logs.keys():
-                return
-            row = self.record(state.global_step, logs)
-            if not self.max_steps:  # before training: the picture belongs where training is, the files may be resumed
-                return
-            if "loss" in logs:  # the GPU has just been waited for, so this is the time that the steps took
-                now = self.paused_since = time.monotonic()
-                tokens, seconds = state.num_input_tokens_seen - self.tokens, now - self.since - self.paused
-                row["tokens_per_second"] = tokens / seconds if tokens and seconds > 0 else None
-                row["memory_gib"] = memory_stats().peak_reserved_gib
-                row["seconds"] = self.seconds_before + now - self.began
-                self.since, self.tokens, self.paused = now, state.num_input_tokens_seen, 0.0
-            if self.writing.due() or not self.running:
-                self.write()
-            if self.drawing.due() or not self.running:
-                self.draw()
-            self.count_pause()
-
-        def count_pause(self) -> None:
-            if self.running:
-                now = time.monotonic()
-                self.paused, self.paused_since = self.paused + now - self.paused_since, now
-
-        def on_evaluate(self, args, state, control, **kwargs) -> None:
-            self.count_pause()
-
-        def on_save(self, args, state, control, **kwargs) -> None:
-            self.count_pause()
-
-        def on_train_end(self, args, state, control, **kwargs) -> None:
-            self.running = False
-            self.write()
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        saved = state.stateful_callbacks.get("LivePlot", {}).get("rows", {})  # in JSON the steps are strings
+        rows = {int(step): dict(row) for step, row in saved.items()} | self.rows
+        self.rows = {step: row for step, row in rows.items() if step <= state.global_step}
+        # Written into each checkpoint with the trainer's state, as the rows are by then.
+        state.stateful_callbacks["LivePlot"] = {"args": {}, "attributes": {}, "rows": self.rows}
+        for entry in state.log_history:
+            self.record(entry["step"], entry)
+        self.max_steps, self.running = state.max_steps, True
+        self.seconds_before = max((row["seconds"] or 0.0 for row in self.rows.values()), default=0.0)
+        self.tokens = state.num_input_tokens_seen
+        self.start_clock()
+        if state.global_step:
             self.draw()
 
-        def draw(self) -> None:
-            began = time.monotonic()
-            picture = as_image(draw_curves(self.curves))
-            if self.handle is None:
-                self.handle = display(picture, display_id=True)
-            else:
-                self.handle.update(picture)
-            if not self.running:
-                self.try_writing("curves.png", picture.data)
-            self.drawing.done(began)
+    def start_clock(self) -> None:
+        self.clock_started = False
+        self.began = self.since = self.paused_since = time.monotonic()
+        self.paused = 0.0
 
-        def write(self) -> None:
-            began, curves = time.monotonic(), self.curves
-            self.try_writing("curves.csv", curves.as_csv().encode())
-            self.try_writing("curves.json", json.dumps(curves.as_json()).encode())
-            self.writing.done(began)
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if not self.clock_started:  # what other callbacks did before the first step (a rehearsal) was no training
+            self.start_clock()
+            self.clock_started = True
 
-        def try_writing(self, name: str, content: bytes) -> None:
-            try:
-                replace_file(folder / name, content, durable=False)
-            except OSError as error:  # a full disk must not end the training
-                if self.can_write:
-                    print(f"The curves are not written any more: {folder / name}: {error.strerror}. Training goes on.")
-                self.can_write = False
+    def record(self, step: int, logs: Mapping[str, Any]) -> dict[str, float | None]:
+        row = self.rows.setdefault(step, dict.fromkeys(MEASURES))
+        row.update({column: float(logs[name]) for name, column in LOGGED.items() if name in logs})
+        return row
 
-    return LivePlot()
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.paused_since = time.monotonic()
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if not LOGGED.keys() & logs.keys():
+            return
+        row = self.record(state.global_step, logs)
+        if not self.max_steps:  # before training: the picture belongs where training is, the files may be resumed
+            return
+        if "loss" in logs:  # the GPU has just been waited for, so this is the time that the steps took
+            now = self.paused_since = time.monotonic()
+            tokens, seconds = state.num_input_tokens_seen - self.tokens, now - self.since - self.paused
+            row["tokens_per_second"] = tokens / seconds if tokens and seconds > 0 else None
+            row["memory_gib"] = memory_stats().peak_reserved_gib
+            row["seconds"] = self.seconds_before + now - self.began
+            self.since, self.tokens, self.paused = now, state.num_input_tokens_seen, 0.0
+        if self.writing.due() or not self.running:
+            self.write()
+        if self.drawing.due() or not self.running:
+            self.draw()
+        self.count_pause()
+
+    def count_pause(self) -> None:
+        if self.running:
+            now = time.monotonic()
+            self.paused, self.paused_since = self.paused + now - self.paused_since, now
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        self.count_pause()
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self.count_pause()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.running = False
+        self.write()
+        self.draw()
+
+    def draw(self) -> None:
+        from IPython.display import display
+
+        began = time.monotonic()
+        picture = as_image(draw_curves(self.curves))
+        if self.handle is None:
+            self.handle = display(picture, display_id=True)
+        else:
+            self.handle.update(picture)
+        if not self.running:
+            self.try_writing("curves.png", picture.data)
+        self.drawing.done(began)
+
+    def write(self) -> None:
+        began, curves = time.monotonic(), self.curves
+        self.try_writing("curves.csv", curves.as_csv().encode())
+        self.try_writing("curves.json", json.dumps(curves.as_json()).encode())
+        self.writing.done(began)
+
+    def try_writing(self, name: str, content: bytes) -> None:
+        try:
+            replace_file(self.folder / name, content, durable=False)
+        except OSError as error:  # a full disk must not end the training
+            if self.can_write:
+                print(f"The curves are not written any more: {self.folder / name}: {error.strerror}. Training goes on.")
+            self.can_write = False
 
 
 @dataclass(frozen=True)
