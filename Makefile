@@ -36,7 +36,7 @@ llama-cpp: $(READY)  ## build llama.cpp for chapter 06 (once, into the cache; fo
 notebooks: $(READY)  ## build the notebooks from notebooks/src
 	@python notebooks/build.py
 
-run: model llama-cpp notebooks  ## run the six chapters and print one table; PROFILE=cpu or t4 takes its parameter file
+run: model llama-cpp notebooks  ## run the chapters and print one table; PROFILE=cpu or t4 takes its parameter file
 	@python -m helpers.series --fresh $(if $(PROFILE),-f tests/profiles/$(PROFILE).toml)
 
 regress: $(READY)  ## compare the last run, or PROFILE's, with the recorded outputs, and judge its measures
@@ -95,11 +95,14 @@ test:  ## lint, tests, the whole series on the cpu profile and its regression; s
 lock: $(READY)  ## resolve requirements-colab.txt against the image's freeze again
 	@python -m tests.maintain.lock
 
+# $(call need,NAME,example): stop with one line where a variable is missing.
+need = $(if $($(1)),,$(error $(1): found nothing, expected a value. Fix: add $(1)=$(2)))
+
 drift:  ## make drift IMAGE=tests/colab-image/2026-05: does the lock install cleanly there? RESOLVE=1 asks uv too
-	@python -m tests.maintain.image $(if $(FETCH),--fetch) $(if $(RESOLVE),--resolve) $(IMAGE)
+	$(call need,IMAGE,tests/colab-image/2026-08)@python -m tests.maintain.image $(if $(FETCH),--fetch) $(if $(RESOLVE),--resolve) $(IMAGE)
 
 future: $(READY)  ## make future DATE=2026-11-28 OUT=runs/future: the image with that day's newest versions, for drift
-	@python -m tests.maintain.future $(if $(IMAGE),--image $(IMAGE)) --date $(DATE) --out $(OUT) $(ONLY)
+	$(call need,DATE,2026-11-28)$(call need,OUT,runs/future)@python -m tests.maintain.future $(if $(IMAGE),--image $(IMAGE)) --date $(DATE) --out $(OUT) $(ONLY)
 
 drift-tools:  # all that drift and `python -m tests.maintain.lock` need, without .venv
 	@grep -E '^(packaging|tabulate|uv)==' tests/requirements-local.txt | python -m pip install --quiet --no-deps -r /dev/stdin

@@ -7,10 +7,10 @@ python -m helpers.series -f tests/profiles/t4.toml    parameters from a file; on
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
-import shutil
 import sys
 import threading
 import time
@@ -62,6 +62,9 @@ def chapter_parameters(chapter: str) -> set[str]:
     if chapter not in CHAPTER_NAMES:
         expected = f"one of {', '.join(CHAPTER_NAMES)}"
         raise SeriesError("chapter", found=chapter, expected=expected, fix="name one of these")
+    if not (NOTEBOOKS / f"{chapter}.ipynb").is_file():
+        where = f"notebooks/{chapter}.ipynb"
+        raise SeriesError(where, found="no such file", expected="a built notebook", fix="run `make notebooks`")
     return set(papermill.inspect_notebook(str(NOTEBOOKS / f"{chapter}.ipynb")))
 
 
@@ -262,14 +265,23 @@ def read_parameter_file(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def set_aside(folder: Path) -> Path:
+    """Rename a folder so that nothing in it is lost; its new place.
+
+    Example: runs/cpu -> runs/cpu.previous-1, or -2 where that is there already
+    """
+    numbers = (folder.with_name(f"{folder.name}.previous-{number}") for number in itertools.count(1))
+    return folder.rename(next(place for place in numbers if not place.exists()))
+
+
 def main(arguments: list[str] | None = None) -> int:
     from helpers.profiles import choose_profile
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("chapters", nargs="*", default=list(CHAPTER_NAMES), metavar="CHAPTER", help="default: all six")
+    parser.add_argument("chapters", nargs="*", default=list(CHAPTER_NAMES), metavar="CHAPTER", help="default: all")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
     parser.add_argument("-f", type=Path, metavar="FILE", help="a TOML file of parameters")
-    parser.add_argument("--fresh", action="store_true", help="set the run folder aside first, as NAME.previous")
+    parser.add_argument("--fresh", action="store_true", help="set the run folder aside first, under a number")
     options = parser.parse_args(arguments)
     try:
         parameters = read_parameter_file(options.f) if options.f else {}
@@ -282,10 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if options.fresh and profile.run_dir.exists():
-        previous = profile.run_dir.with_name(profile.run_dir.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        profile.run_dir.rename(previous)
-        print(f"The run that was there is now {short_path(previous)}")
+        print(f"The run that was there is now {short_path(set_aside(profile.run_dir))}")
     runs = run_chapters(options.chapters, executed_dir=profile.run_dir / "executed", parameters=parameters)
     verdict = "FAILED" if runs[-1].failure else "ok"
     rows = [

@@ -122,6 +122,9 @@ def of_text(notebook: NotebookNode, chapter: Chapter) -> list[str]:
     headings = [line for text in prose for line in text.splitlines() if line.startswith("# ")]
     if len(headings) != 1 or not notebook.cells[0].source.startswith("# "):
         found.append("one H1, at the top")
+    titles = {row.name: row.title for row in build.CHAPTERS}
+    if chapter.lang == "en" and headings[:1] != [f"# {titles[chapter.source.stem]}"]:
+        found.append(f"a heading that is not the title in helpers/chapters.py, {titles[chapter.source.stem]!r}")
     place = chapter.path.relative_to(build.ROOT).as_posix()
     badge = f"https://colab.research.google.com/github/{build.repository()}/blob/main/{place}"
     if not prose or f"({badge})" not in prose[0]:

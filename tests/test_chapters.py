@@ -12,12 +12,12 @@ import pytest
 from helpers.base import ROOT
 from helpers.chapters import CHAPTERS, producer_of
 
-ROW = '    Chapter("07_extra", "Count to three", needs=("lora.json",), writes=("count.json",)),\n'
+ROW = '    Chapter("99_extra", "Count to three", needs=("lora.json",), writes=("count.json",)),\n'
 SOURCE = """\
 # %% [markdown] lang="en"
 # # Count to three
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/NAME/blob/main/notebooks/07_extra.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/NAME/blob/main/notebooks/99_extra.ipynb)
 #
 # {{budget}}
 
@@ -60,7 +60,7 @@ def copy(tmp_path_factory):
         shutil.copy(ROOT / name, folder)
     url = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
     source = SOURCE.replace("OWNER/NAME", url.removeprefix("https://github.com/"))
-    (folder / "notebooks/src/07_extra.py").write_text(source, encoding="utf-8")
+    (folder / "notebooks/src/99_extra.py").write_text(source, encoding="utf-8")
     return folder
 
 
@@ -77,25 +77,25 @@ def add_row(folder):
 
 def test_a_source_without_a_row_is_refused(copy):
     done = run(copy, "notebooks/build.py")
-    assert done.returncode and "found 07_extra.py in one place alone" in done.stderr and "add the row" in done.stderr
+    assert done.returncode and "found 99_extra.py in one place alone" in done.stderr and "add the row" in done.stderr
 
 
 def test_a_chapter_is_built_run_and_linted_with_no_other_file_touched(copy):
     add_row(copy)
     done = run(copy, "notebooks/build.py")
     assert done.returncode == 0, done.stderr
-    notebook = nbformat.read(copy / "notebooks/07_extra.ipynb", as_version=4)
+    notebook = nbformat.read(copy / "notebooks/99_extra.ipynb", as_version=4)
     assert "**Budget**: not measured yet." in notebook.cells[0].source
-    assert "[07 Count to three](notebooks/07_extra.ipynb)" in (copy / "README.md").read_text(encoding="utf-8")
-    before = nbformat.read(copy / "notebooks/06_save.ipynb", as_version=4)
-    assert "Next: [Count to three →](07_extra.ipynb)" in before.cells[-1].source
+    assert "[99 Count to three](notebooks/99_extra.ipynb)" in (copy / "README.md").read_text(encoding="utf-8")
+    before = nbformat.read(copy / f"notebooks/{CHAPTERS[-1].name}.ipynb", as_version=4)
+    assert "Next: [Count to three →](99_extra.ipynb)" in before.cells[-1].source
     done = run(copy, "notebooks/lint.py")
-    assert done.returncode and "07_extra.ipynb: outputs that are not recorded" in done.stdout
-    done = run(copy, "-m", "helpers.series", "07_extra", "-p", "LAST", "4", "-p", "RUN_DIR", str(copy / "run"))
+    assert done.returncode and "99_extra.ipynb: outputs that are not recorded" in done.stdout
+    done = run(copy, "-m", "helpers.series", "99_extra", "-p", "LAST", "4", "-p", "RUN_DIR", str(copy / "run"))
     assert done.returncode, "a parameter that the chapter does not have"
-    done = run(copy, "-m", "helpers.series", "07_extra", "-p", "LAST", "4")
+    done = run(copy, "-m", "helpers.series", "99_extra", "-p", "LAST", "4")
     assert done.returncode == 0 and "1, 2, 3, 4" in done.stdout, done.stdout + done.stderr
     done = run(copy, "notebooks/build.py", "--outputs-from", "runs/cpu/executed")
     assert done.returncode == 0, done.stderr
-    lines = [line for line in run(copy, "notebooks/lint.py").stdout.splitlines() if "07_extra" in line]
+    lines = [line for line in run(copy, "notebooks/lint.py").stdout.splitlines() if "99_extra" in line]
     assert lines == []

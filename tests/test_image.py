@@ -156,6 +156,7 @@ def test_extras_and_foreign_platforms_are_not_asked_for():
         ("torch==2.11.0\n<html>\n", "line 2"),
         ("torch>=2\n", "line 1"),
         ("<!DOCTYPE html>\n", "line 1"),
+        ("torch==abc\n", "line 1: found abc"),
         ("torch==2.11.0\n-e git+https://example.org/x\n", "line 2"),
     ],
 )
@@ -173,6 +174,11 @@ def test_a_freeze_with_windows_line_ends_a_mark_and_addresses_is_read(tmp_path):
     path.write_bytes("torch==2.11.0\n".encode("utf-16"))
     with pytest.raises(InputError, match="not UTF-8"):
         read_freeze(path)
+
+
+def test_a_freeze_without_torch_is_not_taken_for_an_image(tmp_path):
+    with pytest.raises(InputError, match="found no torch"):
+        check_image(edited(tmp_path, torch=None), paths("2026-08")[1], requirements=LOCK)
 
 
 def test_a_freeze_gives_versions_and_knows_packages_from_addresses():
@@ -196,7 +202,7 @@ def test_the_command_says_the_same_as_text_and_as_json_and_in_its_status(month, 
     data = json.loads(capsys.readouterr().out)
     assert data["ok"] is (status == 0)
     assert len(data["conflicts"]) == text.count("CONFLICT")
-    assert "installs cleanly" in text if data["ok"] else "does not install cleanly: 1 conflicts" in text
+    assert "installs cleanly" in text if data["ok"] else "does not install cleanly: 1 conflict" in text
 
 
 def test_the_command_needs_nothing_but_tabulate_and_packaging_and_refuses_bad_input_in_one_line():
@@ -216,5 +222,5 @@ def test_the_command_needs_nothing_but_tabulate_and_packaging_and_refuses_bad_in
 def test_the_table_as_html_has_the_facts_of_the_text():
     report = check_image(*paths("2026-01"), requirements=LOCK)
     html = report._repr_html_()
-    for fact in ("0.10.0 -&gt; 0.18.0", "CONFLICT", "finds 2.9.0+cu126", "1 conflicts"):
+    for fact in ("0.10.0 -&gt; 0.18.0", "CONFLICT", "finds 2.9.0+cu126", "1 conflict"):
         assert fact in html

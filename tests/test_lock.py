@@ -208,8 +208,10 @@ def test_the_packages_that_the_series_touches_are_those_it_pins_or_asks_for_but_
 
 
 def test_a_day_that_is_none_and_a_version_that_no_index_has_are_refused(tmp_path, capsys):
-    with pytest.raises(InputError, match="DATE: found 'tomorrow'.*2026-11-28"):
+    with pytest.raises(InputError, match="DATE: found 'tomorrow'.*up to today"):
         newest_versions(["trl"], date="tomorrow", python="3.13")
+    with pytest.raises(InputError, match="DATE: found '2999-01-01'.*up to today"):
+        newest_versions(["trl"], date="2999-01-01", python="3.13")
     arguments = ["--date", "2026-11-28", "--out", str(tmp_path / "out")]
     assert main([*arguments, "--image", str(tmp_path)]) == 2 and not (tmp_path / "out").exists()
     assert "no such file" in capsys.readouterr().err

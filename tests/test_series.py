@@ -117,7 +117,7 @@ def test_fresh_sets_the_last_run_aside(chapters):
     run = open_run(chapters / "run")
     (run.path / "kept").write_text("")
     assert main(["01_install", "--fresh", "-p", "RUN_DIR", str(run.path)]) == 0
-    assert (chapters / "run.previous" / "kept").exists()
+    assert (chapters / "run.previous-1" / "kept").exists()
     assert not (run.path / "kept").exists()
 
 

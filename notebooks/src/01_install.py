@@ -43,14 +43,14 @@
 # %% [markdown] lang="en"
 # ## Set up
 #
-# The next cell opens every chapter, because on Colab every notebook gets a machine of its own. On Colab and Kaggle it
-# installs the *lock*, `requirements-colab.txt`: a list of packages with their exact versions. It changes nothing else
-# and says what it changed; the second time it does nothing. On your own computer it only looks, because `make setup`
-# has installed everything.
+# The next cell is the first of every chapter, because on Colab every notebook gets a machine of its own. On Colab and
+# Kaggle it installs the packages of `requirements-colab.txt`, each in the one version that this series was tested with.
+# It leaves all other packages alone, and shows which ones it changed. On your own computer it installs nothing, because
+# `make setup` has done that.
 #
-# Colab's image, the set of packages that a new machine starts with, changes every few weeks. Where the lock cannot work
-# on it, the cell says so before it installs anything. It then names the older image to choose: *Runtime → Change
-# runtime type → Runtime version*.
+# A new machine on Colab starts with Google's own set of packages, its *image*, which changes every few weeks. If our
+# packages cannot work with that image, the cell says so before it installs anything. It then names another image, which
+# you choose under *Runtime → Change runtime type → Runtime version*.
 #
 # The outputs below a cell, before you run it, were recorded without a GPU. A T4 trains a larger model on other
 # conversations, so your figures and answers will differ.
@@ -60,10 +60,12 @@
 
 # %% [markdown] lang="en"
 # Choices are made in one cell. `"auto"` takes the `t4` profile where a CUDA GPU is present and `cpu` otherwise. An
-# empty `MODEL_NAME` means the profile's own model; give another one's name on the Hugging Face Hub, where models and
-# data sets are published, to see whether it needs an access token. `HF_ENDPOINT` names a mirror of the
-# Hub, such as `"https://hf-mirror.com"`, which gets your access token too. `USE_MODELSCOPE` takes models from
-# ModelScope, but data sets still come from the Hub or its mirror.
+# empty `MODEL_NAME` means the profile's own model. Models and data sets are published on the Hugging Face Hub; some need
+# an access token, a password that the Hub gives you. Name such a model, and the check below says so.
+#
+# Two choices are for readers who cannot reach the Hub. `HF_ENDPOINT` is the address of a copy of it, such as
+# `"https://hf-mirror.com"`; that copy is sent your access token, if you have set one. `USE_MODELSCOPE` takes models from
+# ModelScope, another place that publishes them. Data sets still come from the Hub or its copy.
 
 # %% tags=["parameters"]
 # @title Choices

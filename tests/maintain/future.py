@@ -8,6 +8,7 @@ Then `make drift IMAGE=runs/future` judges the lock there.
 """
 
 import argparse
+import datetime
 import json
 import re
 import shutil
@@ -56,8 +57,12 @@ def newest_versions(wanted: Iterable[str], *, date: str, python: str) -> dict[st
     Raises:
         InputError: the date is none, or uv found no version; the message is uv's own.
     """
-    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", date):
-        raise InputError("DATE", found=repr(date), expected="a day such as 2026-11-28", fix="write it so")
+    try:
+        future = datetime.date.fromisoformat(date) > datetime.date.today()
+    except ValueError:
+        future = True
+    if future:
+        raise InputError("DATE", found=repr(date), expected="a day up to today, such as 2026-11-28", fix="write it so")
     with tempfile.TemporaryDirectory() as folder:
         names = Path(folder, "names.txt")
         names.write_text("\n".join(wanted), encoding="utf-8")
@@ -121,7 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    print("\n".join(f"{name} {change}" for name, change in changes.items()))
+    moved = {name: change for name, change in changes.items() if len(set(change.split(" -> "))) > 1}
+    print("\n".join(f"{name} {change}" for name, change in moved.items()))
+    print(f"{options.out}: {options.image.name} of {options.date}, {len(moved)} of {len(changes)} packages moved on.")
     return 0
 
 

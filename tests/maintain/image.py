@@ -92,7 +92,9 @@ class ImageReport:
 
     def _verdict(self) -> str:
         counts = ", ".join(f"{len(getattr(self, kind))} {kind}" for kind in ("added", "changed", "hurt"))
-        verdict = "installs cleanly" if self.ok else f"does not install cleanly: {len(self.conflicts)} conflicts"
+        number = len(self.conflicts)
+        counted = "1 conflict" if number == 1 else f"{number} conflicts"
+        verdict = "installs cleanly" if self.ok else f"does not install cleanly: {counted}"
         note = (
             f" Of {self.unread} of the image's packages it is not known whether they need another version of a package "
             "that the lock changes (`--fetch` asks the package index, which knows those that come as wheels)."
@@ -133,10 +135,24 @@ def read_freeze(path: str | Path) -> dict[str, str | None]:
                 expected="name==version or name @ address",
                 fix="give the output of `pip freeze`",
             )
+        if row[2] and not _is_version(row[2]):
+            raise InputError(
+                f"{path}, line {number}", found=row[2], expected="a version", fix="give the output of `pip freeze`"
+            )
         packages[normal_name(row[1])] = row[2]
     if not packages:
         raise InputError(str(path), found="no package", expected="the output of `pip freeze`", fix="check the file")
     return packages
+
+
+def _is_version(text: str) -> bool:
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        Version(text)
+    except InvalidVersion:
+        return False
+    return True
 
 
 def read_os_info(path: str | Path) -> str:
@@ -147,7 +163,9 @@ def read_os_info(path: str | Path) -> str:
     """
     row = re.search(r"^Python (\d+\.\d+\.\d+)$", read_text(Path(path)), flags=re.MULTILINE)
     if row is None:
-        raise InputError(str(path), found="no such line", expected="a line `Python X.Y.Z`", fix="give os-info-gpu.txt")
+        raise InputError(
+            str(path), found="no Python version", expected="a line `Python X.Y.Z`", fix="give os-info-gpu.txt"
+        )
     return row[1]
 
 
@@ -205,10 +223,11 @@ def _fetch_batch(pins: Sequence[Pin], *, python: str) -> dict[str, Metadata]:
                 }
         lost = re.search(r"No matching distribution found for ([A-Za-z0-9._-]+)==", done.stderr)
         if lost is None or "Retrying" in done.stderr:
-            errors = "; ".join(line for line in done.stderr.splitlines() if line.startswith("ERROR"))
-            raise InputError(
-                "package index", found=errors or done.stderr[-600:], expected="an answer", fix="check the network"
-            )
+            lines = [
+                line.strip() for line in done.stderr.splitlines() if not line.startswith(("WARNING", "DEPRECATION"))
+            ]
+            said = " ".join(filter(None, lines))[-600:]
+            raise InputError("pip", found=said, expected="an answer", fix="see pip's message, or check the network")
         del batch[normal_name(lost[1])]
     return {}
 
@@ -243,6 +262,9 @@ def check_image(
         InputError: a file cannot be read, or the index does not answer.
     """
     image, pins, metadata = read_freeze(freeze), read_lock(requirements), read_metadata()
+    if "torch" not in image:
+        fix = "give the whole output of `pip freeze`"
+        raise InputError(str(freeze), found="no torch", expected="a freeze of Colab's GPU image", fix=fix)
     beside = Path(freeze).with_name(METADATA.name)
     metadata = {**(read_metadata(beside) if beside.is_file() else {}), **metadata}
     python = read_os_info(os_info) if os_info else _python_of(requirements)
