@@ -15,7 +15,7 @@ import pytest
 from hub import serve_hub, serve_modelscope, serve_silence
 from train_once import shallow_smollm2
 
-from helpers.base import InputError, sha256_of
+from helpers.base import ROOT, InputError, sha256_of
 from helpers.environment import check_hub
 from helpers.hub import (
     HUB_SECONDS,
@@ -30,12 +30,12 @@ from helpers.hub import (
     read_endpoint,
     read_switch,
 )
-from helpers.profiles import ROOT, ProfileError, model_source
+from helpers.profiles import ProfileError, model_source
 
 MIRROR = "https://hf-mirror.com"
 NAME = "me/Tiny-0.1B"
 CHAPTERS = sorted((ROOT / "notebooks" / "src").glob("[0-9][0-9]_*.py"))
-NETWORK = ("HF_", "HUGGING", "MODELSCOPE", "UNSLOTH_USE")  # what the environment says of hubs
+NETWORK = ("HF_", "HUGGING", "MODELSCOPE", "UNSLOTH_USE", "TRANSFORMERS_OFFLINE")  # what the environment says of hubs
 
 
 def run_code(code, *, folder, timeout=300, options=(), **environment):
@@ -505,12 +505,8 @@ print(json.dumps(said))
 def test_what_a_mirror_does_not_have_is_one_line(tmp_path):
     with serve_hub() as mirror:
         model, data = last_line(run_code(ASK.format(endpoint=mirror.url, name=NAME), folder=tmp_path))
-    assert model.startswith(
-        f"ProfileError: MODEL_NAME {NAME}: found no such repository at {mirror.url}, expected a model"
-    )
-    assert data.startswith(
-        f"ProfileError: DATASET {NAME}: found no such repository at {mirror.url}, expected a data set"
-    )
+    assert model.startswith(f"HubError: MODEL_NAME {NAME}: found no such repository at {mirror.url}, expected a model")
+    assert data.startswith(f"HubError: DATASET {NAME}: found no such repository at {mirror.url}, expected a data set")
 
 
 def test_a_mirror_that_never_answers_is_one_line_in_time(tmp_path):
@@ -519,10 +515,10 @@ def test_a_mirror_that_never_answers_is_one_line_in_time(tmp_path):
         model, data = last_line(run_code(ASK.format(endpoint=mirror.url, name=NAME), folder=tmp_path))
         assert time.monotonic() - start < 2 * HUB_SECONDS + 20  # the client and its imports
         assert mirror.connections
-    assert model.startswith(f"ProfileError: MODEL_NAME {NAME}: found no answer from {mirror.url} (")
+    assert model.startswith(f"HubError: MODEL_NAME {NAME}: found no answer from {mirror.url} (")
     fix = "connect to the network, correct HF_ENDPOINT or leave it empty, or set MODEL_NAME to a folder with a model"
     assert model.endswith(f" Fix: {fix}.")
-    assert data.startswith(f"ProfileError: DATASET {NAME}: found no answer from {mirror.url} (")
+    assert data.startswith(f"HubError: DATASET {NAME}: found no answer from {mirror.url} (")
 
 
 def test_modelscope_that_never_answers_is_one_line_in_time(environment, tmp_path):

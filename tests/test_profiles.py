@@ -5,17 +5,9 @@ import shutil
 
 import pytest
 
-from helpers.base import InputError
-from helpers.profiles import (
-    ROOT,
-    ProfileError,
-    choose_profile,
-    choose_template,
-    data_source,
-    model_source,
-    require_hub,
-    shown,
-)
+from helpers.base import ROOT, InputError, short_path
+from helpers.hub import HubError, require_hub
+from helpers.profiles import ProfileError, choose_profile, choose_template, data_source, model_source
 from helpers.smollm2 import prepare_smollm2
 
 SHAREGPT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
@@ -131,7 +123,7 @@ def test_data_file_that_can_be_used(tmp_path, text):
 @pytest.mark.parametrize("name", ["nobody/nothing", "not a name/at all"])
 def test_no_hub(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ProfileError) as caught:
+    with pytest.raises(HubError) as caught:
         require_hub(name, setting="DATASET", repo_type="dataset")
     assert str(caught.value).startswith(f"DATASET {name}: found no ")
     assert ".jsonl file" in str(caught.value)
@@ -158,8 +150,8 @@ def test_notebooks_show_one_line_instead_of_a_traceback():
 
 
 def test_paths_are_shown_without_the_machine():
-    assert shown(ROOT / "runs" / "cpu") == "runs/cpu"
-    assert shown("/elsewhere") == "/elsewhere"
+    assert short_path(ROOT / "runs" / "cpu") == "runs/cpu"
+    assert short_path("/elsewhere") == "/elsewhere"
 
 
 def test_a_real_model_folder_without_weights_is_refused(tmp_path):
