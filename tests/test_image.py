@@ -169,7 +169,7 @@ def test_a_file_that_is_no_freeze_is_refused_with_its_line(tmp_path, text, messa
 
 def test_a_freeze_with_windows_line_ends_a_mark_and_addresses_is_read(tmp_path):
     path = tmp_path / "freeze.txt"
-    path.write_bytes("\ufeffJinja2==3.1.6\r\nx @ https://example.org/x.whl\r\n\r\ntorch==2.11.0+cu128\r\n".encode())
+    path.write_bytes("\ufeffJinja2==3.1.6\r\nx @ https://example.org/x.zip\r\n\r\ntorch==2.11.0+cu128\r\n".encode())
     assert read_freeze(path) == {"jinja2": "3.1.6", "x": None, "torch": "2.11.0+cu128"}
     path.write_bytes("torch==2.11.0\n".encode("utf-16"))
     with pytest.raises(InputError, match="not UTF-8"):

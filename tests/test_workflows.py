@@ -222,7 +222,7 @@ def change_image(folder, before, after):
 @pytest.mark.parametrize(
     ("before", "after", "said", "fits"),
     [
-        ("^google-colab @ .*", "google-colab @ https://x.org/a==1.whl", "has not moved", "true"),
+        ("^google-colab @ .*", "google-colab @ https://x.org/a==1.zip", "has not moved", "true"),
         ("^absl-py==.*", "absl-py==1.5.0", "has moved", "true"),
         ("^absl-py==.*\n", "", "has moved", "true"),
         (r"^torch==.*", "torch==2.3.1+cu121", "has moved", "false"),
