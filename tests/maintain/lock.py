@@ -319,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             read_freeze(options.image / FREEZE),
             read_os_info(options.image / OS_INFO),
         )
-        print("Reading what the image's packages ask for (about 2 minutes) ...", flush=True)
+        print("Reading what the image's packages ask for (2 to 7 minutes) ...", flush=True)
         records = fetch_metadata([Pin(name, version) for name, version in image.items() if version], python=python)
         lock = make_lock(options.image, records)
         (options.out or LOCK).write_text(lock, encoding="utf-8")
