@@ -14,7 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.base import ROOT, InputError, html_table, text_table
-from helpers.requirements import Change, Conflict, Pin, normal_name, read_lock, read_needs, requirement_name, unmet
+from helpers.requirements import (
+    Change,
+    Conflict,
+    Pin,
+    normal_name,
+    public,
+    read_lock,
+    read_needs,
+    requirement_name,
+    unmet,
+)
 
 GPU_ONLY = ("xformers",)  # in the lock, but of no use without a CUDA GPU: the local CPU environment leaves it out
 PLACES = {"colab": "Google Colab", "kaggle": "Kaggle", "local": "this computer"}
@@ -125,9 +135,12 @@ def installed_version(name: str) -> str | None:
 
 def same_version(a: str, b: str) -> bool:
     """Equal but for a build label and leading zeros. Example: `2.11.0+cu128` and `2.11.0` -> True."""
-    from packaging.version import Version
+    from packaging.version import InvalidVersion, Version
 
-    return Version(a).public == Version(b).public
+    try:
+        return Version(a).public == Version(b).public
+    except InvalidVersion:  # a module may call its version as it likes
+        return public(a) == public(b)
 
 
 def import_names(name: str) -> set[str]:

@@ -206,6 +206,7 @@ def test_a_package_that_is_safe_to_replace_asks_for_no_restart(make_machine, tmp
 def test_versions_are_compared_as_versions():
     assert same_version("2026.07.22", "2026.7.22") and same_version("2.11.0+cu128", "2.11.0")
     assert not same_version("2026.10.19", "2026.10.19.post1")
+    assert same_version("built here", "built here") and not same_version("built here", "1.0")  # no version to Python
 
 
 @pytest.mark.parametrize(("name", "value"), [("UNSLOTH_DISABLE_STATISTICS", "1"), ("HF_UPDATE_DOWNLOAD_COUNTS", "0")])

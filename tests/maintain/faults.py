@@ -307,7 +307,7 @@ def summary(outcomes: Sequence[Caught]) -> str:
 
 def as_markdown(outcomes: Sequence[Caught], *, of: Mapping[str, Any]) -> str:
     """The table of all faults and controls; `of` is what `Metrics.of` says of the good run."""
-    said = f"{summary(outcomes)}. Written by `tests/faults.py`, which says what the words mean."
+    said = f"{summary(outcomes)}. Written by `tests/maintain/faults.py`, which says what the words mean."
     head = heading("Planted faults", said, of=of, dates=[time.strftime("%Y-%m-%d")])
     broken = FAULTS | CONTROLS
     rows = [[o.fault, broken[o.fault][1], o.chapter, verdict(o), o.what, round(o.seconds)] for o in outcomes]

@@ -119,7 +119,7 @@ def as_markdown(results: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any
     dates = sorted({result["date"] for result in results})
     others = sum(result["another_cpu"] for result in results)
     another = f" Computed as on another CPU: {others} (`{'='.join(*ANOTHER_CPU.items())}`)." if others else ""
-    verdict = f"{passed} of {len(results)} runs lie in all bands.{another} Written by `tests/repeat.py`."
+    verdict = f"{passed} of {len(results)} runs lie in all bands.{another} Written by `tests/maintain/repeat.py`."
     lines = [
         *heading("Repeatability of chapter 04", verdict, of=baseline["of"], dates=(dates[0], dates[-1])),
         "| metric | lowest | highest | allowed | of the band used |",

@@ -1,4 +1,4 @@
-"""Breaks one thing in the libraries, in every Python process that has this folder on PYTHONPATH. See tests/faults.py.
+"""Breaks one thing in the libraries, in every Python process that has this folder on PYTHONPATH (`make faults`).
 
 PLANTED_FAULT names the fault; `none` and `resumed` break nothing, and must go unnoticed. It is planted when `unsloth`
 has been imported, because Unsloth replaces functions of the other libraries at that moment and would undo anything
