@@ -31,7 +31,7 @@ model: $(READY)  ## prepare the cpu profile's model (once, into the cache)
 	@python -m helpers.smollm2
 
 llama-cpp: $(READY)  ## build llama.cpp for chapter 06 (once, into the cache; four to eleven minutes)
-	@python -m helpers.gguf
+	@python -m helpers.export.gguf
 
 notebooks: $(READY)  ## build the notebooks from notebooks/src
 	@python notebooks/build.py

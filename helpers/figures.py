@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from IPython.display import Image
     from matplotlib.figure import Figure
 
-    from helpers.memory import Stage
+    from helpers.memory.stats import Stage
 
 # Okabe and Ito's palette: told apart by colour-blind readers, on light and dark paper.
 FROZEN, TRAINED, MARK = "#9aa0a6", "#0072b2", "#d55e00"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.base import ROOT, InputError, html_table, short_path, text_table
-from helpers.hub import download_from_modelscope, missing_files, require_hub, uses_modelscope
+from helpers.environment.hub import download_from_modelscope, missing_files, require_hub, uses_modelscope
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 

@@ -10,7 +10,7 @@ import json
 import pathlib
 from dataclasses import dataclass
 
-from helpers.template import pin_date
+from helpers.template.check import pin_date
 
 CORPUS = [
     "What is the capital of France? The capital of France is Paris.",

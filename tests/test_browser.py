@@ -50,7 +50,7 @@ FAULTS = (
 display(HTML("<img src='data:image/png;base64,broken'>"))
 display(HTML("<table><thead><tr><th>a</th></tr></thead><tbody></tbody></table>"))
 display(HTML("<table><tbody><tr><td>1</td></tr></tbody></table>"))""",
-    """from helpers.chat_box import ChatBox, Exchange
+    """from helpers.chat.box import ChatBox, Exchange
 
 box = ChatBox(None, None, max_seq_length=512)
 reply = '<img src=x onerror="window.hacked = 1"><b id="bold">Hi</b><script>window.hacked = 1</script>'

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from train_once import shallow_smollm2
 
-from helpers.handoff import HandoffError, open_run
+from helpers.handoff.run import HandoffError, open_run
 
 CONVERSATIONS = Path(__file__).resolve().parent.parent / "notebooks" / "data" / "support_conversations.jsonl"
 

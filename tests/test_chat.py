@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.chat import (
+from helpers.chat.replies import (
     ChatError,
     batch_replies,
     compare_replies,
@@ -70,7 +70,7 @@ def test_prompts_are_padded_on_the_left_and_the_mask_hides_it(chat_model):
 
 @pytest.mark.parametrize("kind", ["llama-3.1", "smollm2", "gemma"])
 def test_the_prompt_is_how_training_texts_begin(kind, shared_tokenizer):
-    from helpers.template import check_template, format_conversations
+    from helpers.template.check import check_template, format_conversations
 
     tokenizer = shared_tokenizer(kind)
     assert not {"double_bos", "bos_differs", "prompt_not_prefix"} & {p.code for p in check_template(tokenizer).problems}
@@ -148,7 +148,7 @@ UNSLOTH = """
 import json, sys
 from unsloth import FastLanguageModel
 import torch
-from helpers.chat import batch_replies, stream_reply
+from helpers.chat.replies import batch_replies, stream_reply
 folder, *questions = json.loads(sys.argv[1])
 model, tokenizer = FastLanguageModel.from_pretrained(folder, dtype=torch.float32, load_in_4bit=False)
 FastLanguageModel.for_inference(model)

@@ -9,8 +9,8 @@ import types
 import pytest
 from train_once import shallow_smollm2
 
-from helpers.chat import batch_replies, stream_reply
-from helpers.chat_box import ChatBox, Exchange, has_reader
+from helpers.chat.box import ChatBox, Exchange, has_reader
+from helpers.chat.replies import batch_replies, stream_reply
 
 QUESTION = "What is the capital of France?"
 

@@ -20,18 +20,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers.checkpoints import (
-    CheckpointError,
-    Checkpoints,
+from helpers.training.checkpoints import CheckpointError, Checkpoints, _ordered, compare_settings
+from helpers.training.saved import (
     _copy_name,
     _copy_whole,
     _handed_over,
     _newest_good,
-    _ordered,
     _read_manifest,
     _reason,
     _saved_in,
-    compare_settings,
 )
 
 STEPS = 12
@@ -192,7 +189,7 @@ def test_never_more_than_one_interval_is_lost(trainer_of, tmp_path, monkeypatch,
         def on_save(self, args, state, control, **kwargs):
             saves.append((state.global_step, clock[0]))
 
-    monkeypatch.setattr("helpers.checkpoints.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("helpers.training.checkpoints.time", SimpleNamespace(monotonic=lambda: clock[0]))
     trainer = trainer_of(tmp_path, eval_strategy="no")
     trainer.add_callback(Clock())
     with Checkpoints(trainer, every_seconds=every_seconds) as last:
@@ -230,10 +227,12 @@ def test_the_order_of_the_rows_is_that_of_seed_and_epoch():
 
 def test_the_rows_are_read_once_at_the_start(trainer_of, folder, monkeypatch):
     """Their fingerprint goes through all of them."""
-    from helpers.handoff import fingerprint_rows
+    from helpers.handoff.run import fingerprint_rows
 
     seen = []
-    monkeypatch.setattr("helpers.checkpoints.fingerprint_rows", lambda rows: seen.append(1) or fingerprint_rows(rows))
+    monkeypatch.setattr(
+        "helpers.training.checkpoints.fingerprint_rows", lambda rows: seen.append(1) or fingerprint_rows(rows)
+    )
     with Checkpoints(trainer_of(folder)) as last:
         assert last.endswith("checkpoint-6")
     assert seen == [1]
@@ -590,7 +589,7 @@ def test_a_mirror_that_drops_while_it_is_read_is(trainer_of, folder, tmp_path, m
         shutil.rmtree(mirror)
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("helpers.checkpoints._copy_whole", drop)
+    monkeypatch.setattr("helpers.training.saved._copy_whole", drop)
     with pytest.raises(CheckpointError, match="drive.*found Input/output error.*mount Drive again") as caught:
         with Checkpoints(trainer_of(folder), mirror=tmp_path / "drive"):
             pass
@@ -605,8 +604,8 @@ def test_a_slow_mirror_is_not_waited_for(trainer_of, tmp_path, monkeypatch, caps
         assert go_on.wait(600)
         return _copy_whole(source, target)
 
-    monkeypatch.setattr("helpers.checkpoints._copy_whole", copy_slowly)
-    monkeypatch.setattr("helpers.checkpoints.MIRROR_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("helpers.training.saved._copy_whole", copy_slowly)
+    monkeypatch.setattr("helpers.training.checkpoints.MIRROR_WAIT_SECONDS", 0.2)
     trainer, began = trainer_of(folder), time.monotonic()
     with Checkpoints(trainer, mirror=mirror, every_seconds=0) as last:
         trainer.train(resume_from_checkpoint=last)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.conversations import MEANINGS, ConversationError, split_conversations, validate_conversations
+from helpers.conversations.validate import MEANINGS, ConversationError, split_conversations, validate_conversations
 
 
 def sharegpt(*turns: tuple[object, object]) -> dict:
@@ -193,7 +193,7 @@ def test_special_tokens_are_the_tokenizers_own(shared_tokenizer):
 
 
 def test_rows_longer_than_the_limit(shared_tokenizer):
-    from helpers.template import format_conversations
+    from helpers.template.check import format_conversations
 
     tokenizer = shared_tokenizer("llama-3.1")
     messages = plain(("user", "Hi"), ("assistant", "word " * 50))["conversations"]

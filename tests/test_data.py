@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.conversations import validate_conversations
-from helpers.house_style import Verdict, judge_reply
+from helpers.chat.house_style import Verdict, judge_reply
+from helpers.conversations.validate import validate_conversations
 
 DATA = Path(__file__).resolve().parent.parent / "notebooks" / "data"
 ROWS = [json.loads(line) for line in (DATA / "support_conversations.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from helpers.base import InputError
-from helpers.divergence import DivergenceError, allowed_overflows, find_divergence, stop_on_divergence
+from helpers.training.divergence import DivergenceError, allowed_overflows, find_divergence, stop_on_divergence
 
 
 def log_of(losses, norms=None):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from helpers.base import ROOT
-from helpers.environment import (
+from helpers.environment.preflight import (
     EnvironmentProblem,
     EnvironmentReport,
     Row,
@@ -33,9 +33,9 @@ from helpers.environment import (
     has_code_for,
     main,
 )
-from helpers.install import InstallError, import_names
-from helpers.probes import ProbeResult, run_probe
-from helpers.requirements import read_lock
+from helpers.environment.probes import ProbeResult, run_probe
+from helpers.environment.requirements import read_lock
+from helpers.environment.setup import InstallError, import_names
 
 PINS = read_lock(ROOT / "requirements-colab.txt")
 T4 = {
@@ -185,7 +185,7 @@ def test_broken_package_replaced_under_a_live_process(monkeypatch, packages, tmp
         "import json5\n"  # this process holds the old version …
         f"sys.path.remove({str(older)!r})\n"  # … and the environment has the lock's
         "from helpers.environment import check_packages\n"
-        "from helpers.requirements import read_lock\n"
+        "from helpers.environment.requirements import read_lock\n"
         "print([r for r in check_packages(read_lock('requirements-colab.txt'), gpu=False) if r.verdict != 'ok'])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -388,7 +388,7 @@ def test_broken_network_that_refuses(hub, monkeypatch):
 
 
 def test_broken_network_that_never_answers_is_given_up(hub, monkeypatch):
-    monkeypatch.setattr("helpers.environment.HUB_SECONDS", 1)
+    monkeypatch.setattr("helpers.environment.preflight.HUB_SECONDS", 1)
     row = row_of(check_hub("slow/model"), "Hub")
     assert row.verdict == "fail" and row.found == f"http://127.0.0.1:{hub.server_port}: no answer in 1 s"
 

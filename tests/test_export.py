@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hub import serve_hub
 
-from helpers.export import (
+from helpers.export.plan import (
     GGUF_TYPES,
     ExportError,
     check_adapter,
@@ -26,7 +26,7 @@ from helpers.export import (
     read_gguf_types,
     require_16_bit,
 )
-from helpers.handoff import HandoffError, fingerprint, open_run
+from helpers.handoff.run import HandoffError, fingerprint, open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ["q_proj", "down_proj"]
@@ -164,7 +164,7 @@ def test_a_gguf_type_that_would_fail_later_is_refused(name):
 
 
 def test_the_allowed_types_are_known_to_unsloth_and_to_llama_cpp():
-    from helpers.gguf import cached_llama_cpp
+    from helpers.export.gguf import cached_llama_cpp
 
     source = Path(importlib.util.find_spec("unsloth").submodule_search_locations[0], "save.py").read_text()
     allowed = source[source.index("ALLOWED_QUANTS = {") : source.index("IMATRIX_QUANTS = {")]
@@ -307,7 +307,7 @@ def test_an_export_without_a_gguf_file_is_refused(tmp_path):
 EXPORT = """
 import resource, sys, time
 from transformers import AutoModelForCausalLM
-from helpers.handoff import open_run
+from helpers.handoff.run import open_run
 run_dir, base, limit, pause = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base)
 run = open_run(run_dir)
@@ -385,7 +385,7 @@ COUNTED = ", ".join(map(str, range(1, 13)))
 @pytest.mark.slow
 def test_chapter_06_in_an_awkward_folder_with_a_token_in_the_environment(tmp_path, monkeypatch, capfd):
     """The real chapter, publishing to a stand-in Hub; what it writes is complete, and the token is in none of it."""
-    from helpers.gguf import cached_llama_cpp
+    from helpers.export.gguf import cached_llama_cpp
     from helpers.series import run_chapter
 
     if not (cached_llama_cpp() / "llama-server").exists():

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers.gguf import (
+from helpers.export.gguf import (
     PACKAGE,
     RELEASE,
     GgufError,
@@ -90,7 +90,7 @@ def test_the_server_ends_with_a_python_that_is_killed(tmp_path):
     silent = program(
         tmp_path, f"echo $$ > '{tmp_path}/unfinished'; mv '{tmp_path}/unfinished' '{tmp_path}/pid'; exec sleep 600"
     )
-    code = f"from helpers.gguf import serve_gguf\nwith serve_gguf('x.gguf', program={str(silent)!r}): pass"
+    code = f"from helpers.export.gguf import serve_gguf\nwith serve_gguf('x.gguf', program={str(silent)!r}): pass"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as parent:
         wait_until((tmp_path / "pid").exists)
         parent.kill()
@@ -156,7 +156,7 @@ def test_last_words_that_were_lost_at_the_servers_end_are_asked_for_again(tmp_pa
 
 
 def test_a_server_that_does_not_end_when_asked_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr("helpers.gguf.SECONDS_TO_END", 1)
+    monkeypatch.setattr("helpers.export.gguf.SECONDS_TO_END", 1)
     deaf = program(tmp_path, f"trap '' TERM; echo $$ > '{tmp_path}/pid'; while true; do sleep 0.1; done")
     with pytest.raises(GgufError), serve_gguf("x.gguf", program=deaf, timeout_seconds=1):
         pass

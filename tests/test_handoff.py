@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from helpers.base import replace_file
-from helpers.handoff import (
+from helpers.handoff.run import (
     MANIFEST,
     HandoffError,
     fingerprint,
@@ -131,7 +131,7 @@ def test_empty_write_is_refused(run):
 
 KILLED = """
 import sys
-from helpers.handoff import open_run
+from helpers.handoff.run import open_run
 run = open_run(sys.argv[1])
 round = 0
 while True:

@@ -16,8 +16,7 @@ from hub import serve_hub, serve_modelscope, serve_silence
 from train_once import shallow_smollm2
 
 from helpers.base import ROOT, InputError, sha256_of
-from helpers.environment import check_hub
-from helpers.hub import (
+from helpers.environment.hub import (
     HUB_SECONDS,
     HUGGING_FACE,
     HubError,
@@ -30,6 +29,7 @@ from helpers.hub import (
     read_endpoint,
     read_switch,
 )
+from helpers.environment.preflight import check_hub
 from helpers.profiles import ProfileError, model_source
 
 MIRROR = "https://hf-mirror.com"
@@ -59,7 +59,7 @@ def environment(monkeypatch):
         monkeypatch.setenv(name, "")  # so that it is as before in the end
         monkeypatch.delenv(name)
     monkeypatch.delitem(sys.modules, "huggingface_hub.constants", raising=False)
-    monkeypatch.setattr("helpers.hub._choices", {})
+    monkeypatch.setattr("helpers.environment.hub._choices", {})
     monkeypatch.setattr("modelscope_hub.config._default_config", None)
     return monkeypatch
 
@@ -165,7 +165,7 @@ def test_a_choice_that_is_taken_back_leaves_the_environments_own(environment):
 
 def test_a_choice_that_comes_too_late_is_refused_and_changes_nothing(tmp_path):
     code = (
-        "import json, os, huggingface_hub.constants\nfrom helpers.hub import choose_hub\n"
+        "import json, os, huggingface_hub.constants\nfrom helpers.environment.hub import choose_hub\n"
         "choose_hub(''), choose_hub('https://own.example/')\n"
         f"try: choose_hub('{MIRROR}')\nexcept ValueError as error: said = str(error)\n"
         "print(json.dumps([said, os.environ['HF_ENDPOINT']]))"
@@ -180,7 +180,7 @@ def test_a_choice_that_comes_too_late_is_refused_and_changes_nothing(tmp_path):
 
 def test_the_choice_needs_the_standard_library_alone_and_modelscope_its_package(tmp_path):
     """`-S`: a Python without any installed package."""
-    code = f"from helpers.hub import choose_hub\nchoose_hub('{MIRROR}')\nchoose_hub('', modelscope=True)"
+    code = f"from helpers.environment.hub import choose_hub\nchoose_hub('{MIRROR}')\nchoose_hub('', modelscope=True)"
     done = run_code(code, folder=tmp_path, options=["-S"])
     assert done.stdout == f"Models and data sets come from {MIRROR}.\n"
     assert "USE_MODELSCOPE: found no package modelscope, expected ModelScope's client" in done.stderr
@@ -205,7 +205,7 @@ def test_each_chapter_chooses_the_hub_before_anything_else(chapter):
 
 def test_what_the_chapters_import_before_the_choice_loads_no_hubs_client(tmp_path):
     code = (
-        "import json, sys\nfrom helpers import environment, export, handoff, hub, install, profiles\n"
+        "import json, sys\nfrom helpers import environment, export, handoff, profiles\n"
         "heavy = {'huggingface_hub', 'transformers', 'datasets', 'unsloth', 'torch'}\n"
         "print(json.dumps(sorted(heavy & set(sys.modules))))"
     )
@@ -325,7 +325,7 @@ def test_an_address_that_does_not_answer_is_a_failed_row_in_time(variables, fix,
 
 
 def test_without_a_mirror_the_row_names_one_as_a_way_out(environment):
-    from helpers.hub import no_answer_fix
+    from helpers.environment.hub import no_answer_fix
 
     assert "set HF_ENDPOINT to a mirror" in no_answer_fix("give a folder")
 
@@ -375,7 +375,7 @@ def small_model(tmp_path_factory):
 
 LOAD = """
 import json
-from helpers.hub import choose_hub
+from helpers.environment.hub import choose_hub
 choose_hub({endpoint!r}, modelscope={modelscope!r})
 from helpers.profiles import model_source
 from unsloth import FastLanguageModel
@@ -404,7 +404,7 @@ def test_a_mirror_gives_tokenizer_and_model_and_the_hub_itself_is_not_asked(smal
 
 ROWS = """
 import json
-from helpers.hub import choose_hub
+from helpers.environment.hub import choose_hub
 choose_hub({endpoint!r})
 from helpers.profiles import data_source
 from datasets import load_dataset
@@ -489,7 +489,7 @@ def test_modelscopes_other_answers_are_one_line_too(status, environment, tmp_pat
 
 ASK = """
 import json
-from helpers.hub import choose_hub
+from helpers.environment.hub import choose_hub
 choose_hub({endpoint!r})
 from helpers.profiles import data_source, model_source
 said = []
@@ -537,7 +537,7 @@ def test_modelscope_that_never_answers_is_one_line_in_time(environment, tmp_path
 
 OFFLINE = """
 import json
-from helpers.hub import choose_hub
+from helpers.environment.hub import choose_hub
 choose_hub({endpoint!r})
 from helpers.profiles import choose_profile, model_source
 profile = choose_profile("cpu", model_name={folder!r})

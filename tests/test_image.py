@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from helpers.base import ROOT, InputError
-from helpers.install import RUNTIME_VERSION
-from helpers.requirements import Pin, normal_name, read_lock, unmet
+from helpers.environment.requirements import Pin, normal_name, read_lock, unmet
+from helpers.environment.setup import RUNTIME_VERSION
 from tests.maintain.image import Metadata, check_image, compare_image, main, read_freeze, read_metadata, read_os_info
 
 LOCK = ROOT / "requirements-colab.txt"

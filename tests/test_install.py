@@ -16,8 +16,8 @@ import pytest
 
 import helpers
 from helpers.base import ROOT
-from helpers.install import HARMLESS, same_version
-from helpers.requirements import read_lock
+from helpers.environment.requirements import read_lock
+from helpers.environment.setup import HARMLESS, same_version
 
 CELL = (ROOT / "notebooks" / "src" / "setup_cell.py").read_text(encoding="utf-8")
 UV = shutil.which("uv", path=os.path.dirname(sys.executable)) or shutil.which("uv")
@@ -75,7 +75,9 @@ class Machine:
         )
 
     def installed(self):
-        return self.run("from helpers.install import installed_version as v; print(v('toy-for-setup'))").stdout.strip()
+        return self.run(
+            "from helpers.environment.setup import installed_version as v; print(v('toy-for-setup'))"
+        ).stdout.strip()
 
     def install(self, version):
         wheel = make_wheel(self.wheels, version)
@@ -111,7 +113,7 @@ def machine(request, make_machine):
 
 def set_up_code(lock, *, before="", after=""):
     call = f"report = set_up(requirements={str(lock)!r})\nprint(report)\n"
-    return f"{before}\nfrom helpers.install import set_up\n{call}{after}"
+    return f"{before}\nfrom helpers.environment.setup import set_up\n{call}{after}"
 
 
 def test_what_changed_is_listed_once_and_the_second_time_nothing_happens(machine, tmp_path):
@@ -198,7 +200,9 @@ def test_a_package_that_is_safe_to_replace_asks_for_no_restart(make_machine, tmp
     machine = make_machine("pip")
     machine.install("1.0.0")
     lock = make_lock(tmp_path / "lock.txt", make_wheel(machine.wheels, "2.0.0"), version="2.0.0")
-    safe = "import toy_for_setup, helpers.install\nhelpers.install.SAFE_TO_REPLACE['toy-for-setup'] = 'data'"
+    safe = (
+        "import toy_for_setup\nfrom helpers.environment import setup\nsetup.SAFE_TO_REPLACE['toy-for-setup'] = 'data'"
+    )
     done = machine.run(set_up_code(lock, before=safe))
     assert "1 package changed" in done.stdout and "RESTART" not in done.stdout, done.stderr
 
@@ -311,7 +315,7 @@ def test_the_local_environment_has_the_locks_versions():
 
 
 def test_the_local_environment_has_the_images_versions_of_all_else():
-    from helpers.requirements import public
+    from helpers.environment.requirements import public
     from tests.maintain.image import read_freeze
     from tests.maintain.lock import IMAGE
 
@@ -328,7 +332,7 @@ def test_the_packages_of_the_local_environment_fit_together():
     """What is installed here asks for nothing that is not here in a fitting version, but for what only a GPU needs."""
     import importlib.metadata
 
-    from helpers.requirements import requirement_name, unmet
+    from helpers.environment.requirements import requirement_name, unmet
 
     versions = {pin.name: pin.version for pin in read_lock(ROOT / "tests/requirements-local.txt")}
     python = ".".join(map(str, sys.version_info[:3]))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from helpers.base import ROOT
-from helpers.requirements import normal_name, read_lock
+from helpers.environment.requirements import normal_name, read_lock
 from tests.maintain import licences
 from tests.maintain.licences import count_agpl, find_package, imported_agpl, is_agpl
 

@@ -9,7 +9,7 @@ import pytest
 from packaging.specifiers import Specifier, SpecifierSet
 
 from helpers.base import ROOT, InputError
-from helpers.requirements import read_lock, read_needs
+from helpers.environment.requirements import read_lock, read_needs
 from tests.maintain.future import change_freeze, main, make_future, newest_versions, touched_packages
 from tests.maintain.image import LOCK, Metadata, check_image, read_freeze, read_metadata, read_os_info
 from tests.maintain.lock import (

@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from templates import ALL_KINDS
 
-from helpers.masking import MaskingError, check_masking, show_masking
-from helpers.rows import RowsError
-from helpers.template import format_conversations
-from helpers.turns import TurnsError, render
+from helpers.masking.check import MaskingError, check_masking
+from helpers.masking.rows import RowsError
+from helpers.masking.view import show_masking
+from helpers.template.check import format_conversations
+from helpers.template.turns import TurnsError, render
 
 MASKED, TRAINED, EITHER = 0, 1, 2
 NAMES = list(ALL_KINDS)

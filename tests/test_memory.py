@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from helpers.memory import GIB, MemoryReport, MemoryStats, Stage, memory_stats, stage_table, track_memory
+from helpers.memory.stats import GIB, MemoryReport, MemoryStats, Stage, memory_stats, stage_table, track_memory
 
 
 def test_now_is_within_the_machine():

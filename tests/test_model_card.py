@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hub import serve_hub
 
-from helpers.handoff import open_run
-from helpers.model_card import CardError, check_model_card, hub_files, hub_name, make_model_card
+from helpers.export.card import CardError, check_model_card, hub_files, hub_name, make_model_card
+from helpers.handoff.run import open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = {
@@ -173,7 +173,7 @@ TOKEN = "hf_" + "neverShowThis" * 2
 # The client reads HF_ENDPOINT when it is imported: so in a process of its own. The token comes by standard input.
 PUBLISH = """
 import json, sys
-from helpers.model_card import publish
+from helpers.export.card import publish
 folder, *options = json.loads(sys.stdin.read())
 print(publish(folder, **dict(zip(("repository", "card", "base_model", "token"), options))))
 """

@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 import templates
 
-from helpers.chat import render_prompt
-from helpers.modelfile import ModelfileError, make_modelfile, ollama_template, read_template_parts, write_modelfile
+from helpers.chat.replies import render_prompt
+from helpers.export.modelfile import (
+    ModelfileError,
+    make_modelfile,
+    ollama_template,
+    read_template_parts,
+    write_modelfile,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"

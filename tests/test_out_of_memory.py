@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from test_training import small_rows, small_trainer
 
-from helpers.memory import PlanError, plan_batch, predict_peak, stage_table, track_memory
-from helpers.out_of_memory import DoesNotFit, fit_into_memory
+from helpers.memory.fit import DoesNotFit, fit_into_memory
+from helpers.memory.plan import PlanError, plan_batch, predict_peak
+from helpers.memory.stats import stage_table, track_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from helpers.base import ROOT, InputError, short_path
-from helpers.hub import HubError, require_hub
+from helpers.environment.hub import HubError, require_hub
 from helpers.profiles import ProfileError, choose_profile, choose_template, data_source, model_source
 from helpers.smollm2 import prepare_smollm2
 

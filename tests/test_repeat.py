@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from helpers.handoff import HandoffError, open_run
+from helpers.handoff.run import HandoffError, open_run
 from tests.maintain import repeat
 from tests.maintain.regress import Metrics, RegressError, make_baseline
 from tests.maintain.repeat import as_markdown, code_fingerprint, copy_needs, problems, spread

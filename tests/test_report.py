@@ -9,11 +9,14 @@ from html.parser import HTMLParser
 import pytest
 from test_training import PNG, small_trainer
 
-from helpers.chat import Comparison
-from helpers.masking import Finding, MaskReport
-from helpers.memory import MemoryStats, Stage, track_memory
-from helpers.report import SECTIONS, ReportError, make_report, write_report
-from helpers.training import check_evidence, frozen_checksum, held_out_losses, live_plot
+from helpers.chat.replies import Comparison
+from helpers.masking.check import Finding, MaskReport
+from helpers.memory.stats import MemoryStats, Stage, track_memory
+from helpers.training.curves import live_plot
+from helpers.training.evidence import check_evidence
+from helpers.training.held_out import held_out_losses
+from helpers.training.report import SECTIONS, ReportError, make_report, write_report
+from helpers.training.weights import frozen_checksum
 
 OLD_KEYS = "held_out_loss house_style right_help steps seconds peak_reserved_gib device log".split()
 HOSTILE = "<script>alert('x')</script> & <b>bold</b>"
@@ -140,8 +143,8 @@ def test_what_was_not_judged_or_is_not_finite(run):
 
 
 def test_the_model_card_reads_it(run, tmp_path):
-    from helpers.handoff import open_run
-    from helpers.model_card import make_model_card
+    from helpers.export.card import make_model_card
+    from helpers.handoff.run import open_run
 
     folder = open_run(tmp_path)
     folder.write_json("lora.json", {"lora": {"r": 16}}, base_model="base")

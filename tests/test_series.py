@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from helpers import series
-from helpers.handoff import open_run
+from helpers.handoff.run import open_run
 from helpers.series import (
     ChapterRun,
     SeriesError,

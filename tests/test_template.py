@@ -7,8 +7,8 @@ import re
 import pytest
 from templates import ALL_KINDS, chat_template
 
-from helpers.handoff import fingerprint
-from helpers.template import (
+from helpers.handoff.run import fingerprint
+from helpers.template.check import (
     FormatError,
     TemplateError,
     check_template,

@@ -12,28 +12,13 @@ import time
 
 import pytest
 
-from helpers.divergence import find_divergence
+from helpers.base import InputError
 from helpers.series import AT_THE_END, with_new_ports
-from helpers.training import (
-    MEASURES,
-    Curves,
-    CurvesError,
-    Evidence,
-    EvidenceError,
-    HeldOutLosses,
-    bootstrap_interval,
-    check_evidence,
-    count_changed_adapters,
-    count_trainable,
-    describe_overfitting,
-    draw_curves,
-    duration,
-    fall_interval,
-    frozen_checksum,
-    held_out_losses,
-    live_plot,
-    undo_emulated_bfloat16,
-)
+from helpers.training.curves import MEASURES, Curves, CurvesError, draw_curves, duration, live_plot
+from helpers.training.divergence import find_divergence
+from helpers.training.evidence import Evidence, EvidenceError, check_evidence, describe_overfitting
+from helpers.training.held_out import HeldOutLosses, bootstrap_interval, fall_interval, held_out_losses
+from helpers.training.weights import count_changed_adapters, count_trainable, frozen_checksum, undo_emulated_bfloat16
 
 LOG = [{"loss": 2.0, "grad_norm": 1.0}, {"loss": 1.0, "grad_norm": 0.5}, {"eval_loss": 1.0, "step": 2}]
 TOKENS = (4, 2, 6, 3)
@@ -132,7 +117,7 @@ def losses_one_by_one(model, rows):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_held_out_losses_are_those_of_each_answer(model, batch_size, monkeypatch):
-    monkeypatch.setattr("helpers.training.LOGITS_AT_ONCE", 50 * 7)  # seven tokens at once
+    monkeypatch.setattr("helpers.training.held_out.LOGITS_AT_ONCE", 50 * 7)  # seven tokens at once
     rows = small_rows()
     measured = held_out_losses(model.train(), rows, batch_size=batch_size)
     assert measured.sums == pytest.approx(losses_one_by_one(model, rows), rel=1e-5)
@@ -206,7 +191,7 @@ def test_held_out_loss_agrees_with_the_trainer(model, tmp_path):
     ],
 )
 def test_rows_that_cannot_be_measured(model, rows, found):
-    with pytest.raises(EvidenceError, match=f"held-out rows: found {found}.*train_on_responses_only"):
+    with pytest.raises(InputError, match=f"held-out rows: found {found}.*train_on_responses_only"):
         held_out_losses(model, rows)
 
 
@@ -215,7 +200,7 @@ import sys, torch
 from unsloth import FastLanguageModel, is_bfloat16_supported
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from helpers.profiles import SMOLLM2, model_source
-from helpers.training import held_out_losses
+from helpers.training.held_out import held_out_losses
 source = model_source(SMOLLM2)
 model, _ = FastLanguageModel.from_pretrained(source, max_seq_length=128, dtype=None, load_in_4bit=True)
 model = FastLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj"], use_gradient_checkpointing=False)
@@ -291,7 +276,7 @@ def test_intervals_that_cannot_be_told():
 
 
 def test_before_and_after_must_be_the_same_rows():
-    with pytest.raises(EvidenceError, match="before and after: found 4 and 3 conversations"):
+    with pytest.raises(InputError, match="before and after: found 4 and 3 conversations"):
         fall_interval(BEFORE, HeldOutLosses(AFTER.sums[:3], TOKENS[:3]))
 
 
@@ -489,10 +474,10 @@ def test_a_model_without_lora_has_nothing_to_count(model):
     from peft import PromptTuningConfig, get_peft_model
 
     base = model.unload()
-    with pytest.raises(EvidenceError, match="model: found no LoRA matrices, expected a PEFT model.*target_modules"):
+    with pytest.raises(InputError, match="model: found no LoRA matrices, expected a PEFT model.*target_modules"):
         count_trainable(base)
     prompts = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    with pytest.raises(EvidenceError, match="no LoRA matrices"):
+    with pytest.raises(InputError, match="no LoRA matrices"):
         count_trainable(get_peft_model(base, prompts))
 
 
@@ -694,7 +679,7 @@ def test_a_folder_that_cannot_be_made_is_refused_at_once(tmp_path):
 
 
 def test_drawing_keeps_to_its_share():
-    from helpers.training import _Paced
+    from helpers.training.curves import _Paced
 
     pace = _Paced(share=0.02, at_least=2)
     assert pace.due()

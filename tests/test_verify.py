@@ -16,24 +16,24 @@ from types import SimpleNamespace
 import pytest
 import templates
 
-from helpers import verify
-from helpers.chat import render_prompt, stop_tokens
-from helpers.export import ExportError
-from helpers.gguf import cached_llama_cpp, serve_gguf
-from helpers.smollm2 import GGUF_FILE, prepare_smollm2
-from helpers.verify import (
+from helpers.chat.replies import render_prompt, stop_tokens
+from helpers.export import probe as fresh
+from helpers.export.gguf import cached_llama_cpp, serve_gguf
+from helpers.export.plan import ExportError
+from helpers.export.probe import (
     END,
     FIRST_TOKENS,
     Probe,
     SavedForm,
     check_rendering,
-    compare_exports,
     held_out_answer,
     probe_gguf,
     probe_in_fresh_processes,
     probe_model,
     reply_tokens,
 )
+from helpers.export.verify import compare_exports
+from helpers.smollm2 import GGUF_FILE, prepare_smollm2
 
 needs_llama_cpp = pytest.mark.skipif(
     not (cached_llama_cpp() / "llama-server").exists(), reason="llama.cpp is not built: run `make llama-cpp`"
@@ -89,7 +89,7 @@ def test_perplexity_is_that_of_the_loss(small, in_memory):
 @pytest.fixture
 def started(monkeypatch):
     """The fresh processes in the order of their start, and at each one's turn which of them lived."""
-    processes, turns, start, ask = [], [], verify._fresh_process, verify._ask
+    processes, turns, start, ask = [], [], fresh._fresh_process, fresh._ask
 
     @contextlib.contextmanager
     def started(library):
@@ -101,8 +101,8 @@ def started(monkeypatch):
         turns.append([process.poll() is None for process in processes])
         return ask(*arguments)
 
-    monkeypatch.setattr(verify, "_fresh_process", started)
-    monkeypatch.setattr(verify, "_ask", asked)
+    monkeypatch.setattr(fresh, "_fresh_process", started)
+    monkeypatch.setattr(fresh, "_ask", asked)
     return processes, turns
 
 
@@ -142,8 +142,8 @@ def test_a_process_that_takes_too_long_is_given_up(started):
 
 
 def test_a_process_that_was_killed_is_reported(started, monkeypatch):
-    ask = verify._ask
-    monkeypatch.setattr(verify, "_ask", lambda process, *arguments: process.kill() or ask(process, *arguments))
+    ask = fresh._ask
+    monkeypatch.setattr(fresh, "_ask", lambda process, *arguments: process.kill() or ask(process, *arguments))
     form = SavedForm(prepare_smollm2(), library="transformers")
     forms = {"merged": form, "waiting": replace(form, library="unsloth")}
     with pytest.raises(ExportError, match=r"merged \(.*\): found an end with -9 and no word"):
@@ -158,7 +158,7 @@ def test_of_forms_that_share_a_process_the_one_that_failed_is_named(tmp_path):
     process = SimpleNamespace(communicate=lambda *_, timeout: None, returncode=1)
     forms = {"adapter": SavedForm("a"), "adapter, 4-bit base": SavedForm("a", load_in_4bit=True)}
     with pytest.raises(ExportError, match=r"adapter, 4-bit base \(a\): found RuntimeError: no 4 bits"):
-        verify._ask(process, tmp_path, forms, {}, 1)
+        fresh._ask(process, tmp_path, forms, {}, 1)
 
 
 @needs_llama_cpp

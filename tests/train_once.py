@@ -96,7 +96,7 @@ def make_chapter_trainer(folder, tokenizer, *, checkpointing=False):
     from datasets import load_dataset
     from trl import SFTConfig, SFTTrainer
 
-    from helpers.template import format_conversations
+    from helpers.template.check import format_conversations
 
     model_folder = Path(folder).parent / "shallow"
     if not model_folder.exists():
@@ -172,7 +172,7 @@ def run(
     import torch
     from transformers import TrainerCallback
 
-    from helpers.checkpoints import CheckpointError, Checkpoints
+    from helpers.training.checkpoints import CheckpointError, Checkpoints
 
     class Happenings(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

@@ -16,8 +16,8 @@ from train_once import digest_of, make_chapter_trainer
 from transformers import AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from helpers.memory import GIB
-from helpers.out_of_memory import DoesNotFit, fit_into_memory
+from helpers.memory.fit import DoesNotFit, fit_into_memory
+from helpers.memory.stats import GIB
 from helpers.smollm2 import prepare_smollm2
 
 

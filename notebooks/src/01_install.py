@@ -82,7 +82,7 @@ USE_MODELSCOPE = False  # @param {type:"boolean"}
 
 # %%
 from helpers.environment import check_environment
-from helpers.hub import choose_hub
+from helpers.environment import choose_hub
 
 choose_hub(HF_ENDPOINT, modelscope=USE_MODELSCOPE)
 environment = check_environment(model_name=MODEL_NAME or None)

@@ -39,7 +39,7 @@ USE_MODELSCOPE = False  # @param {type:"boolean"}
 
 # %%
 from helpers.handoff import open_run
-from helpers.hub import choose_hub
+from helpers.environment import choose_hub
 from helpers.profiles import choose_profile, model_source
 
 choose_hub(HF_ENDPOINT, modelscope=USE_MODELSCOPE)

@@ -45,7 +45,7 @@ USE_MODELSCOPE = False  # @param {type:"boolean"}
 
 # %%
 from helpers.handoff import open_run
-from helpers.hub import choose_hub
+from helpers.environment import choose_hub
 from helpers.profiles import choose_profile, model_source
 
 choose_hub(HF_ENDPOINT, modelscope=USE_MODELSCOPE)
@@ -291,9 +291,9 @@ held_out_before
 # the micro-batch, loses no step, and says so.
 
 # %%
-from helpers.checkpoints import Checkpoints
-from helpers.divergence import stop_on_divergence
-from helpers.out_of_memory import fit_into_memory
+from helpers.training import Checkpoints
+from helpers.training import stop_on_divergence
+from helpers.memory import fit_into_memory
 
 plot = live_plot(folder=run.path / "curves")
 plot.record(0, {"eval_loss": held_out_before.loss})
@@ -362,7 +362,7 @@ side_by_side
 # %%
 import inspect
 
-from helpers.house_style import judge_reply
+from helpers.chat import judge_reply
 
 print(inspect.getsource(judge_reply))
 
@@ -393,7 +393,7 @@ with run.write("adapter", base_model=profile.model_name, template=facts["templat
 print(sorted(path.name for path in run.artefact("adapter").iterdir()))
 
 # %% tags=["handoff"]
-from helpers.report import make_report, write_report
+from helpers.training import make_report, write_report
 
 chosen = dict(base_model=profile.model_name, dataset=profile.dataset_name, settings=lora_settings | settings)
 measured = dict(stages=stages, curves=plot.curves, mask_report=mask_report, evidence=evidence)

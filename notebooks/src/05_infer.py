@@ -42,7 +42,7 @@ USE_MODELSCOPE = False  # @param {type:"boolean"}
 
 # %%
 from helpers.handoff import open_run
-from helpers.hub import choose_hub
+from helpers.environment import choose_hub
 from helpers.profiles import choose_profile, model_source
 
 choose_hub(HF_ENDPOINT, modelscope=USE_MODELSCOPE)
@@ -224,7 +224,7 @@ print(f"{left_out} left out, the other {len(kept)} have {count_tokens(tokenizer,
 # this notebook, the questions in `script` are asked instead.)
 
 # %%
-from helpers.chat_box import ChatBox
+from helpers.chat import ChatBox
 
 box = ChatBox(model, tokenizer, max_seq_length=profile.max_seq_length, max_new_tokens=MAX_NEW_TOKENS)
 script = [questions[1][-1]["content"], "Thank you!"]

@@ -48,7 +48,7 @@ PUSH_FORM = "adapter"  # @param ["adapter", "merged", "gguf"]
 # %%
 from helpers.export import check_push, read_gguf_types
 from helpers.handoff import open_run
-from helpers.hub import choose_hub
+from helpers.environment import choose_hub
 from helpers.profiles import choose_profile, model_source
 
 choose_hub(HF_ENDPOINT, modelscope=USE_MODELSCOPE)
@@ -81,7 +81,7 @@ list_files(adapter)
 # so this cell comes first. (On Colab Unsloth fetches its own.)
 
 # %%
-from helpers.gguf import use_llama_cpp
+from helpers.export import use_llama_cpp
 
 print(use_llama_cpp() if quantization else "GGUF is empty: no llama.cpp is needed.")
 
@@ -142,7 +142,7 @@ print(f"Loaded as {model.dtype}")
 from datasets import load_from_disk
 
 from helpers.chat import stop_tokens
-from helpers.verify import probe_model
+from helpers.export import probe_model
 
 held_out = load_from_disk(run.artefact("dataset"))["held_out"]
 held_out = held_out.select(range(min(8, len(held_out))))
@@ -178,7 +178,7 @@ list_files(merged)
 # the export takes minutes.
 
 # %%
-from helpers.modelfile import make_modelfile, write_modelfile
+from helpers.export import make_modelfile, write_modelfile
 
 if quantization:
     options = dict(gguf_file=f"model-{quantization[0]}.gguf", context_tokens=profile.max_seq_length)
@@ -219,7 +219,7 @@ import gc
 
 import torch
 
-from helpers.verify import SavedForm, probe_gguf, probe_in_fresh_processes
+from helpers.export import SavedForm, probe_gguf, probe_in_fresh_processes
 
 del model
 gc.collect()
@@ -243,8 +243,8 @@ for name in quantization:
 # shown.
 
 # %%
-from helpers.house_style import judge_reply
-from helpers.verify import compare_exports
+from helpers.chat import judge_reply
+from helpers.export import compare_exports
 
 judged = "product" in held_out.column_names
 
@@ -274,7 +274,7 @@ exports.raise_if_failed()
 # recorded.
 
 # %% tags=["handoff"]
-from helpers.model_card import make_model_card
+from helpers.export import make_model_card
 
 name = PUSH_TO or f"{profile.model_name.rpartition('/')[2]}-tuned"
 card = make_model_card(run, form=PUSH_FORM, name=name, base_model=profile.model_name, exports=exports)
@@ -292,7 +292,7 @@ print(card)
 
 # %%
 from helpers.export import hub_token
-from helpers.model_card import publish
+from helpers.export import publish
 
 if PUSH_TO:
     options = dict(card=card, base_model=profile.model_name, token=hub_token())

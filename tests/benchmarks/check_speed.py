@@ -30,7 +30,7 @@ def make_rows(folder: str) -> None:
     from unsloth.chat_templates import train_on_responses_only
 
     from helpers.smollm2 import prepare_smollm2
-    from helpers.template import format_conversations
+    from helpers.template.check import format_conversations
 
     tokenizer = AutoTokenizer.from_pretrained(prepare_smollm2())
     mask = train_on_responses_only(
@@ -65,8 +65,8 @@ def main() -> int:
     import datasets
     from transformers import AutoTokenizer
 
-    from helpers.conversations import validate_conversations
-    from helpers.masking import check_masking
+    from helpers.conversations.validate import validate_conversations
+    from helpers.masking.check import check_masking
     from helpers.smollm2 import prepare_smollm2
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Peak memory on a GPU against the planner's prediction (`helpers.memory.predict_peak`), over many configurations.
+"""Peak memory on a GPU against the planner's prediction (`helpers.memory.plan.predict_peak`), over many configurations.
 
     python tests/benchmarks/planner.py [--only chapter04|t4|as_needed] [--out FILE]
 
@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
 from in_turns import make_models, write_csv  # noqa: E402
 
-from helpers.memory import T4_GIB  # noqa: E402
+from helpers.memory.plan import T4_GIB  # noqa: E402
 
 AT_ONCE = 4  # processes; five of them could run each other out of memory
 # (batch, tokens of each row)

@@ -4,7 +4,7 @@
 
 Every run trains SmolLM2 on this series' conversations in a process of its own, all side by side, since nothing is
 timed. Two are left alone: how far they end apart is what the GPU's kernels do that add in no fixed order. Each of the
-others is killed (SIGKILL) at a random moment after its second step and started again, by `helpers.checkpoints`.
+others is killed (SIGKILL) at a random moment after its second step, and started again by `Checkpoints`.
 Without a GPU the precision is the CPU's own, and all runs end with the same bits.
 """
 
@@ -37,9 +37,9 @@ def train(job: dict) -> dict:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from helpers.checkpoints import Checkpoints
     from helpers.smollm2 import prepare_smollm2
-    from helpers.template import format_conversations
+    from helpers.template.check import format_conversations
+    from helpers.training.checkpoints import Checkpoints
 
     class Progress(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
 from in_turns import device_and_versions, make_models, run_in_turns, wait_for_turn, write_csv  # noqa: E402
 
-from helpers.memory import T4_GIB  # noqa: E402
+from helpers.memory.plan import T4_GIB  # noqa: E402
 
 LIMIT_SECONDS = 300
 STEPS, EFFECTIVE_BATCH = 60, 8
@@ -123,8 +123,8 @@ def measure(job: dict) -> dict:
     if job.get("planned"):
         from transformers import AutoConfig
 
-        from helpers.memory import plan_batch
-        from helpers.out_of_memory import fit_into_memory
+        from helpers.memory.fit import fit_into_memory
+        from helpers.memory.plan import plan_batch
 
         lengths, config = [len(row["input_ids"]) for row in rows], AutoConfig.from_pretrained(job["folder"])
         card = dict(memory_gib=T4_GIB, capability=job.get("capability") or torch.cuda.get_device_capability())

@@ -34,7 +34,7 @@ from typing import Any
 import helpers
 from helpers.base import ROOT, InputError, markdown_table, text_table
 from helpers.chapters import CHAPTER_NAMES
-from helpers.handoff import fingerprint, library_versions
+from helpers.handoff.run import fingerprint, library_versions
 from tests.maintain.regress import (
     BASELINES,
     baseline_path,
@@ -268,8 +268,8 @@ def how_it_stopped(executed: Path) -> str:
 @functools.cache
 def own_errors() -> frozenset[str]:
     """The names of `InputError` and of all errors in `helpers` that derive from it."""
-    for module in pkgutil.iter_modules(helpers.__path__):
-        importlib.import_module(f"helpers.{module.name}")
+    for module in pkgutil.walk_packages(helpers.__path__, "helpers."):
+        importlib.import_module(module.name)
     kinds = [InputError]
     for kind in kinds:
         kinds += kind.__subclasses__()

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from helpers.base import InputError
-from helpers.requirements import Pin, applicable, normal_name, read_lock
+from helpers.environment.requirements import Pin, applicable, normal_name, read_lock
 from tests.maintain.image import (
     BUILT_FOR_THE_IMAGE,
     FREEZE,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.base import InputError
-from helpers.requirements import NEED, Pin, applicable, normal_name, public, read_lock
+from helpers.environment.requirements import NEED, Pin, applicable, normal_name, public, read_lock
 from tests.maintain.image import (
     BUILT_FOR_THE_IMAGE,
     FREEZE,

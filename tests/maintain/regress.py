@@ -30,8 +30,8 @@ from typing import Any
 
 from helpers.base import ROOT, InputError, html_table, markdown_table, text_table
 from helpers.chapters import CHAPTER_NAMES
+from helpers.environment.requirements import public
 from helpers.profiles import PROFILES
-from helpers.requirements import public
 from helpers.series import NOTEBOOKS, read_result
 
 RUNS = ROOT / "runs"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from helpers.base import ROOT, InputError, text_table
 from helpers.chapters import CHAPTER_NAMES
-from helpers.requirements import public, read_lock, requirement_name
+from helpers.environment.requirements import public, read_lock, requirement_name
 from helpers.series import read_result
 from tests.maintain.image import FREEZE, LOCK, METADATA, OS_INFO, read_freeze, read_metadata, read_os_info
 from tests.maintain.lock import IMAGE, find_uv

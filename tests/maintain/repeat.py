@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.base import ROOT, InputError, replace_file
-from helpers.handoff import MANIFEST, Run, fingerprint
+from helpers.handoff.run import MANIFEST, Run, fingerprint
 from helpers.series import NOTEBOOKS
 from tests.maintain.regress import BASELINES, Metrics, RegressError, baseline_path, collect_metrics, judge
 

@@ -23,7 +23,7 @@ lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in 
 (place / "parameters.toml").write_text("\n".join(lines), encoding="utf-8")  # noqa: F821
 try:
     run("nvidia-smi")
-    run(sys.executable, "-c", "from helpers.install import set_up; print(set_up())")
+    run(sys.executable, "-c", "from helpers.environment import set_up; print(set_up())")
     run(sys.executable, "-m", "helpers.series", *job["chapters"], "-f", "parameters.toml", check=False)
 finally:
     with tarfile.open(job["archive"], "w:gz") as archive:

@@ -308,7 +308,7 @@ def _digest(messages: list[dict]) -> bytes:
 
 
 def _length_problems(messages: list[dict], tokenizer, max_tokens: int) -> Iterator[tuple[str, str]]:
-    from helpers.template import FormatError, format_conversations
+    from helpers.template.check import FormatError, format_conversations
 
     try:
         text = format_conversations({"conversations": [messages]}, tokenizer)["text"][0]

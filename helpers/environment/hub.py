@@ -263,7 +263,7 @@ def download_from_modelscope(name: str, *, weights: bool = True) -> str:
     require_modelscope()
     from modelscope import snapshot_download
 
-    from helpers.probes import run_probe
+    from helpers.environment.probes import run_probe
 
     where, local = f"MODEL_NAME {name}", "give a folder with a model"
     answer = run_probe("hub", model_url(name), seconds=HUB_SECONDS)

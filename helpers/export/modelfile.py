@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.base import InputError
-from helpers.chat import Message, render_prompt, stop_tokens
+from helpers.chat.replies import Message, render_prompt, stop_tokens
 
 _MARK = "Zq{}p"  # a content that no template holds and none changes
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from helpers.base import InputError, hash_files, replace_file, short_path
 from helpers.chapters import producer_of
-from helpers.hub import require_hub
+from helpers.environment.hub import require_hub
 
 SCHEMA_VERSION = 1
 MANIFEST = "handoff.json"

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.base import InputError, replace_file
 from helpers.figures import as_image
-from helpers.handoff import fingerprint_rows, library_versions
-from helpers.training import Curves, HeldOutLosses, draw_curves, duration, fall_interval
+from helpers.handoff.run import fingerprint_rows, library_versions
+from helpers.training.curves import Curves, draw_curves, duration
+from helpers.training.held_out import HeldOutLosses, fall_interval
 
 if TYPE_CHECKING:
-    from helpers.chat import Comparison
-    from helpers.masking import MaskReport
-    from helpers.memory import Stage
-    from helpers.training import Evidence
+    from helpers.chat.replies import Comparison
+    from helpers.masking.check import MaskReport
+    from helpers.memory.stats import Stage
+    from helpers.training.evidence import Evidence
 
 SECTIONS = ("settings", "environment", "data", "mask", "memory", "curves", "evidence", "replies")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.base import ROOT, InputError, html_table, text_table
-from helpers.requirements import (
+from helpers.environment.requirements import (
     Change,
     Conflict,
     Pin,

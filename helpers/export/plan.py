@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.base import InputError, html_table, text_table
-from helpers.hub import base_name
+from helpers.environment.hub import base_name
 
 GIB = 2**30
 # Bytes a parameter takes. Quantised files keep some tensors at more bits, small models more of them.

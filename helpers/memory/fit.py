@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from helpers.base import InputError
-from helpers.memory import Stage, track_memory
+from helpers.memory.stats import Stage, track_memory
 
 REHEARSAL, FIRST_STEP = "rehearsal of the longest", "first step"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.base import short_path
-from helpers.chat import ChatError, Message, Reply, generating, stream_reply, trim_conversation
+from helpers.chat.replies import ChatError, Message, Reply, generating, stream_reply, trim_conversation
 
 REFRESH_SECONDS = 0.1  # each refresh sends the whole history to the browser
 BESIDE = "<div style='display:flex;gap:8px;align-items:flex-start'>{}</div>"
@@ -43,7 +43,7 @@ class ChatBox:
         model: with an adapter; without one there is nothing to compare, and the one model is called "tuned".
         max_seq_length: tokens that a conversation and its reply may have together.
         system: the system message to begin with; empty for none.
-        temperature, min_p, max_new_tokens: what the sliders begin with; see `helpers.chat.stream_reply`.
+        temperature, min_p, max_new_tokens: what the sliders begin with; see `helpers.chat.replies.stream_reply`.
 
     Example:
         >>> box = ChatBox(model, tokenizer, max_seq_length=512)

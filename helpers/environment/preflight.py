@@ -1,6 +1,6 @@
 """The preflight: is this machine fit for the series, and if not, what to do about it.
 
-python -m helpers.environment [--json]
+python -m helpers.environment.preflight [--json]
 """
 
 import argparse
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.base import InputError, html_table, text_table
-from helpers.hub import (
+from helpers.environment.hub import (
     HUB_SECONDS,
     HubError,
     model_url,
@@ -26,7 +26,9 @@ from helpers.hub import (
     require_modelscope,
     uses_modelscope,
 )
-from helpers.install import (
+from helpers.environment.probes import SDPA, ProbeResult, run_probe
+from helpers.environment.requirements import Pin, normal_name, read_lock, requirement_name, unmet
+from helpers.environment.setup import (
     GPU_ONLY,
     OTHER_IMAGE,
     RESTART,
@@ -37,8 +39,6 @@ from helpers.install import (
     same_version,
     stale_packages,
 )
-from helpers.probes import SDPA, ProbeResult, run_probe
-from helpers.requirements import Pin, normal_name, read_lock, requirement_name, unmet
 
 HEADERS = ("check", "found", "expected", "verdict", "what to do")
 SET_UP = {"local": "run `make setup` and choose the kernel of .venv"}
@@ -171,7 +171,7 @@ def check_gpu(probe: ProbeResult, *, driver: str | None, place: str) -> list[Row
     """The GPU, its memory, its driver's CUDA against torch's, torch's code for it, and the precision to train in.
 
     Args:
-        probe: what `helpers.probes.probe_gpu` found.
+        probe: what `helpers.environment.probes.probe_gpu` found.
         driver: what `read_driver` found.
         place: `colab`, `kaggle` or `local`.
     """
@@ -301,7 +301,11 @@ def check_probes(probes: Mapping[str, ProbeResult], *, gpu: bool) -> list[Row]:
     for name, text in expected.items():
         result = probes[name]
         verdict = "ok" if result.ok else "fail"
-        fix = "" if result.ok else f"read the whole error with `python -m helpers.probes {name}`; {set_up_again()}"
+        fix = (
+            ""
+            if result.ok
+            else f"read the whole error with `python -m helpers.environment.probes {name}`; {set_up_again()}"
+        )
         rows.append(Row(f"{name} works", str(result.found), text, verdict, fix))
     xformers = probes["xformers"]
     found = str(xformers.found) if xformers.ok else f"xformers does not load ({xformers.found}): Unsloth uses {SDPA}"
@@ -401,7 +405,9 @@ def _has_tpu() -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 where all is well, 1 where a row failed, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.environment", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.environment.preflight", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--requirements", default="requirements-colab.txt", help="the lock")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """Short trials that run in a process of their own, so that a crash in a native library is a row and not a dead kernel.
 
-python -m helpers.probes NAME runs one of them and prints what it found as one line of JSON.
+python -m helpers.environment.probes NAME runs one of them and prints what it found as one line of JSON.
 """
 
 import ctypes
@@ -161,7 +161,7 @@ def run_probe(name: str, *arguments: str, seconds: float) -> ProbeResult:
     Example: `run_probe("peft", seconds=20)` -> `ProbeResult(ok=True, found="a LoRA adapter was built and trained")`.
     """
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-    command = [sys.executable, "-m", "helpers.probes", name, *arguments]
+    command = [sys.executable, "-m", "helpers.environment.probes", name, *arguments]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=seconds, env={**os.environ, "PYTHONPATH": path}

@@ -1,6 +1,6 @@
 """llama.cpp, which writes GGUF files and serves them: found, or built once into the cache.
 
-python -m helpers.gguf      build it (four to eleven minutes on two cores); later calls find it
+python -m helpers.export.gguf      build it (four to eleven minutes on two cores); later calls find it
 """
 
 import contextlib

@@ -1,7 +1,7 @@
-"""Prove that a masked dataset trains on the answers and on nothing else, and show one row in colour.
+"""Prove that a masked dataset trains on the answers and on nothing else.
 
-The ground truth is read from the tokenizer's own chat template (`helpers.turns`), never from the marker strings that
-`train_on_responses_only` was given: a wrong marker cannot fool the check as well. For every token it is one of
+The ground truth is read from the tokenizer's own chat template (`helpers.template.turns`), never from the marker
+strings that `train_on_responses_only` was given: a wrong marker cannot fool the check as well. Every token is one of
 - *must be trained*: the answer's text and its end-of-turn token;
 - *must be masked*: everything else, headers and the BOS token included;
 - *either*: what the template writes behind the end-of-turn token (ChatML's newline), an EOS token appended there by
@@ -9,22 +9,19 @@ The ground truth is read from the tokenizer's own chat template (`helpers.turns`
   and the first white space of the answer.
 """
 
-import html
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 
 from helpers.base import InputError, html_table, text_table
-from helpers.rows import Rows, RowsError, flat, ids_of, need_columns, read_rows
-from helpers.turns import Answers, TokenBytes, Turns, find_answers, read_turns
+from helpers.masking.rows import Rows, RowsError, ids_of, read_rows
+from helpers.template.turns import Answers, TokenBytes, Turns, find_answers, read_turns
 
 _UNKNOWN = np.iinfo(np.int64).max  # the length that an answer would need, where the row was cut
 _MASKED, _TRAINED, _EITHER = 0, 1, 2  # what a token has to be
 _WHOLE, _QUESTION, _CUT, _FOREIGN = 0, 1, 2, 3  # how a row ends
-
 # In the order in which they are blamed: each may cause those behind it.
 _CHECKS = {
     "no_template": ("rows", "no answer of this chat template in any row"),
@@ -466,108 +463,3 @@ def _fixes(table: TokenBytes, turns: Turns, longest: int, enough: int | None) ->
 def _quote(text: str, *, from_end: bool, width: int = 60) -> str:
     short = text if len(text) <= width else "…" + text[-width:] if from_end else text[:width] + "…"
     return repr(short)
-
-
-def show_masking(row: Mapping, *, tokenizer) -> "MaskView":
-    """One row as text, trained tokens apart from masked ones; in a notebook in colour, with ids as tool-tips.
-
-    Args:
-        row: `input_ids` and `labels`, lists of one length; -100 is masked.
-        tokenizer: the one that made the ids.
-
-    Raises:
-        RowsError: there are no labels, or not as many as ids.
-
-    Example:
-        >>> print(show_masking(trainer.train_dataset[0], tokenizer=tokenizer))
-        30 tokens, 9 trained
-        masked  | <|im_start|>user↵Hi<|im_end|>↵<|im_start|>assistant↵
-        TRAINED | Hello!<|im_end|>
-        masked  | ↵
-    """
-    need_columns(row, "row")
-    table = TokenBytes(tokenizer)
-    ids, labels = (flat(row[key]).tolist() for key in ("input_ids", "labels"))
-    if len(ids) != len(labels):
-        raise RowsError(
-            "row",
-            found=f"{len(labels)} labels for {len(ids)} ids",
-            expected="one label a token",
-            fix="pass a whole row",
-        )
-    trained = [label != -100 for label in labels]
-    pieces: list[_Piece] = []
-    data = b""
-    first = 0
-    for index, token_id in enumerate(ids):
-        data += table.pieces[token_id]
-        # the bytes of one character may be spread over several tokens: they are shown as one piece
-        whole = index + 1 == len(ids) or trained[index + 1] != trained[first] or _is_text(data)
-        if whole:
-            special = data in table.codes
-            pieces.append(_Piece(table.text(data), trained[first], special, tuple(ids[first : index + 1]), first))
-            data, first = b"", index + 1
-    return MaskView(tuple(pieces))
-
-
-@dataclass(frozen=True)
-class _Piece:
-    text: str
-    trained: bool
-    special: bool
-    ids: tuple[int, ...]
-    index: int
-
-
-# Okabe and Ito's blue and orange, thin enough that the theme's own text colour stays legible on them. Not by colour
-# alone: trained text is underlined, special tokens are framed. <u> and <b> survive viewers that strip styles.
-_TRAINED_STYLE = "background:rgba(0,114,178,.30);text-decoration:underline;text-underline-offset:3px"
-_MASKED_STYLE = "background:rgba(230,159,0,.16);text-decoration:none"
-_SPECIAL_STYLE = "font-weight:600;outline:1px solid rgba(128,128,128,.8);outline-offset:-1px"
-
-
-@dataclass(frozen=True)
-class MaskView:
-    """A row to look at: print it, or let a notebook show it in colour."""
-
-    pieces: tuple[_Piece, ...]
-
-    def __repr__(self) -> str:
-        total = sum(len(piece.ids) for piece in self.pieces)
-        lines = [f"{total} tokens, {sum(len(p.ids) for p in self.pieces if p.trained)} trained"]
-        for trained, run in groupby(self.pieces, key=lambda piece: piece.trained):
-            lines.append(("TRAINED | " if trained else "masked  | ") + "".join(_visible(p.text) for p in run))
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        spans = []
-        for piece in self.pieces:
-            tag, style = ("u", _TRAINED_STYLE) if piece.trained else ("span", _MASKED_STYLE)
-            ids = ", ".join(map(str, piece.ids))
-            title = f"id {ids}, index {piece.index}, {'trained' if piece.trained else 'masked'}"
-            text = html.escape(piece.text).replace("\n", "↵\n")
-            if piece.special:
-                text = f'<b style="{_SPECIAL_STYLE}">{text}</b>'
-            spans.append(f'<{tag} style="{style}" title="{title}">{text}</{tag}>')
-        total = sum(len(piece.ids) for piece in self.pieces)
-        trained = sum(len(piece.ids) for piece in self.pieces if piece.trained)
-        return (
-            f'<div><p>{total} tokens, {trained} trained: <u style="{_TRAINED_STYLE}">trained</u> '
-            f'<span style="{_MASKED_STYLE}">masked</span></p><pre style="white-space:pre-wrap;line-height:1.7;'
-            f'color:inherit;background:transparent">{"".join(spans)}</pre></div>'
-        )
-
-
-def _visible(text: str) -> str:
-    """Newlines as `↵`, other control characters as escapes."""
-    return "".join(c if c.isprintable() else "↵" if c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
-def _is_text(data: bytes) -> bool:
-    if data[:1] == b"\xff":
-        return True
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        return error.reason != "unexpected end of data"
-    return True

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from helpers.base import InputError, html_table, text_table
-from helpers.handoff import fingerprint
-from helpers.turns import FIXED_DATE, TokenBytes, Turns, TurnsError, joined, read_turns, render
+from helpers.handoff.run import fingerprint
+from helpers.template.turns import FIXED_DATE, TokenBytes, Turns, TurnsError, joined, read_turns, render
 
 # What a server hands to a template, with values as they may be: llama-server does (common/chat.cpp), and so do others.
 SERVER_VARIABLES = {

@@ -28,8 +28,8 @@ def render_prompt(tokenizer: Any, conversation: Sequence[Message]) -> str:
         >>> render_prompt(tokenizer, [{"role": "user", "content": "Hi "}])
         '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'
     """
-    from helpers.template import adds_bos
-    from helpers.turns import render
+    from helpers.template.check import adds_bos
+    from helpers.template.turns import render
 
     stripped = [message | {"content": message["content"].strip()} for message in conversation]
     prompt = render(tokenizer, stripped, add_generation_prompt=True)

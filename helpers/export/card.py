@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.base import InputError, text_table
-from helpers.handoff import Run
+from helpers.handoff.run import Run
 from helpers.smollm2 import GGUF_FILE, NAME, PACKAGE
 
 # A base model's name begins with this -> (its licence on the Hub, what its licence asks of your card)

@@ -1,0 +1,5 @@
+"""Memory and time: measured, predicted, and what to do where they do not suffice."""
+
+from helpers.memory.fit import fit_into_memory
+from helpers.memory.plan import plan_batch
+from helpers.memory.stats import MemoryReport, stage_table, track_memory

@@ -1,0 +1,191 @@
+"""How much memory and time a stage took: the GPU's where there is one, else this process's.
+
+GiB are 2**30 bytes.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from helpers.base import html_table, text_table
+
+GIB = 2**30
+SAMPLE_SECONDS = 0.02
+_open_peaks: list[list[float]] = []  # GiB, of the `track_memory` blocks that have not ended; a list of one item each
+
+
+@dataclass(frozen=True)
+class MemoryStats:
+    """Memory at one moment.
+
+    Attributes:
+        device: the GPU's name, or "CPU (process memory)".
+        is_gpu: False: the figures are those of this process, and `total_gib` is the machine's memory.
+        total_gib: the card's (or the machine's) memory.
+        allocated_gib: held by tensors (CPU: resident memory of the process).
+        reserved_gib: taken from the driver by PyTorch, tensors and cache (CPU: the same as allocated).
+        peak_reserved_gib: the most that was reserved since the process or the last `track_memory` began (CPU: now).
+    """
+
+    device: str
+    is_gpu: bool
+    total_gib: float
+    allocated_gib: float
+    reserved_gib: float
+    peak_reserved_gib: float
+
+
+@dataclass
+class Stage:
+    """What `track_memory` measured; `after` is None until its block has ended. Seconds are wall time, memory is GiB."""
+
+    label: str
+    seconds: float = 0.0
+    before: MemoryStats | None = None
+    after: MemoryStats | None = None
+
+    @property
+    def peak_reserved_gib(self) -> float:
+        """The most that was reserved inside the block."""
+        return self.after.peak_reserved_gib
+
+    @property
+    def added_gib(self) -> float:
+        """The peak of the block above what was reserved when it began."""
+        return max(0.0, self.after.peak_reserved_gib - self.before.reserved_gib)
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """One stage, and all stages before it, in the words of Unsloth's own notebooks."""
+
+    stage: Stage
+
+    def _lines(self) -> list[str]:
+        stats, seconds = self.stage.after, self.stage.seconds
+        of_what = "max memory" if stats.is_gpu else "the machine's memory"
+        peak, added = self.stage.peak_reserved_gib, self.stage.added_gib
+        lines = [
+            f"Device = {stats.device}. Max memory = {stats.total_gib:.3f} GiB.",
+            f"{self.stage.before.reserved_gib:.3f} GiB of memory reserved before.",
+            f"{seconds:.1f} seconds used for {self.stage.label}.",
+            f"{seconds / 60:.2f} minutes used for {self.stage.label}.",
+            f"Peak reserved memory = {peak:.3f} GiB ({100 * peak / stats.total_gib:.1f} % of {of_what}).",
+            f"Peak reserved memory for {self.stage.label} = {added:.3f} GiB "
+            f"({100 * added / stats.total_gib:.1f} % of {of_what}).",
+        ]
+        if not stats.is_gpu:
+            lines.append("There is no GPU: these are the memory of this process and of this machine.")
+        return lines
+
+    def __repr__(self) -> str:
+        return "\n".join(self._lines())
+
+
+@dataclass(frozen=True)
+class StageTable:
+    """The stages of a chapter, one row each."""
+
+    stages: tuple[Stage, ...]
+
+    def _rows(self) -> list[list[object]]:
+        return [
+            [stage.label, f"{stage.seconds:.1f}"]
+            + [
+                f"{value:.2f}"
+                for value in (stage.after.allocated_gib, stage.after.reserved_gib, stage.peak_reserved_gib)
+            ]
+            + [f"{100 * stage.peak_reserved_gib / stage.after.total_gib:.0f}"]
+            for stage in self.stages
+        ]
+
+    _headers = ("stage", "seconds", "allocated GiB", "reserved GiB", "peak GiB", "peak %")
+
+    def __repr__(self) -> str:
+        return text_table(self._headers, self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._headers, self._rows())
+
+
+def memory_stats() -> MemoryStats:
+    """Memory now. On a GPU from PyTorch's allocator, without one from the operating system."""
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return MemoryStats(
+            device=properties.name,
+            is_gpu=True,
+            total_gib=properties.total_memory / GIB,
+            allocated_gib=torch.cuda.memory_allocated() / GIB,
+            reserved_gib=torch.cuda.memory_reserved() / GIB,
+            peak_reserved_gib=torch.cuda.max_memory_reserved() / GIB,
+        )
+    resident = _resident_gib()
+    return MemoryStats("CPU (process memory)", False, _machine_gib(), resident, resident, resident)
+
+
+@contextlib.contextmanager
+def track_memory(label: str) -> Iterator[Stage]:
+    """Measure a block: its seconds and its peak memory.
+
+    On a GPU the allocator's peak is reset when the block begins; without one the process is sampled every 20 ms, so a
+    shorter spike can be missed. Blocks may lie inside each other: the outer one's peak counts all that was in it.
+
+    Example:
+        with track_memory("loading the model") as load:
+            model, tokenizer = FastLanguageModel.from_pretrained(...)
+        load.seconds, load.peak_reserved_gib
+    """
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.synchronize()
+        for outer in _open_peaks:  # the reset would make the blocks around this one forget theirs
+            outer[0] = max(outer[0], memory_stats().peak_reserved_gib)
+        torch.cuda.reset_peak_memory_stats()
+    stage = Stage(label, before=memory_stats())
+    peak, done = [stage.before.reserved_gib], threading.Event()
+    _open_peaks.append(peak)
+
+    def sample() -> None:
+        while not done.wait(SAMPLE_SECONDS):
+            peak[0] = max(peak[0], _resident_gib())
+
+    sampler = None if gpu else threading.Thread(target=sample, daemon=True)
+    if sampler:
+        sampler.start()
+    start = time.perf_counter()
+    try:
+        yield stage
+    finally:
+        if gpu:
+            torch.cuda.synchronize()
+        stage.seconds = time.perf_counter() - start
+        done.set()
+        if sampler:
+            sampler.join()
+        _open_peaks[:] = [each for each in _open_peaks if each is not peak]
+        now = memory_stats()
+        stage.after = replace(now, peak_reserved_gib=max(peak[0], now.peak_reserved_gib))
+
+
+def stage_table(stages: Sequence[Stage]) -> StageTable:
+    """The stages as a table: seconds, GiB allocated and reserved at the end, and the peak against the card's size."""
+    return StageTable(tuple(stages))
+
+
+def _resident_gib() -> float:
+    import psutil
+
+    return psutil.Process().memory_info().rss / GIB
+
+
+def _machine_gib() -> float:
+    import psutil
+
+    return psutil.virtual_memory().total / GIB
