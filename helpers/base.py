@@ -1,13 +1,15 @@
 """What every other module stands on: the shape of an error, paths, files written whole or not at all, and tables."""
 
 import hashlib
+import html
+import itertools
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the folder that holds helpers/ and notebooks/
-NUMBER = re.compile(r"-?[\d,]+(\.\d+)?( ?%)?|")
+NUMBER = re.compile(r"[-+]?[\d,]+(\.\d+)?( ?%)?|")
 
 
 class InputError(ValueError):
@@ -73,6 +75,15 @@ def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a folder or file so that nothing is lost; its new place.
+
+    Example: runs/cpu -> runs/cpu.previous-1, or -2 where that is there already
+    """
+    numbers = (path.with_name(f"{path.name}.previous-{number}") for number in itertools.count(1))
+    return path.rename(next(place for place in numbers if not place.exists()))
+
+
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Plain text, columns aligned, numbers to the right and shown with the digits that they come with.
 
@@ -97,6 +108,38 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> 
     """The same rows as Markdown, for a job page or a file; a `|` in a cell is escaped."""
     lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+class Table:
+    """A result that shows itself: a title, a table, notes below it; and in HTML further rows that a reader unfolds."""
+
+    def _title(self) -> str:
+        return ""
+
+    def _table(self) -> tuple[Sequence[str], Sequence[Sequence[object]]]:
+        """(headers, rows) of what is shown at once; no table where there are no rows."""
+        return (), ()
+
+    def _notes(self) -> Sequence[str]:
+        return ()
+
+    def _folded(self) -> tuple[str, Sequence[str], Sequence[Sequence[object]]]:
+        """(what it is, headers, rows) of what HTML shows on demand; nothing where it has no name."""
+        return "", (), ()
+
+    def __repr__(self) -> str:
+        headers, rows = self._table()
+        lines = [self._title(), text_table(headers, rows) if rows else "", *self._notes()]
+        return "\n".join(filter(None, lines))
+
+    def _repr_html_(self) -> str:
+        (headers, rows), (name, more_headers, more) = self._table(), self._folded()
+        parts = [f"<p><b>{html.escape(self._title())}</b></p>"] if self._title() else []
+        parts += [html_table(headers, rows)] if rows else []
+        parts += [f"<p>{html.escape(note)}</p>" for note in self._notes()]
+        if name:
+            parts.append(f"<details><summary>{html.escape(name)}</summary>{html_table(more_headers, more)}</details>")
+        return "".join(parts)
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[object]], form: str) -> str:

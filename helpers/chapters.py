@@ -21,16 +21,17 @@ class Chapter:
 
 
 CHAPTERS = (
+    Chapter("00_quickstart", "Fine-tune Llama 3.2 in one notebook"),
     Chapter("01_install", "Install Unsloth and check the machine"),
-    Chapter("02_load_and_lora", "Load the model in 4-bit and add LoRA", writes=("lora.json",)),
-    Chapter("03_data", "Turn ShareGPT conversations into training text", writes=("dataset",)),
+    Chapter("02_load_and_lora", "Load the model in 4-bit and add LoRA"),
+    Chapter("03_data", "Turn your conversations into training text", writes=("dataset",)),
     Chapter(
         "04_train",
         "Train on the answers only, and prove that it learned",
-        needs=("lora.json", "dataset"),
+        needs=("dataset",),
         writes=("adapter", "report.json", "report.html"),
     ),
-    Chapter("05_infer", "Talk to the tuned model", needs=("adapter",)),
+    Chapter("05_infer", "Talk to the tuned model", needs=("dataset", "adapter")),
     Chapter(
         "06_save",
         "Save, merge, export to GGUF, reload and verify",

@@ -1,13 +1,10 @@
 """The pictures that the chapters draw of their own numbers."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from IPython.display import Image
     from matplotlib.figure import Figure
-
-    from helpers.memory.stats import Stage
 
 # Okabe and Ito's palette: told apart by colour-blind readers, on light and dark paper.
 FROZEN, TRAINED, MARK = "#9aa0a6", "#0072b2", "#d55e00"
@@ -54,36 +51,4 @@ def draw_lora(*, out_features: int, in_features: int, rank: int) -> "Image":
     axes.set_title(f"r = {rank}: {count:,} trained numbers, {100 * share:.1f} % of what they adapt", fontsize=10)
     axes.set(xlim=(-0.02, left + thin + 0.14 + wide), ylim=(-0.02, tall + 0.02), aspect="equal")
     axes.axis("off")
-    return as_image(figure)
-
-
-def draw_lengths(token_counts: Sequence[int], *, max_seq_length: int) -> "Image":
-    """A histogram of conversation lengths in tokens, with the sequence length that was chosen."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 2.4), layout="constrained")
-    axes = figure.subplots()
-    axes.hist(token_counts, bins=40, color=TRAINED)
-    axes.axvline(max_seq_length, color=MARK, linewidth=2, label=f"max_seq_length = {max_seq_length}")
-    axes.set(xlabel="tokens in a conversation", ylabel="conversations")
-    axes.legend(frameon=False)
-    return as_image(figure)
-
-
-def draw_stages(stages: "Sequence[Stage]") -> "Image":
-    """The peak memory of each stage, and what was in use at its end, against the card's (or machine's) size."""
-    from matplotlib.figure import Figure
-
-    labels = [stage.label for stage in stages]
-    figure = Figure(figsize=(7, 0.8 + 0.35 * len(stages)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(labels, [stage.peak_reserved_gib for stage in stages], color=FROZEN, label="at the peak")
-    held = [stage.after.allocated_gib for stage in stages]
-    axes.barh(labels, held, height=0.4, color=TRAINED, label="in use at the end")
-    stats = stages[-1].after
-    card = stats.device if stats.is_gpu else "this machine"
-    axes.axvline(stats.total_gib, color=MARK, linewidth=2, label=f"{card}: {stats.total_gib:.1f} GiB")
-    axes.set(xlabel="GiB", xlim=(0, 1.02 * stats.total_gib))
-    axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8, loc="center right")
     return as_image(figure)

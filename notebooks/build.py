@@ -30,9 +30,11 @@ NOTEBOOKS = Path(__file__).resolve().parent
 ROOT = NOTEBOOKS.parent
 sys.path.insert(0, str(ROOT))
 
-from helpers.chapters import CHAPTER_NAMES, CHAPTERS  # noqa: E402
+from helpers.chapters import CHAPTER_NAMES, CHAPTERS, producer_of  # noqa: E402
 
 README, PICTURE = ROOT / "README.md", NOTEBOOKS / "images" / "loss.png"
+PICTURED = NOTEBOOKS / f"{producer_of('report.json').name}.ipynb"  # the chapter that draws the losses
+RUN_START, RUN_END = "<!-- run: written by notebooks/build.py -->", "<!-- end of run -->"
 TABLE_START, TABLE_END = "<!-- chapters: written by notebooks/build.py -->", "<!-- end of chapters -->"
 EDITIONS = {"en": NOTEBOOKS, "zh": NOTEBOOKS / "zh-CN"}
 METADATA = {
@@ -40,8 +42,9 @@ METADATA = {
     "colab": {"gpuType": "T4", "provenance": []},
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
 }
-CELL_METADATA = ("tags", "lang")
+CELL_METADATA = ("tags", "lang", "cellView")
 INCLUDE = "# include: "
+SHOWN = ("MODEL_NAME", "MAX_SEQ_LENGTH", "MAX_STEPS", "MICRO_BATCH", "LEARNING_RATE")  # of the recorded run's choices
 BUDGET, NEXT = "{{budget}}", "{{next}}"  # in a source, for what the build writes
 
 
@@ -132,19 +135,52 @@ def title(source: Path, lang: str = "en") -> str:
     return next(cells).splitlines()[0].removeprefix("# ")
 
 
-def readme() -> str:
+def readme(recorded: Iterable[NotebookNode]) -> str:
     """The README with its chapter table made anew between its two markers."""
     taken = measured()
-    rows = [f"| chapter | Colab | minutes ({taken['device']}) | peak GiB | T4 |", "|---|---|---|---|---|"]
+    rows = [f"| chapter | Colab | minutes ({taken['device']}) | peak GiB |", "|---|---|---|---|"]
     for source in sources():
         link = f"https://colab.research.google.com/github/{repository()}/blob/main/notebooks/{source.stem}.ipynb"
         badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
         figures = taken["chapters"].get(source.stem, {"minutes": "not measured yet", "peak_gib": ""})
         name = f"[{source.stem[:2]} {title(source)}](notebooks/{source.stem}.ipynb)"
-        rows.append(f"| {name} | {badge} | {figures['minutes']} | {figures['peak_gib']} | not measured |")
+        rows.append(f"| {name} | {badge} | {figures['minutes']} | {figures['peak_gib']} |")
     table = "\n".join([TABLE_START, *rows, TABLE_END])
-    before, rest = README.read_text(encoding="utf-8").split(TABLE_START)
-    return before + table + rest.split(TABLE_END)[1]
+    text = README.read_text(encoding="utf-8")
+    text = between(text, TABLE_START, TABLE_END, table)
+    return between(text, RUN_START, RUN_END, "\n".join([RUN_START, *run_lines(recorded), RUN_END]))
+
+
+def between(text: str, start: str, end: str, replacement: str) -> str:
+    """A text with what stands from one mark to another replaced, the marks included."""
+    before, rest = text.split(start)
+    return before + replacement + rest.split(end)[1]
+
+
+def run_lines(recorded: Iterable[NotebookNode]) -> list[str]:
+    """What the recorded run of chapter 04 showed: one question before and after, and its result."""
+    outputs = (output for notebook in recorded for cell in notebook.cells for output in cell.get("outputs", []))
+    shown = "\n".join(output.text for output in outputs if output.output_type == "stream")
+    exchange = re.search(r"^QUESTION +(.+?)\n\nBEFORE +(.+?)\n\nAFTER +(.+?)\n—", shown, re.DOTALL | re.MULTILINE)
+    result = re.search(r"^Result: (held-out loss .+)$", shown, re.MULTILINE)
+    if exchange is None or result is None:
+        return ["Nothing is recorded yet."]
+    taken = measured()
+    cells = [
+        " ".join(part.split("\n")) if number < 2 else "<br>".join(part.split("\n"))
+        for number, part in enumerate(exchange.groups())
+    ]
+    device = f"{taken['device']}, {taken['date']}"
+    return [
+        "| | |",
+        "|---|---|",
+        *(
+            f"| {name} | {cell.replace('|', '&#124;')} |"
+            for name, cell in zip(("asked", "before", "after"), cells, strict=True)
+        ),
+        "",
+        f"That run, SmolLM2-135M on {device}: {result[1]}.",
+    ]
 
 
 def measured() -> dict:
@@ -157,15 +193,16 @@ def budget(chapter: str, lang: str) -> str:
     taken = measured()
     figures = taken["chapters"].get(chapter)
     if figures is None:
-        return "**开销**：尚未测量。" if lang == "zh" else "**Budget**: not measured yet."
+        return "**输出**：尚未测量。" if lang == "zh" else "**Outputs**: not measured yet."
+    choices = "".join(f", `{name} = {value!r}`" for name, value in taken["choices"].items() if name in SHOWN)
     if lang == "zh":
         return (
-            f"**开销**：{figures['minutes']} 分钟，内存峰值 {figures['peak_gib']} GiB"
-            f"（`cpu` 配置，{taken['device']}，{taken['date']} 实测）；T4：未测量。"
+            f"**输出**：{taken['date']} 录于 {taken['device']}{choices}；"
+            f"{figures['minutes']} 分钟，内存峰值 {figures['peak_gib']} GiB。T4：未测量。"
         )
     return (
-        f"**Budget**: {figures['minutes']} minutes and {figures['peak_gib']} GiB of memory at the peak (`cpu` profile, "
-        f"{taken['device']}, {taken['date']}). On a T4: not measured."
+        f"**Outputs**: recorded on {taken['date']} with {taken['device']} and no GPU{choices}. That took "
+        f"{figures['minutes']} minutes and {figures['peak_gib']} GiB of memory. On a T4: not measured."
     )
 
 
@@ -213,9 +250,9 @@ def clean(outputs: list[NotebookNode]) -> list[NotebookNode]:
     return kept
 
 
-def first_picture(notebooks: Iterable[NotebookNode]) -> bytes:
-    """The first recorded PNG of the series, which the README shows; empty where none is recorded."""
-    outputs = (output for notebook in notebooks for cell in notebook.cells for output in cell.get("outputs", []))
+def first_picture(notebook: NotebookNode) -> bytes:
+    """The first recorded PNG of a chapter; empty where none is recorded."""
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
     return next((base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})), b"")
 
 
@@ -242,17 +279,17 @@ def main() -> int:
         for path in move(arguments.location):
             print(path.relative_to(ROOT))
     made: dict[Path, bytes] = {}
-    notebooks: list[NotebookNode] = []
+    notebooks: dict[Path, NotebookNode] = {}
     stale: list[Path] = []
     for source, lang, path in targets():
         notebook = build(source, lang)
         donor = arguments.outputs_from / path.name if arguments.outputs_from else path
         if donor.exists():
             keep_outputs(notebook, read_notebook(donor))
-        notebooks.append(notebook)
+        notebooks[path] = notebook
         made[path] = (nbformat.writes(notebook) + "\n").encode()
-    made[README] = readme().encode()
-    if picture := first_picture(notebooks):
+    made[README] = readme(notebooks.values()).encode()
+    if picture := first_picture(notebooks[PICTURED]):
         made[PICTURE] = picture
     for path, content in made.items():
         if not path.exists() or path.read_bytes() != content:

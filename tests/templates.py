@@ -10,8 +10,6 @@ import json
 import pathlib
 from dataclasses import dataclass
 
-from helpers.template.check import pin_date
-
 CORPUS = [
     "What is the capital of France? The capital of France is Paris.",
     "Please write a function that adds two numbers:\n\ndef add(a, b):\n    return a + b\n",
@@ -88,17 +86,22 @@ def chat_template(name: str) -> str:
     return _change_system_message(CHAT_TEMPLATES[name][0], name, None)[0]
 
 
+def pinned(template: str) -> str:
+    """The template with the date that chapter 03 writes into it."""
+    return ('{%- set date_string = "26 July 2024" %}' if "date_string" in template else "") + template
+
+
 def build(name: str):
     """The tokenizer of `ALL_KINDS[name]`, its template's date pinned as chapter 03 does."""
     if name == "smollm2":
         from transformers import AutoTokenizer
 
-        from helpers.smollm2 import prepare_smollm2
+        from tests.maintain.smollm2 import prepare_smollm2
 
         return AutoTokenizer.from_pretrained(prepare_smollm2())
     kind = ALL_KINDS[name]
     tokenizer = llama3() if name == "llama-3.1" else _wrap(_small(kind), kind)
-    tokenizer.chat_template = pin_date(chat_template(kind.template))
+    tokenizer.chat_template = pinned(chat_template(kind.template))
     return tokenizer
 
 

@@ -176,8 +176,82 @@ def test_notebooks_are_stored_as_the_build_writes_them():
         assert json.loads(text)["nbformat_minor"] == 5
 
 
+def shown(*outputs):
+    """A notebook of one cell that shows these."""
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=list(outputs), execution_count=1)])
+
+
+def printed(text):
+    return nbformat.v4.new_output("stream", name="stdout", text=text)
+
+
+def test_the_first_picture_of_a_chapter_is_found():
+    pictures = [nbformat.v4.new_output("display_data", data={"image/png": data}) for data in ("Zmlyc3Q=", "c2Vjb25k")]
+    assert build.first_picture(shown(printed("text"), *pictures)) == b"first"
+    assert build.first_picture(shown(printed("text"))) == b""
+
+
 def test_the_readmes_picture_is_the_recorded_one():
-    notebooks = [build.read_notebook(path) for *_, path in build.targets()]
-    picture = build.first_picture(notebooks)
+    picture = build.first_picture(build.read_notebook(build.PICTURED))
     assert picture.startswith(b"\x89PNG") and picture == build.PICTURE.read_bytes()
-    assert build.first_picture([]) == b""
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """What was measured of a run; a chapter that is not in it was not measured."""
+    choices = {"RUN_DIR": "runs/cpu", "MODEL_NAME": "Small", "PADDING_FREE": False, "LEARNING_RATE": 4e-3}
+    measured = {"device": "2 CPU cores", "date": "2026-11-28", "choices": choices}
+    measured["chapters"] = {"03_data": {"minutes": 0.6, "peak_gib": 1.3}}
+    monkeypatch.setattr(build, "measured", lambda: measured)
+
+
+def test_the_line_on_outputs_says_when_where_and_with_which_choices_they_were_recorded(taken):
+    assert build.budget("03_data", "en") == (
+        "**Outputs**: recorded on 2026-11-28 with 2 CPU cores and no GPU, `MODEL_NAME = 'Small'`, "
+        "`LEARNING_RATE = 0.004`. That took 0.6 minutes and 1.3 GiB of memory. On a T4: not measured."
+    )
+    assert "`LEARNING_RATE = 0.004`；0.6 分钟" in build.budget("03_data", "zh")
+    assert build.budget("04_train", "en") == "**Outputs**: not measured yet."
+
+
+def test_measuring_again_changes_no_id(source, taken):
+    source.write_text(SOURCE.replace("# # Title", "# # Title\n#\n# {{budget}}"), encoding="utf-8")
+    before = build.build(source, "en")
+    assert "0.6 minutes" in before.cells[0].source
+    build.measured()["chapters"]["03_data"]["minutes"] = 0.7
+    after = build.build(source, "en")
+    assert "0.7 minutes" in after.cells[0].source
+    assert [cell.id for cell in after.cells] == [cell.id for cell in before.cells]
+
+
+RUN = """\
+QUESTION  Why | how?
+
+BEFORE    It is
+broken.
+
+AFTER     Hold the
+button.
+————————
+"""
+
+
+def test_the_readme_shows_one_question_of_the_recorded_run_and_its_result(taken):
+    lines = build.run_lines([shown(printed("Result: 5 steps")), shown(printed(f"{RUN}\nResult: held-out loss 3 → 2"))])
+    assert lines[2:5] == [
+        "| asked | Why &#124; how? |",
+        "| before | It is broken. |",
+        "| after | Hold the<br>button. |",
+    ]
+    assert "held-out loss 3 → 2." in lines[-1] and "2 CPU cores, 2026-11-28" in lines[-1]
+
+
+@pytest.mark.parametrize("text", ["", RUN, "Result: held-out loss 3 → 2"])
+def test_the_readme_says_so_where_half_of_it_or_nothing_is_recorded(text):
+    assert build.run_lines([shown(printed(text))]) == ["Nothing is recorded yet."]
+
+
+def test_what_stands_between_two_marks_is_replaced():
+    assert build.between("a [x] b [y] c", "[x]", "[y]", "[x] new [y]") == "a [x] new [y] c"
+    with pytest.raises(ValueError):
+        build.between("a [x] b", "[y]", "[x]", "new")

@@ -12,7 +12,7 @@ import pytest
 from helpers.base import ROOT
 from helpers.chapters import CHAPTERS, producer_of
 
-ROW = '    Chapter("99_extra", "Count to three", needs=("lora.json",), writes=("count.json",)),\n'
+ROW = '    Chapter("99_extra", "Count to three", needs=("dataset",), writes=("count.json",)),\n'
 SOURCE = """\
 # %% [markdown] lang="en"
 # # Count to three
@@ -54,10 +54,10 @@ def copy(tmp_path_factory):
     """A copy of the project with one more chapter: its source, and its row in the table."""
     folder = tmp_path_factory.mktemp("project") / "copy"
     ignored = shutil.ignore_patterns("__pycache__", "_unsloth*", "unsloth_compiled_cache")
-    for name in ("helpers", "notebooks"):
+    for name in ("helpers", "notebooks", "tests/maintain"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    for name in ("README.md", "pyproject.toml", "requirements-colab.txt"):
-        shutil.copy(ROOT / name, folder)
+    for name in ("README.md", "pyproject.toml", "requirements-colab.txt", "tests/__init__.py"):
+        shutil.copy(ROOT / name, folder / name)
     url = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
     source = SOURCE.replace("OWNER/NAME", url.removeprefix("https://github.com/"))
     (folder / "notebooks/src/99_extra.py").write_text(source, encoding="utf-8")
@@ -85,17 +85,17 @@ def test_a_chapter_is_built_run_and_linted_with_no_other_file_touched(copy):
     done = run(copy, "notebooks/build.py")
     assert done.returncode == 0, done.stderr
     notebook = nbformat.read(copy / "notebooks/99_extra.ipynb", as_version=4)
-    assert "**Budget**: not measured yet." in notebook.cells[0].source
+    assert "**Outputs**: not measured yet." in notebook.cells[0].source
     assert "[99 Count to three](notebooks/99_extra.ipynb)" in (copy / "README.md").read_text(encoding="utf-8")
     before = nbformat.read(copy / f"notebooks/{CHAPTERS[-1].name}.ipynb", as_version=4)
     assert "Next: [Count to three →](99_extra.ipynb)" in before.cells[-1].source
     done = run(copy, "notebooks/lint.py")
     assert done.returncode and "99_extra.ipynb: outputs that are not recorded" in done.stdout
-    done = run(copy, "-m", "helpers.series", "99_extra", "-p", "LAST", "4", "-p", "RUN_DIR", str(copy / "run"))
+    done = run(copy, "-m", "tests.maintain.series", "99_extra", "-p", "LAST", "4", "-p", "RUN_DIR", str(copy / "run"))
     assert done.returncode, "a parameter that the chapter does not have"
-    done = run(copy, "-m", "helpers.series", "99_extra", "-p", "LAST", "4")
+    done = run(copy, "-m", "tests.maintain.series", "99_extra", "-p", "LAST", "4")
     assert done.returncode == 0 and "1, 2, 3, 4" in done.stdout, done.stdout + done.stderr
-    done = run(copy, "notebooks/build.py", "--outputs-from", "runs/cpu/executed")
+    done = run(copy, "notebooks/build.py", "--outputs-from", "runs/llama/executed")
     assert done.returncode == 0, done.stderr
     lines = [line for line in run(copy, "notebooks/lint.py").stdout.splitlines() if "99_extra" in line]
     assert lines == []

@@ -12,7 +12,6 @@ import pytest
 from helpers.chat.replies import (
     ChatError,
     batch_replies,
-    compare_replies,
     count_tokens,
     encode_prompts,
     render_prompt,
@@ -20,7 +19,7 @@ from helpers.chat.replies import (
     stream_reply,
     trim_conversation,
 )
-from helpers.smollm2 import prepare_smollm2
+from tests.maintain.smollm2 import prepare_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = [
@@ -70,16 +69,14 @@ def test_prompts_are_padded_on_the_left_and_the_mask_hides_it(chat_model):
 
 @pytest.mark.parametrize("kind", ["llama-3.1", "smollm2", "gemma"])
 def test_the_prompt_is_how_training_texts_begin(kind, shared_tokenizer):
-    from helpers.template.check import check_template, format_conversations
+    from helpers.template.check import check_template, training_text
 
     tokenizer = shared_tokenizer(kind)
-    assert not {"double_bos", "bos_differs", "prompt_not_prefix"} & {p.code for p in check_template(tokenizer).problems}
+    assert not {"double_bos", "bos_differs", "prompt_not_prefix"} & set(check_template(tokenizer).problems)
     question = [{"role": "user", "content": " Hi\n"}]
-    trained = format_conversations(
-        {"conversations": [[*question, {"role": "assistant", "content": "Yes."}]]}, tokenizer
-    )
+    trained = training_text(tokenizer, [*question, {"role": "assistant", "content": "Yes."}])
     prompt = encode_prompts(tokenizer, [question])["input_ids"][0].tolist()
-    assert tokenizer(trained["text"][0]).input_ids[: len(prompt)] == prompt
+    assert tokenizer(trained).input_ids[: len(prompt)] == prompt
     assert prompt[:2].count(tokenizer.bos_token_id) == (1 if tokenizer.bos_token else 0)
 
 
@@ -208,15 +205,3 @@ def test_a_question_that_does_not_fit_is_refused(shared_tokenizer):
 def test_stop_tokens_hold_the_end_of_turn(chat_model):
     model, tokenizer = chat_model
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in stop_tokens(tokenizer, model)
-
-
-def test_side_by_side_escapes_markup():
-    asked = [[{"role": "user", "content": "<b>Hi</b>"}]]
-    comparison = compare_replies(asked, ["<script>x</script>"], ["fine"], names=("base", "tuned"))
-    assert "<script>" not in comparison._repr_html_() and "&lt;script&gt;" in comparison._repr_html_()
-    assert repr(comparison) == "[1] <b>Hi</b>\n  base: <script>x</script>\n  tuned: fine"
-
-
-def test_side_by_side_needs_as_many_replies_as_prompts():
-    with pytest.raises(ValueError, match="shorter"):
-        compare_replies([[{"role": "user", "content": "Hi"}]], [], ["fine"])

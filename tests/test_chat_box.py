@@ -70,7 +70,7 @@ def test_markup_is_shown_and_not_executed(box):
 
 
 def test_the_transcript_is_a_data_set(box, tmp_path):
-    from helpers.profiles import data_source
+    from helpers.conversations import find_dataset
 
     box.system = "Be kind."
     box.exchanges.append(Exchange("Grüße?", {"tuned": "你好", "base": ""}))
@@ -78,7 +78,7 @@ def test_the_transcript_is_a_data_set(box, tmp_path):
     turns = [("system", "Be kind."), ("human", "Grüße?"), ("gpt", "你好")]
     row = {"model": "tuned", "conversations": [{"from": who, "value": text} for who, text in turns]}
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [row]
-    assert data_source(str(path))["data_files"] == str(path)
+    assert find_dataset(str(path)) == str(path)
 
 
 def test_headless_it_asks_the_script(box, capsys):
@@ -89,7 +89,7 @@ def test_headless_it_asks_the_script(box, capsys):
 
 
 def test_a_run_without_a_reader_says_so_itself(monkeypatch):
-    """Colab's kernel cannot be asked: there, what `helpers.series` sets decides."""
+    """Colab's kernel cannot be asked: there, what `tests.maintain.series` sets decides."""
     monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
     assert has_reader()
     monkeypatch.setenv("HEADLESS", "1")
@@ -165,7 +165,8 @@ def test_both_replies_stand_in_two_columns(box):
 
 
 def test_sliders_and_box_agree_at_once(tuned):
-    box = ChatBox(*tuned, max_seq_length=64, max_new_tokens=96, temperature=3.0, min_p=0.9)
+    box = ChatBox(*tuned, max_seq_length=64, max_new_tokens=96)
+    box.temperature, box.min_p = 3.0, 0.9
     box.widget()
     for name, value in {"max_new_tokens": 32, "temperature": 2.0, "min_p": 0.5}.items():
         assert (getattr(box, name), box._widgets[name].value) == (value, value)

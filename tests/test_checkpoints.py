@@ -21,15 +21,7 @@ from types import SimpleNamespace
 import pytest
 
 from helpers.training.checkpoints import CheckpointError, Checkpoints, _ordered, compare_settings
-from helpers.training.saved import (
-    _copy_name,
-    _copy_whole,
-    _handed_over,
-    _newest_good,
-    _read_manifest,
-    _reason,
-    _saved_in,
-)
+from helpers.training.saved import copy_whole, handed_over, newest_good, read_saved, reason, saved_in
 
 STEPS = 12
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,7 +147,16 @@ def folder(stopped, tmp_path):
 
 
 def steps_in(folder):
-    return [saved.step for saved in _saved_in(folder)]
+    return [saved.step for saved in saved_in(folder)]
+
+
+def set_aside_in(folder):
+    """The steps that were set aside, as {their number: steps}."""
+    steps = {}
+    for path in sorted(folder.glob("checkpoint-*.previous-*")):
+        name, _, number = path.name.rpartition(".previous-")
+        steps.setdefault(int(number), []).append(int(name.removeprefix("checkpoint-")))
+    return steps
 
 
 def test_the_clock_decides_when_to_save(trainings, whole, tmp_path):
@@ -244,7 +245,7 @@ def test_another_seed_is_another_run(trainings, whole, tmp_path):
 
 
 def unfinished_in(folder):
-    return [path for path in folder.glob("checkpoint-*") if _read_manifest(path) is None]
+    return [path for path in folder.glob("checkpoint-*") if read_saved(path) is None]
 
 
 def test_twenty_kills(trainings, whole, tmp_path):
@@ -262,7 +263,7 @@ def test_twenty_kills(trainings, whole, tmp_path):
         assert training.kill().code == -signal.SIGKILL, training.output[-2000:]
         done = training.steps_done
         torn += bool(unfinished_in(folder))
-        copies = _saved_in(mirror / folder.name)
+        copies = saved_in(mirror / folder.name)
         assert not any(saved.damage() for saved in copies)
         assert not unfinished_in(mirror / folder.name), "a copy appears whole or not at all"
         if trial % 4 == 3:
@@ -342,6 +343,7 @@ def test_all_damaged(trainings, whole, folder):
     resumed = trainings.run(folder)
     assert resumed.began_at == 0 and resumed.output.count("is damaged and not used") == 2
     assert resumed.result == whole
+    assert set_aside_in(folder) == {1: [5, 6]} and steps_in(folder) == [11, 12]
 
 
 def test_a_damaged_checkpoint_does_not_count_among_those_kept(trainings, whole, folder):
@@ -356,11 +358,11 @@ def test_a_damaged_checkpoint_does_not_count_among_those_kept(trainings, whole, 
 def test_nor_does_one_in_the_mirror(trainings, whole, tmp_path):
     folder, mirror = tmp_path / "run", tmp_path / "drive"
     trainings.run(folder, mirror=mirror, interrupt_at=6)
-    truncate(_saved_in(mirror / "run")[-1].path)
+    truncate(saved_in(mirror / "run")[-1].path)
     shutil.rmtree(folder)
     assert trainings.run(folder, mirror=mirror, every_seconds=1000, interrupt_at=7).code == 130
     assert steps_in(mirror / "run") == steps_in(folder) == [5, 7]
-    truncate(_saved_in(mirror / "run")[-1].path)
+    truncate(saved_in(mirror / "run")[-1].path)
     shutil.rmtree(folder)
     resumed = trainings.run(folder, mirror=mirror)
     assert resumed.began_at == 5 and resumed.result == whole
@@ -369,12 +371,12 @@ def test_nor_does_one_in_the_mirror(trainings, whole, tmp_path):
 def test_a_damaged_checkpoint_that_the_mirror_has_whole_is_fetched(trainings, whole, folder, tmp_path):
     mirror = tmp_path / "drive" / folder.name
     for step in (5, 6):
-        _copy_whole(folder / f"checkpoint-{step}", mirror / f"checkpoint-{step}")  # as they were named before
+        copy_whole(folder / f"checkpoint-{step}", mirror / f"checkpoint-{step}", ())
     truncate(folder / "checkpoint-6")
     resumed = trainings.run(folder, mirror=tmp_path / "drive", every_seconds=1000, interrupt_at=7)
     assert resumed.began_at == 6 and "Fetched checkpoint-6 from" in resumed.output
     assert steps_in(folder) == steps_in(mirror) == [6, 7]
-    assert not any(saved.damage() for saved in _saved_in(folder))
+    assert not any(saved.damage() for saved in saved_in(folder))
 
 
 def plain_checkpoint(path):
@@ -391,11 +393,11 @@ def test_checkpoints_of_another_program_stay(trainings, whole, folder, start_afr
     training = trainings.run(folder, start_afresh=start_afresh)
     assert training.began_at == (0 if start_afresh else 6) and training.result == whole
     assert steps_in(folder) == [11, 12]
-    assert (folder / ("checkpoint-3-other" if start_afresh else "checkpoint-3") / "trainer_state.json").exists()
-    assert (folder / "checkpoint-7-other" / "trainer_state.json").read_text() == "{}"
-    assert (
-        "checkpoint-7 has no manifest.json, so another program wrote it: kept as checkpoint-7-other" in training.output
-    )
+    for step, was_in_the_way in ((3, start_afresh), (7, True)):
+        plain = folder / f"checkpoint-{step}"
+        plain = plain.with_name(f"{plain.name}.previous-1") if was_in_the_way else plain
+        assert (plain / "trainer_state.json").read_text() == "{}"
+    assert "checkpoint-7 is not of this run: kept as checkpoint-7.previous-1" in training.output
 
 
 def test_what_an_ended_process_left_is_deleted(trainings, folder):
@@ -439,13 +441,27 @@ def test_a_trained_model_does_not_start_at_step_0(trainings, tmp_path):
 def test_other_settings_are_refused(trainings, folder, settings, difference):
     refused = trainings.run(folder, settings=settings)
     assert refused.code == 1 and difference in refused.output and "START_AFRESH = True" in refused.output
-    assert steps_in(folder) == [5, 6] and _newest_good(_saved_in(folder))[0].step == 6
+    assert steps_in(folder) == [5, 6] and newest_good(saved_in(folder))[0].step == 6
+
+
+def test_other_settings_of_a_run_on_drive_are_refused_before_it_is_fetched(trainings, folder, tmp_path):
+    """Else another machine's run would lie in this one's folder, where no other DRIVE_DIR helps."""
+    mirror = tmp_path / "drive" / folder.name
+    shutil.move(folder, mirror)
+    before = contents(mirror)
+    refused = trainings.run(folder, mirror=mirror.parent, settings={"seed": 1})
+    assert refused.code == 1 and f"{mirror}, a run that is at step 6 of 12: found seed was" in refused.output
+    assert "or set DRIVE_DIR to another folder, or set START_AFRESH = True" in refused.output
+    assert contents(mirror) == before and not steps_in(folder)
 
 
 def test_other_settings_afresh(trainings, folder):
     settings = {"learning_rate": 1e-3}
+    before = {str(path): content for path, content in contents(folder, "checkpoint-*/*").items()}
     afresh = trainings.run(folder, settings=settings, start_afresh=True, every_seconds=1000)
     assert afresh.began_at == 0 and steps_in(folder) == [12]
+    after = contents(folder, "checkpoint-*.previous-1/*")
+    assert {str(path).replace(".previous-1", ""): content for path, content in after.items()} == before
     assert afresh.result == trainings.run(folder.with_name("new"), settings=settings).result
 
 
@@ -467,20 +483,22 @@ def test_a_complete_run_that_is_handed_over_makes_room(trainings, whole, tmp_pat
     folder, mirror = tmp_path / "run", tmp_path / "mirror"
     trainings.run(folder, mirror=mirror, hand_over=True)
     shutil.rmtree(folder)  # the mirror knows it too
-    anew = trainings.run(folder, mirror=mirror, every_seconds=1000, interrupt_at=3)
-    assert anew.began_at == 0 and "complete (step 12) and handed over" in anew.output
+    anew = trainings.run(folder, mirror=mirror, every_seconds=0, interrupt_at=3)
+    assert anew.began_at == 0 and "the run before is handed over" in anew.output
+    assert steps_in(mirror / "run") == [2, 3], "the copies of the run before go when the new one's are there"
     shutil.rmtree(folder)
     resumed = trainings.run(folder, mirror=mirror)  # the new run's step 3, not the old one's step 12
     assert resumed.began_at == 3 and resumed.result == whole
     assert trainings.run(folder, settings={"rank": 8}).code == 1  # complete, but not handed over
-    assert len(_handed_over(mirror / "run")) == 1
+    assert len(handed_over(mirror / "run")) == 1
     trainings.run(folder, mirror=mirror, hand_over=True)
-    assert len(_handed_over(folder)) == 1 and len(_handed_over(mirror / "run")) == 2
-    assert "and handed over" in trainings.run(folder, interrupt_at=1).output
+    assert len(handed_over(folder)) == 1 and len(handed_over(mirror / "run")) == 2
+    assert "is handed over" in trainings.run(folder, interrupt_at=1).output
 
 
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+def contents(folder, pattern="**/*"):
+    paths = [path for path in folder.glob(pattern) if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
 def test_a_checkpoint_that_is_not_passed_on_is_refused(trainings, whole, folder):
@@ -570,7 +588,7 @@ def test_a_mirror_that_cannot_be_read_is_not_an_empty_one(trainings, whole, fold
 
 def test_a_full_disk_is_not_the_mirrors_fault(trainings, whole, folder, tmp_path):
     mirror = tmp_path / "drive" / folder.name
-    _copy_whole(folder / "checkpoint-6", mirror / "checkpoint-6")
+    copy_whole(folder / "checkpoint-6", mirror / "checkpoint-6", ())
     shutil.rmtree(folder)
     refused = trainings.run(folder, mirror=tmp_path / "drive", fill_at=0)
     assert refused.code == 1 and refused.steps_done == 0
@@ -582,14 +600,14 @@ def test_a_full_disk_is_not_the_mirrors_fault(trainings, whole, folder, tmp_path
 
 def test_a_mirror_that_drops_while_it_is_read_is(trainer_of, folder, tmp_path, monkeypatch):
     mirror = tmp_path / "drive" / folder.name
-    _copy_whole(folder / "checkpoint-6", mirror / "checkpoint-6")
+    copy_whole(folder / "checkpoint-6", mirror / "checkpoint-6", ())
     shutil.rmtree(folder)
 
-    def drop(source, target):
+    def drop(source, target, runs):
         shutil.rmtree(mirror)
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("helpers.training.saved._copy_whole", drop)
+    monkeypatch.setattr("helpers.training.checkpoints.copy_whole", drop)
     with pytest.raises(CheckpointError, match="drive.*found Input/output error.*mount Drive again") as caught:
         with Checkpoints(trainer_of(folder), mirror=tmp_path / "drive"):
             pass
@@ -600,12 +618,12 @@ def test_a_slow_mirror_is_not_waited_for(trainer_of, tmp_path, monkeypatch, caps
     """What is being copied is kept meanwhile, and copied in the end."""
     folder, mirror, go_on = tmp_path / "run", tmp_path / "drive", threading.Event()
 
-    def copy_slowly(source, target):
+    def copy_slowly(*given):
         assert go_on.wait(600)
-        return _copy_whole(source, target)
+        return copy_whole(*given)
 
-    monkeypatch.setattr("helpers.training.saved._copy_whole", copy_slowly)
-    monkeypatch.setattr("helpers.training.checkpoints.MIRROR_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("helpers.training.saved.copy_whole", copy_slowly)
+    monkeypatch.setattr("helpers.training.saved.MIRROR_WAIT_SECONDS", 0.2)
     trainer, began = trainer_of(folder), time.monotonic()
     with Checkpoints(trainer, mirror=mirror, every_seconds=0) as last:
         trainer.train(resume_from_checkpoint=last)
@@ -616,56 +634,122 @@ def test_a_slow_mirror_is_not_waited_for(trainer_of, tmp_path, monkeypatch, caps
     deadline = time.monotonic() + 300
     while (not mirror.exists() or steps_in(mirror / "run") != [11, 12]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert steps_in(mirror / "run") == [11, 12] and not any(saved.damage() for saved in _saved_in(mirror / "run"))
+    assert steps_in(mirror / "run") == [11, 12] and not any(saved.damage() for saved in saved_in(mirror / "run"))
 
 
-def plant(source, mirror, *, run, step):
-    """A copy as a run of another machine leaves it."""
-    path = Path(shutil.copytree(source, mirror / _copy_name(run, step)))
-    content = json.loads((path / "manifest.json").read_text()) | {"run": run, "step": step}
+OTHER = "2999-01-01T00:00:00.5+00:00"  # began later, by its machine's clock
+
+
+def claim(path, run):
+    """Make a checkpoint another run's."""
+    content = json.loads((path / "manifest.json").read_text()) | {"run": run}
     (path / "manifest.json").write_text(json.dumps(content))
     return path
 
 
-def test_two_machines_with_one_mirror(trainer_of, stopped, tmp_path, capsys):
-    """Neither deletes what the other copies; of an older run, what is handed over goes; a newer run is spoken of."""
+def plant(source, folder, run):
+    """A copy as a run of another machine leaves it."""
+    return claim(Path(shutil.copytree(source, folder / source.name)), run)
+
+
+@pytest.mark.parametrize("run", [OTHER, "2000-01-01T00:00:00.5+00:00"])
+@pytest.mark.parametrize("harm", [None, truncate])
+def test_another_run_on_drive_is_refused_and_nothing_is_deleted(trainer_of, stopped, folder, tmp_path, run, harm):
+    mirror = tmp_path / "drive" / folder.name
+    theirs = plant(stopped / "checkpoint-5", mirror, run)
+    if harm:
+        harm(theirs)
+    before = contents(folder), contents(mirror)
+    trainer = trainer_of(folder)
+    with pytest.raises(CheckpointError) as caught, Checkpoints(trainer, mirror=tmp_path / "drive"):
+        pass
+    assert caught.value.where == str(theirs) and f"step 5 of a run that began {run}" in caught.value.found
+    assert saved_in(folder)[0].run in caught.value.expected
+    assert caught.value.fix.startswith("set DRIVE_DIR to another folder, or set START_AFRESH = True to set that run")
+    assert (contents(folder), contents(mirror)) == before
+    with Checkpoints(trainer, mirror=tmp_path / "other") as last:
+        assert last.endswith("checkpoint-6")
+    with Checkpoints(trainer, mirror=tmp_path / "drive", start_afresh=True) as last:
+        assert last is None
+    assert set_aside_in(folder) == {1: [5, 6]} and set_aside_in(mirror) == {1: [5]}
+    assert steps_in(folder) == steps_in(mirror) == []
+
+
+def test_two_runs_on_drive_are_refused_where_there_is_none_here(trainer_of, stopped, tmp_path):
+    mirror = tmp_path / "drive" / "run"
+    shutil.copytree(stopped / "checkpoint-6", mirror / "checkpoint-6")
+    plant(stopped / "checkpoint-5", mirror, OTHER)
+    with pytest.raises(CheckpointError, match="set DRIVE_DIR to another folder"):
+        with Checkpoints(trainer_of(tmp_path / "run"), mirror=tmp_path / "drive"):
+            pass
+    (mirror / "handed_over").write_text(OTHER)
+    with Checkpoints(trainer_of(tmp_path / "run"), mirror=tmp_path / "drive") as last:
+        assert last.endswith("checkpoint-6")
+
+
+def test_another_machine_that_copies_to_the_mirror_meanwhile(trainer_of, stopped, tmp_path, capsys):
+    """Nobody's checkpoints are deleted or replaced; training goes on."""
     from transformers import TrainerCallback
 
-    newer, older, over = "2999-01-01T00:00:00.5+00:00", "2000-01-01T00:00:00.5+00:00", "2001-01-01T00:00:00.5+00:00"
-    folder, mirror = tmp_path / "run", tmp_path / "drive" / "run"
-    stay, go = [], []
+    folder, mirror, theirs = tmp_path / "run", tmp_path / "drive" / "run", []
 
-    class OtherMachines(TrainerCallback):
+    class OtherMachine(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 4:
-                source = stopped / "checkpoint-6"
-                stay.extend(plant(source, mirror, run=run, step=step) for run in (newer, older) for step in (4, 5, 12))
-                go.extend(plant(source, mirror, run=over, step=step) for step in (11, 12))
-                stay.append(plain_checkpoint(mirror / f".unfinished-{_copy_name(newer, 6)}"))
-                go.append(plain_checkpoint(mirror / f".unfinished-{_copy_name(over, 6)}"))
-                (mirror / "handed_over").write_text(f"{over}\n{newer}")
+            if state.global_step == 3:
+                theirs.append(plant(stopped / "checkpoint-6", mirror, OTHER))
+                theirs.append(contents(theirs[0]))
 
     trainer = trainer_of(folder)
-    trainer.add_callback(OtherMachines())
+    trainer.add_callback(OtherMachine())
     keeper = Checkpoints(trainer, mirror=tmp_path / "drive", every_seconds=0)
     with keeper as last:
         trainer.train(resume_from_checkpoint=last)
-    assert all(path.exists() for path in stay) and not any(path.exists() for path in go)
-    assert [saved.step for saved in _saved_in(mirror) if saved.run == keeper.run] == [11, 12]
+    assert trainer.state.global_step == 12 and steps_in(folder) == [11, 12]
+    assert contents(theirs[0]) == theirs[1]
+    assert all(saved.step <= 3 for saved in saved_in(mirror) if saved.run == keeper.run)
     printed = capsys.readouterr().out
-    assert printed.count(f"holds checkpoints of a run that began after this one ({newer})") == 1
-    assert "No copy in" not in printed
+    assert printed.count(f"No copy in {mirror} (checkpoint-6 there is of a run that began {OTHER}: give each") == 1
     keeper.hand_over()
-    assert _handed_over(mirror) == {over, newer, keeper.run}
+    assert handed_over(mirror) == {keeper.run}
 
 
-def test_a_damaged_copy_of_another_run_is_not_ours_to_delete(trainer_of, stopped, folder, tmp_path):
-    mirror = tmp_path / "drive" / folder.name
-    theirs = plant(stopped / "checkpoint-6", mirror, run="2999-01-01T00:00:00.5+00:00", step=3)
-    truncate(theirs)
-    with Checkpoints(trainer_of(folder), mirror=tmp_path / "drive") as last:
-        assert last.endswith("checkpoint-6")
-    assert theirs.exists()
+def test_a_copy_never_replaces_another_runs(stopped, tmp_path, capsys):
+    theirs = plant(stopped / "checkpoint-6", tmp_path, OTHER)
+    before = contents(theirs)
+    assert copy_whole(stopped / "checkpoint-6", theirs, {"ours"}) == theirs
+    assert contents(tmp_path / "checkpoint-6.previous-1") == before and steps_in(tmp_path) == [6]
+    assert "checkpoint-6 is not of this run: kept as checkpoint-6.previous-1" in capsys.readouterr().out
+
+
+def test_a_clock_that_is_wrong_costs_nothing(trainings, whole, folder):
+    """Runs that the clock puts into the future: one goes on, and a new one behind it keeps its own checkpoints."""
+    for path in folder.glob("checkpoint-*"):
+        claim(path, OTHER)
+    resumed = trainings.run(folder, hand_over=True)
+    assert resumed.began_at == 6 and resumed.result == whole
+    assert [saved.run for saved in saved_in(folder)] == [OTHER, OTHER] and handed_over(folder) == {OTHER}
+    assert trainings.run(folder, interrupt_at=3).began_at == 0
+    assert steps_in(folder) == [2, 3]
+    again = trainings.run(folder)
+    assert again.began_at == 3 and again.result == whole
+
+
+def test_each_fresh_start_sets_aside_under_a_number_of_its_own(trainings, folder, tmp_path):
+    mirror = tmp_path / "drive"
+    for _ in range(3):
+        afresh = trainings.run(folder, mirror=mirror, start_afresh=True, every_seconds=1000, interrupt_at=2)
+        assert afresh.began_at == 0 and steps_in(folder) == steps_in(mirror / folder.name) == [2]
+    assert f"Set aside: {folder / 'checkpoint-2.previous-2'}" in afresh.output
+    assert set_aside_in(folder) == {1: [2, 5, 6], 2: [2]} and set_aside_in(mirror / folder.name) == {1: [2], 2: [2]}
+    assert trainings.run(folder, mirror=mirror, interrupt_at=4).began_at == 2
+
+
+def test_a_copy_that_was_broken_off_does_not_hold_the_last_room(folder, tmp_path):
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    plain_checkpoint(mirror / ".unfinished-checkpoint-4")
+    copy_whole(folder / "checkpoint-6", mirror / "checkpoint-6", ())
+    assert [path.name for path in mirror.iterdir()] == ["checkpoint-6"]
 
 
 def test_a_mirror_that_is_full_keeps_no_rest(folder, tmp_path):
@@ -673,12 +757,12 @@ def test_a_mirror_that_is_full_keeps_no_rest(folder, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(OSError) as caught:
-            _copy_whole(folder / "checkpoint-6", tmp_path / "mirror" / "checkpoint-6")
+            copy_whole(folder / "checkpoint-6", tmp_path / "mirror" / "checkpoint-6", ())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert _reason(caught.value) == "[Errno 27] File too large"
+    assert reason(caught.value) == "[Errno 27] File too large"
     assert list((tmp_path / "mirror").iterdir()) == []
-    assert _copy_whole(folder / "checkpoint-6", tmp_path / "mirror" / "copy").name == "copy"
+    assert copy_whole(folder / "checkpoint-6", tmp_path / "mirror" / "copy", ()).name == "copy"
 
 
 def test_differences():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.conversations.validate import MEANINGS, ConversationError, split_conversations, validate_conversations
+from helpers.conversations.validate import MEANINGS, SMALLEST, ConversationError, validate_conversations
 
 
 def sharegpt(*turns: tuple[object, object]) -> dict:
@@ -144,18 +144,7 @@ def test_duplicates_in_another_format_are_found():
     assert {problem.code for problem in report.problems} == {"duplicate", "mixed_format"}
 
 
-def test_keep_reports_without_dropping():
-    rows = [GOOD, GOOD, sharegpt(("human", "Hi"))]
-    report = validate_conversations(rows, keep=("duplicate",))
-    assert report.valid_rows == (0, 1)
-    assert report.dropped_rows == (2,)
-    assert "duplicate" in {problem.code for problem in report.problems}
-    assert validate_conversations(rows[:2], keep=("duplicate",)).ok
-
-
-def test_arguments():
-    with pytest.raises(ConversationError, match="codes of"):
-        validate_conversations([GOOD], keep=("duplicates",))
+def test_tokens_are_not_counted_without_a_tokenizer():
     with pytest.raises(ConversationError, match="pass tokenizer="):
         validate_conversations([GOOD], max_tokens=10)
 
@@ -193,12 +182,11 @@ def test_special_tokens_are_the_tokenizers_own(shared_tokenizer):
 
 
 def test_rows_longer_than_the_limit(shared_tokenizer):
-    from helpers.template.check import format_conversations
+    from helpers.template.check import training_text
 
     tokenizer = shared_tokenizer("llama-3.1")
     messages = plain(("user", "Hi"), ("assistant", "word " * 50))["conversations"]
-    [text] = format_conversations({"conversations": [messages]}, tokenizer)["text"]
-    length = len(tokenizer(text).input_ids)
+    length = len(tokenizer(training_text(tokenizer, messages)).input_ids)
     rows = [sharegpt(("human", "Hi"), ("gpt", "word " * 50))]
     assert validate_conversations(rows, tokenizer=tokenizer, max_tokens=length).ok
     report = validate_conversations(rows, tokenizer=tokenizer, max_tokens=length - 1)
@@ -266,39 +254,15 @@ def test_no_row_is_lost(rows):
     repr(report)
 
 
-def rows_with(**columns):
-    from datasets import Dataset
-
-    return Dataset.from_dict(columns)
-
-
-def test_a_column_says_which_rows_are_held_out():
-    rows = rows_with(split=["train", "held_out"] * 4, number=range(8))
-    train, held_out = split_conversations(rows, train_rows=3, eval_rows=10)
-    assert (train["number"], held_out["number"]) == ([0, 2, 4], [1, 3, 5, 7])
+@pytest.mark.parametrize(("fit", "unfit"), [(SMALLEST, 0), (SMALLEST, 3), (100, 1)])
+def test_conversations_that_suffice_pass(fit, unfit):
+    rows = [sharegpt(("human", f"Hi {number}"), ("gpt", "Hello!")) for number in range(fit)] + [7] * unfit
+    validate_conversations(rows).raise_if_failed()
 
 
-@pytest.mark.parametrize(("rows", "sizes"), [(100, (30, 7)), (10, (8, 2)), (5, (4, 1))])
-def test_at_most_a_fifth_is_held_out_at_random(rows, sizes):
-    options = dict(train_rows=30, eval_rows=7)
-    train, held_out = split_conversations(rows_with(number=range(rows)), **options)
-    assert (len(train), len(held_out)) == sizes
-    assert not set(train["number"]) & set(held_out["number"])
-    again, _ = split_conversations(rows_with(number=range(rows)), **options)
-    other, _ = split_conversations(rows_with(number=range(rows)), **options, seed=1)
-    assert train["number"] == again["number"] != other["number"]
-
-
-@pytest.mark.parametrize(
-    ("columns", "said"),
-    [
-        ({"split": ["held_out"] * 3}, "0 to train on and 3 to hold out, of 3 that fit, expected at least one of each"),
-        ({"split": ["train"] * 3}, "3 to train on and 0 to hold out"),
-        ({"split": ["training", "validation"]}, "0 to train on and 0 to hold out, of 2"),
-        ({"number": range(4)}, "of 4 that fit, expected at least 5 that fit"),
-        ({"number": []}, "0 to train on and 0 to hold out"),
-    ],
-)
-def test_a_side_without_rows_is_refused(columns, said):
-    with pytest.raises(ConversationError, match=f"conversations: found .*{said}.* Fix: "):
-        split_conversations(rows_with(**columns), train_rows=3, eval_rows=3)
+@pytest.mark.parametrize(("fit", "unfit"), [(SMALLEST - 1, 0), (SMALLEST - 1, 3), (0, 0), (0, 9)])
+def test_too_few_conversations_are_refused(fit, unfit):
+    rows = [sharegpt(("human", f"Hi {number}"), ("gpt", "Hello!")) for number in range(fit)] + [7] * unfit
+    said = f"DATASET: found {fit} of {fit + unfit} conversations that can be trained on, expected 5 or more.*MAX_SEQ"
+    with pytest.raises(ConversationError, match=said):
+        validate_conversations(rows).raise_if_failed()

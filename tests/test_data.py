@@ -8,11 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from helpers.chat.house_style import Verdict, judge_reply
 from helpers.conversations.validate import validate_conversations
 
-DATA = Path(__file__).resolve().parent.parent / "notebooks" / "data"
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+DATA = NOTEBOOKS / "data"
 ROWS = [json.loads(line) for line in (DATA / "support_conversations.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def chapters_judge():
+    """The function `judge` that chapter 04 shows its readers."""
+    cells = (NOTEBOOKS / "src" / "04_train.py").read_text(encoding="utf-8").split("# %%")
+    [source] = [cell for cell in cells if "def judge(reply, row):" in cell]
+    names = {}
+    exec(source.partition("\ncounted = ")[0], names)
+    return names["judge"]
+
+
+JUDGE = chapters_judge()
+
+
+def judged(reply, *, product, right_help):
+    """(in house style, right help)"""
+    return JUDGE(reply, {"product": product, "right_help": [["an earlier turn's"], right_help]})
 
 
 def rows_of(split):
@@ -85,7 +102,7 @@ def test_no_question_holds_its_own_help():
     for row in ROWS:
         asked = [turn["value"] for turn in row["conversations"] if turn["from"] == "human"]
         for text, right in zip(asked, row["right_help"], strict=True):
-            assert not judge_reply(text, product=row["product"], right_help=right).right_help
+            assert not judged(text, product=row["product"], right_help=right)[1]
 
 
 def test_some_held_out_products_are_new():
@@ -114,7 +131,7 @@ def test_there_are_several_right_answers():
 def test_every_answer_passes_its_own_judge(split):
     for row in rows_of(split):
         for reply, right in answers(row):
-            assert judge_reply(reply, product=row["product"], right_help=right) == Verdict(True, True)
+            assert judged(reply, product=row["product"], right_help=right) == (True, True)
 
 
 def test_the_help_of_another_topic_is_not_right():
@@ -125,7 +142,7 @@ def test_the_help_of_another_topic_is_not_right():
     replies = {topic: reply for row in ROWS for reply, _ in answers(row) for topic in row["topics"][-1:] if topic}
     assert len(help_of) >= 10
     for topic, reply in replies.items():
-        last = [t for t, right in help_of.items() if judge_reply(reply, product="", right_help=right).right_help]
+        last = [t for t, right in help_of.items() if judged(reply, product="", right_help=right)[1]]
         assert last, topic
         assert len(last) == 1, (topic, last)
 
@@ -136,15 +153,15 @@ REPLY = "Re: Solvi lamp, wifi\nNext step: restart your router.\nHave a good day.
 @pytest.mark.parametrize(
     ("reply", "verdict"),
     [
-        (REPLY, Verdict(True, True)),
-        (REPLY.replace("router", "toaster"), Verdict(True, False)),
-        (REPLY.replace("Solvi", "Tarn"), Verdict(False, True)),
-        (REPLY.replace("Next step: ", ""), Verdict(False, True)),
-        (REPLY.replace(" — Mossbell Care", ""), Verdict(False, True)),
-        (REPLY + "\nAnd more.", Verdict(False, True)),
-        ("Please restart your router.", Verdict(False, True)),
-        ("", Verdict(False, False)),
+        (REPLY, (True, True)),
+        (REPLY.replace("router", "toaster"), (True, False)),
+        (REPLY.replace("Solvi", "Tarn"), (False, True)),
+        (REPLY.replace("Next step: ", ""), (False, True)),
+        (REPLY.replace(" — Mossbell Care", ""), (False, True)),
+        (REPLY + "\nAnd more.", (False, True)),
+        ("Please restart your router.", (False, True)),
+        ("", (False, False)),
     ],
 )
 def test_the_judge(reply, verdict):
-    assert judge_reply(reply, product="Solvi lamp", right_help=["router", "2.4 GHz"]) == verdict
+    assert judged(reply, product="Solvi lamp", right_help=["router", "2.4 GHz"]) == verdict

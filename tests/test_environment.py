@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.base import ROOT
+from helpers.base import ROOT, InputError
 from helpers.environment.preflight import (
     EnvironmentProblem,
     EnvironmentReport,
@@ -90,21 +90,24 @@ def package_row(name):
 @pytest.mark.slow
 def test_a_sound_environment_passes_and_imports_nothing_heavy(tmp_path):
     code = (
-        "import sys\nfrom helpers.environment import check_environment\nreport = check_environment()\nprint(report)\n"
-        "report.raise_if_failed()\nprint(sorted({'torch', 'transformers', 'datasets', 'unsloth'} & set(sys.modules)))"
+        "import sys\nfrom helpers.environment import check_environment\n"
+        "report = check_environment('.')\nprint(report)\n"
+        "report.raise_if_failed()\nprint(report._repr_html_())\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'unsloth'} & set(sys.modules)))"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip().endswith("[]")
-    for text in ("4-bit forward and backward on", "a LoRA adapter was built", "fit together", " 0 fail."):
-        assert text in done.stdout
+    text, page, heavy = done.stdout.partition("<")[0], done.stdout, done.stdout.strip().splitlines()[-1]
+    assert heavy == "[]" and " 0 fail." in text
+    for fact in ("4-bit forward and backward on", "a LoRA adapter was built", "fit together"):
+        assert fact in page and fact not in text, "what is sound is shown on demand"
 
 
 def test_the_lock_is_looked_for_in_the_repository_and_its_absence_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InstallError, match="no-such-lock.txt: found no such file, expected a requirements file"):
-        check_environment("no-such-lock.txt")
+        check_environment("gpt2", requirements="no-such-lock.txt")
 
 
 def test_a_report_raises_for_its_first_failure_and_not_for_warnings():
@@ -115,6 +118,17 @@ def test_a_report_raises_for_its_first_failure_and_not_for_warnings():
         EnvironmentReport((warn, fail)).raise_if_failed()
     assert "do this" in repr(EnvironmentReport((fail,))) and "do this" in EnvironmentReport((fail,))._repr_html_()
     assert "&lt;b&gt;" in EnvironmentReport((Row("x", "<b>", "y"),))._repr_html_()
+
+
+def test_a_report_shows_what_needs_attention_and_folds_the_rest():
+    sound, warn = Row("sound row", "1", "2"), Row("warned row", "3", "4", "warn", "mend it")
+    report = EnvironmentReport((sound, warn))
+    assert "warned row" in repr(report) and "sound row" not in repr(report)
+    assert repr(report).endswith("2 checks: 1 ok, 1 warn, 0 fail.")
+    shown, folded = report._repr_html_().split("<details>")
+    assert "warned row" in shown and "sound row" not in shown and "2 checks: 1 ok" in shown
+    assert folded.startswith("<summary>all checks</summary>") and "sound row" in folded and "warned row" in folded
+    assert repr(EnvironmentReport((sound,))) == "1 checks: 1 ok, 0 warn, 0 fail."
 
 
 # Broken on purpose: packages
@@ -184,7 +198,7 @@ def test_broken_package_replaced_under_a_live_process(monkeypatch, packages, tmp
         f"import sys; sys.path.insert(0, {str(older)!r})\n"
         "import json5\n"  # this process holds the old version …
         f"sys.path.remove({str(older)!r})\n"  # … and the environment has the lock's
-        "from helpers.environment import check_packages\n"
+        "from helpers.environment.preflight import check_packages\n"
         "from helpers.environment.requirements import read_lock\n"
         "print([r for r in check_packages(read_lock('requirements-colab.txt'), gpu=False) if r.verdict != 'ok'])"
     )
@@ -400,11 +414,38 @@ def test_a_model_on_this_machine_asks_no_one_and_an_offline_switch_is_named(monk
     assert row.verdict == "warn" and "HF_HUB_OFFLINE" in row.found
 
 
+def test_the_model_is_looked_for_where_the_choices_say(monkeypatch, tmp_path, capsys):
+    """A folder asks no one; a name asks the address that is chosen, and a wrong one is refused before anything runs."""
+    quiet = {name: lambda *arguments, **given: [] for name in ("check_gpu", "check_packages", "check_requirements")}
+    for name, instead in (quiet | {"check_probes": lambda *arguments, **given: []}).items():
+        monkeypatch.setattr(f"helpers.environment.preflight.{name}", instead)
+    real, asked = run_probe, []
+
+    def probe(name, *arguments, seconds):
+        asked.extend(arguments)
+        return real(name, *arguments, seconds=seconds) if name == "hub" else ProbeResult(False, "not tried")
+
+    monkeypatch.setattr("helpers.environment.preflight.run_probe", probe)
+    monkeypatch.setattr("helpers.environment.hub._check_loaded", lambda endpoint: None)
+    monkeypatch.setattr("helpers.environment.hub._choices", {})
+    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "UNSLOTH_USE_MODELSCOPE"):
+        monkeypatch.setenv(name, "")  # so that it is as before in the end
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert verdicts(check_environment("mine").rows)["Hub"] == "ok" and asked == []
+    report = check_environment("owner/model", endpoint="http://127.0.0.1:9/")
+    assert asked == ["http://127.0.0.1:9/api/models/owner/model"] and verdicts(report.rows)["Hub"] == "fail"
+    assert "Models and data sets come from http://127.0.0.1:9." in capsys.readouterr().out
+    with pytest.raises(InputError, match="HF_ENDPOINT: found '127.0.0.1:9'"):
+        check_environment("owner/model", endpoint="127.0.0.1:9")
+
+
 # The command
 
 
 def test_the_command_fails_for_a_lock_that_is_not_met(tmp_path, capsys):
     lock = tmp_path / "lock.txt"
     lock.write_text("not a lock\n")
-    assert main(["--requirements", str(lock)]) == 2
+    assert main(["gpt2", "--requirements", str(lock)]) == 2
     assert "expected name==version" in capsys.readouterr().err

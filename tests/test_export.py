@@ -13,19 +13,10 @@ from pathlib import Path
 import pytest
 from hub import serve_hub
 
-from helpers.export.plan import (
-    GGUF_TYPES,
-    ExportError,
-    check_adapter,
-    check_push,
-    count_parameters,
-    hub_token,
-    keep_gguf,
-    list_files,
-    plan_export,
-    read_gguf_types,
-    require_16_bit,
-)
+from helpers.environment.choices import GGUF_TYPES
+from helpers.export.files import keep_gguf
+from helpers.export.gguf import GgufError, cached_llama_cpp
+from helpers.export.plan import ExportError, check_adapter, count_parameters, plan_export, predict_export
 from helpers.handoff.run import HandoffError, fingerprint, open_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,44 +119,15 @@ def test_an_adapter_without_matrices_is_refused(saved, adapter):
         check_adapter(adapter, saved[0])
 
 
-def test_a_quantised_model_is_not_merged(saved):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(saved[0])
-    assert count_parameters(saved[0]) == base.num_parameters()
-    model = PeftModel.from_pretrained(base, saved[1])
-    require_16_bit(model)
-    model.config.quantization_config = {"load_in_4bit": True}
-    with pytest.raises(ExportError, match="load_in_4bit=False"):
-        require_16_bit(model)
-
-
 def test_parameters_are_counted_once_and_without_weights(tmp_path):
-    from helpers.smollm2 import prepare_smollm2
+    from tests.maintain.smollm2 import prepare_smollm2
 
     for name in ("config.json", "generation_config.json"):  # its embedding is also its last layer
         shutil.copy(prepare_smollm2() / name, tmp_path)
     assert count_parameters(tmp_path) == 134_515_008
 
 
-# What the form says
-
-
-def test_the_form_names_gguf_types():
-    assert read_gguf_types("Q4_K_M, q8_0 q8_0") == ("q4_k_m", "q8_0")
-    assert read_gguf_types("") == read_gguf_types(None) == ()
-
-
-@pytest.mark.parametrize("name", ["f16", "bf16", "f32", "fast_quantized", "not_quantized", "q4_k", "iq2_xxs", "q9"])
-def test_a_gguf_type_that_would_fail_later_is_refused(name):
-    with pytest.raises(ExportError, match=f"GGUF: found {name}, expected some of q2_k, .*q8_0.*leave GGUF empty"):
-        read_gguf_types(f"q8_0, {name}")
-
-
 def test_the_allowed_types_are_known_to_unsloth_and_to_llama_cpp():
-    from helpers.export.gguf import cached_llama_cpp
-
     source = Path(importlib.util.find_spec("unsloth").submodule_search_locations[0], "save.py").read_text()
     allowed = source[source.index("ALLOWED_QUANTS = {") : source.index("IMATRIX_QUANTS = {")]
     assert all(f'"{name}":' in allowed for name in GGUF_TYPES)
@@ -184,28 +146,55 @@ def no_token(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
 
 
-def test_what_can_be_published_passes(monkeypatch, no_token):
-    check_push("", "adapter", quantization=())  # nothing is published: no token is needed
+@pytest.fixture
+def run(saved, tmp_path):
+    """A run folder with the adapter."""
+    run = open_run(tmp_path / "run", base_model=str(saved[0]))
+    with run.write("adapter") as folder:
+        shutil.copytree(saved[1], folder)
+    return run
+
+
+def test_the_plan_says_that_adapter_and_base_fit(run, saved):
+    plan = plan_export(run, str(saved[0]))
+    assert plan.ok and [row[0] for row in plan.rows] == ["merge", "reload and ask"]
+    assert repr(plan).endswith("8 LoRA matrices of rank 4, and each fits its weight in small base. All in GiB.")
+    assert (
+        plan_export(run, str(saved[0]), gguf=()).rows[0]
+        == predict_export(count_parameters(saved[0]), folder=run.path).rows[0]
+    )
+
+
+def test_an_adapter_that_does_not_fit_stops_the_plan(run, saved, tmp_path):
+    with pytest.raises(ExportError, match=r"found shape \(32, 4\), expected \(64, 4\)"):
+        plan_export(run, str(save_base(tmp_path / "small base", hidden_size=64)))
+
+
+def test_the_plan_asks_for_a_token_only_where_something_is_published(run, saved, no_token, tmp_path, monkeypatch):
+    assert plan_export(run, str(saved[0])).ok
+    with pytest.raises(ExportError, match="HF_TOKEN: found no token, expected one to publish with.*key icon"):
+        plan_export(run, str(saved[0]), push_to="me/tuned")
+    (tmp_path / "token").write_text("as `hf auth login` stores it\n")
+    assert plan_export(run, str(saved[0]), push_to="me/tuned").ok
+    (tmp_path / "token").unlink()
     monkeypatch.setenv("HF_TOKEN", "from-the-environment")
-    check_push("me/Llama-3.2-mine", "gguf", quantization=("q8_0",))
+    assert plan_export(run, str(saved[0]), push_to="me/tuned").ok
 
 
-@pytest.mark.parametrize(
-    ("push_to", "form", "quantization", "said"),
-    [
-        ("", "GGUF", ("q8_0",), "PUSH_FORM: found 'GGUF', expected one of adapter, merged, gguf"),
-        ("", "gguf", (), "PUSH_FORM: found gguf, and an empty GGUF"),
-        ("me/tuned", "gguf", (), "PUSH_FORM: found gguf, and an empty GGUF"),
-        ("tuned", "adapter", (), "PUSH_TO: found 'tuned', expected your-name/your-model"),
-        ("me/my/tuned", "adapter", (), "PUSH_TO: found 'me/my/tuned'"),
-        ("me/my model", "adapter", (), "PUSH_TO: found 'me/my model'"),
-        ("https://huggingface.co/me/tuned", "adapter", (), "PUSH_TO: found 'https"),
-        ("me/tuned", "adapter", (), "HF_TOKEN: found no token"),
-    ],
-)
-def test_what_could_not_be_published_is_refused_at_once(no_token, push_to, form, quantization, said):
-    with pytest.raises(ExportError, match=said):
-        check_push(push_to, form, quantization=quantization)
+def test_the_plan_asks_for_llama_cpp_only_where_gguf_files_are_written(run, saved, monkeypatch):
+    def none():
+        raise GgufError("llama.cpp", found="none", expected="one", fix="make it")
+
+    monkeypatch.setattr("helpers.export.plan.require_llama_cpp", none)
+    assert plan_export(run, str(saved[0])).ok
+    with pytest.raises(GgufError):
+        plan_export(run, str(saved[0]), gguf=["q8_0"])
+
+
+def test_the_plan_counts_the_copy_on_drive(run, saved, tmp_path):
+    (tmp_path / "drive").mkdir()
+    mirrored = open_run(run.path, base_model=str(saved[0]), drive=tmp_path / "drive")
+    assert plan_export(mirrored, str(saved[0])).needed_disk_gib == 2 * plan_export(run, str(saved[0])).needed_disk_gib
 
 
 def free(monkeypatch, *, disk_gib, memory_gib, gpu_gib=None, drive_gib=None, drive=None):
@@ -230,12 +219,12 @@ LLAMA_1B, LLAMA_3B, LLAMA_8B = 1_235_814_400, 3_212_749_824, 8_030_261_248
 
 def test_the_prediction_follows_the_models_size(tmp_path, monkeypatch):
     free(monkeypatch, disk_gib=70, memory_gib=11, gpu_gib=14.5)
-    plan = plan_export(2**30, folder=tmp_path, quantization=("q8_0", "q4_k_m"))
+    plan = predict_export(2**30, folder=tmp_path, quantization=("q8_0", "q4_k_m"))
     assert plan.rows[0] == ("merge", 2.0, 2.0, 3.5)
     assert plan.rows[1][1:3] == (pytest.approx(4 + 1.9), pytest.approx(1.9))
     assert plan.needed_disk_gib == pytest.approx(2 + 4 + 1.9)
     assert plan.limits["GPU memory"] == (3.0, 14.5)
-    shown = repr(plan_export(LLAMA_1B, folder=tmp_path, quantization=("q4_k_m", "q8_0")))
+    shown = repr(predict_export(LLAMA_1B, folder=tmp_path, quantization=("q4_k_m", "q8_0")))
     for numbers in ("2.30 2.30 3.80", "6.79 2.19 3.80"):  # the docstring's example
         assert numbers in " ".join(shown.split())
 
@@ -243,7 +232,7 @@ def test_the_prediction_follows_the_models_size(tmp_path, monkeypatch):
 def test_without_a_gpu_it_counts_float32_weights(tmp_path, monkeypatch):
     """As measured: 0.75 billion parameters took 6.3 and 8.2 GiB of memory, and 5.4 GiB of disk for the GGUF files."""
     free(monkeypatch, disk_gib=70, memory_gib=20)
-    plan = plan_export(748_750_000, folder=tmp_path, quantization=("q4_k_m", "q8_0"))
+    plan = predict_export(748_750_000, folder=tmp_path, quantization=("q4_k_m", "q8_0"))
     assert 6.3 < plan.rows[0][3] < 8.2 and 8.2 < plan.rows[1][3] < 10.7
     assert plan.rows[1][1] == pytest.approx(5.4, rel=0.05)
     assert "GPU memory" not in plan.limits
@@ -251,8 +240,8 @@ def test_without_a_gpu_it_counts_float32_weights(tmp_path, monkeypatch):
 
 def test_a_free_colab_vm_exports_3b_but_not_8b(tmp_path, monkeypatch):
     free(monkeypatch, disk_gib=70, memory_gib=11, gpu_gib=14.5)
-    assert plan_export(LLAMA_3B, folder=tmp_path, quantization=("q4_k_m",)).ok
-    plan = plan_export(LLAMA_8B, folder=tmp_path, quantization=("q4_k_m",))
+    assert predict_export(LLAMA_3B, folder=tmp_path, quantization=("q4_k_m",)).ok
+    plan = predict_export(LLAMA_8B, folder=tmp_path, quantization=("q4_k_m",))
     assert not plan.ok
     with pytest.raises(
         ExportError, match="memory: found 11.0 GiB free, expected 16.5 GiB.*the adapter is saved"
@@ -264,25 +253,25 @@ def test_a_free_colab_vm_exports_3b_but_not_8b(tmp_path, monkeypatch):
 def test_a_gpu_that_is_too_small_is_refused(tmp_path, monkeypatch):
     free(monkeypatch, disk_gib=70, memory_gib=50, gpu_gib=6)
     with pytest.raises(ExportError, match="GPU memory: found 6.0 GiB free, expected 7.0 GiB.*restart the kernel"):
-        plan_export(LLAMA_3B, folder=tmp_path).raise_if_failed()
+        predict_export(LLAMA_3B, folder=tmp_path).raise_if_failed()
 
 
 def test_too_small_a_disk_is_refused_with_what_would_fit(tmp_path, monkeypatch):
     free(monkeypatch, disk_gib=8, memory_gib=50)
-    with pytest.raises(ExportError, match="disk: found 8.0 GiB free, expected .*Fix: leave GGUF empty, or free some"):
-        plan_export(LLAMA_3B, folder=tmp_path, quantization=("q4_k_m",)).raise_if_failed()
-    plan_export(LLAMA_3B, folder=tmp_path).raise_if_failed()
+    with pytest.raises(ExportError, match="disk: found 8.0 GiB free, expected .*Fix: set GGUF to \\[\\], or free some"):
+        predict_export(LLAMA_3B, folder=tmp_path, quantization=("q4_k_m",)).raise_if_failed()
+    predict_export(LLAMA_3B, folder=tmp_path).raise_if_failed()
 
 
 def test_the_copy_on_drive_is_counted(tmp_path, monkeypatch):
     drive = tmp_path / "drive"
     drive.mkdir()
-    without = plan_export(LLAMA_3B, folder=tmp_path, quantization=("q4_k_m",))
-    beside = plan_export(LLAMA_3B, folder=tmp_path, quantization=("q4_k_m",), drive=drive)
+    without = predict_export(LLAMA_3B, folder=tmp_path, quantization=("q4_k_m",))
+    beside = predict_export(LLAMA_3B, folder=tmp_path, quantization=("q4_k_m",), drive=drive)
     kept = sum(row[2] for row in without.rows)
     assert beside.needed_disk_gib == pytest.approx(without.needed_disk_gib + kept) and beside.drive_gib is None
     free(monkeypatch, disk_gib=70, memory_gib=50, drive=drive, drive_gib=5)
-    plan = plan_export(LLAMA_3B, folder=tmp_path, quantization=("q4_k_m",), drive=drive)
+    plan = predict_export(LLAMA_3B, folder=tmp_path, quantization=("q4_k_m",), drive=drive)
     assert plan.drive_gib == (pytest.approx(kept), 5) and plan.needed_disk_gib == without.needed_disk_gib
     with pytest.raises(ExportError, match="DRIVE_DIR: found 5.0 GiB free, expected .*leave DRIVE_DIR empty"):
         plan.raise_if_failed()
@@ -295,7 +284,7 @@ def test_only_finished_gguf_files_stay(tmp_path):
     for number, name in enumerate(("SmolLM2.Q8_0", "SmolLM2.Q4_K_M", "SmolLM2.BF16")):
         (tmp_path / "model_gguf" / f"{name}.gguf").write_bytes(b"x" * (9 - number))
     assert [path.name for path in keep_gguf(tmp_path, name="model")] == ["model-q8_0.gguf", "model-q4_k_m.gguf"]
-    assert {name for name, _ in list_files(tmp_path).rows} == {"model-q8_0.gguf", "model-q4_k_m.gguf"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model-q8_0.gguf", "model-q4_k_m.gguf"}
 
 
 def test_an_export_without_a_gguf_file_is_refused(tmp_path):
@@ -310,10 +299,10 @@ from transformers import AutoModelForCausalLM
 from helpers.handoff.run import open_run
 run_dir, base, limit, pause = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base)
-run = open_run(run_dir)
+run = open_run(run_dir, base_model="base")
 if int(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
-with run.write("merged", base_model="base") as folder:
+with run.write("merged") as folder:
     model.save_pretrained(folder)
     print("written", flush=True)
     time.sleep(float(pause))
@@ -352,10 +341,7 @@ def test_a_disk_that_fills_up_leaves_nothing(saved, tmp_path):
     assert not list((tmp_path / "run").glob(".unfinished-merged*"))
 
 
-def test_an_adapter_altered_on_disk_is_refused(saved, tmp_path):
-    run = open_run(tmp_path / "run")
-    with run.write("adapter", base_model="base") as folder:
-        shutil.copytree(saved[1], folder)
+def test_an_adapter_altered_on_disk_is_refused(run):
     with open(run.path / "adapter" / "adapter_model.safetensors", "r+b") as file:
         file.seek(-1, 2)
         last = file.read(1)
@@ -363,18 +349,6 @@ def test_an_adapter_altered_on_disk_is_refused(saved, tmp_path):
         file.write(bytes([last[0] ^ 1]))
     with pytest.raises(HandoffError, match="adapter_model.safetensors: found sha256"):
         run.artefact("adapter")
-
-
-def test_the_token_comes_from_the_environment(monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "from-the-environment")
-    assert hub_token() == "from-the-environment"
-
-
-def test_the_token_is_the_one_that_hf_auth_login_wrote_or_its_lack_is_said(no_token, tmp_path):
-    with pytest.raises(ExportError, match="HF_TOKEN: found no token"):
-        hub_token()
-    (tmp_path / "token").write_text("from-the-file\n")
-    assert hub_token() == "from-the-file"
 
 
 SECRET = "hf_" + "neverShowThis" * 2
@@ -385,26 +359,21 @@ COUNTED = ", ".join(map(str, range(1, 13)))
 @pytest.mark.slow
 def test_chapter_06_in_an_awkward_folder_with_a_token_in_the_environment(tmp_path, monkeypatch, capfd):
     """The real chapter, publishing to a stand-in Hub; what it writes is complete, and the token is in none of it."""
-    from helpers.export.gguf import cached_llama_cpp
-    from helpers.series import run_chapter
-
     if not (cached_llama_cpp() / "llama-server").exists():
         pytest.skip("llama.cpp is not built: run `make llama-cpp`")
     run_dir = make_run(tmp_path / "Größe 测试" / "mein Lauf")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, SECRET)
-    monkeypatch.setenv("CATCH_UP", "0")
-    parameters = {"PROFILE": "cpu", "RUN_DIR": str(run_dir), "GGUF": "q8_0", "PUSH_TO": "me/tuned"}
     with serve_hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        done = run_chapter("06_save", executed_dir=run_dir / "executed", parameters=parameters)
+        done = chapter_06(run_dir, GGUF=["q8_0"], PUSH_TO="me/tuned")
     assert done.failure == ""
     assert "forms answer within their limits" in done.result
     files = hub.committed_files()
     assert {"README.md", "adapter_model.safetensors", "tokenizer.json"} < set(files)
     assert not [name for name, content in files.items() if SECRET.encode() in content]
-    assert f"{hub.url}/me/tuned/commit/1" in (run_dir / "executed" / "06_save.ipynb").read_text()
+    assert f"{hub.url}/me/tuned/commit/1" in (run_dir / "executed" / "06_save.ipynb").read_text(encoding="utf-8")
     run = open_run(run_dir)
     assert {path.name for path in run.artefact("gguf").iterdir()} == {"model-q8_0.gguf", "Modelfile"}
     assert (run.artefact("merged") / "model.safetensors").exists()
@@ -415,48 +384,50 @@ def test_chapter_06_in_an_awkward_folder_with_a_token_in_the_environment(tmp_pat
     assert str(tmp_path) not in run.artefact("README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
+def test_chapter_06_refuses_at_once_what_it_could_not_publish(tmp_path, no_token):
+    """Before the weights are loaded."""
+    run_dir = make_run(tmp_path / "run")
+    done = chapter_06(run_dir, GGUF=[], PUSH_TO="me/tuned")
+    assert "HF_TOKEN: found no token" in done.failure
+    assert not (run_dir / "merged").exists()
+
+
+def chapter_06(run_dir, **choices):
+    from tests.maintain.series import run_chapter
+    from tests.maintain.smollm2 import prepare_smollm2
+
+    choices |= {"MODEL_NAME": str(prepare_smollm2()), "RUN_DIR": str(run_dir), "MAX_SEQ_LENGTH": 256}
+    return run_chapter("06_save", executed_dir=run_dir / "executed", parameters=choices)
+
+
 def make_run(run_dir):
-    """A run folder as chapters 02 to 04 leave it, with an adapter that changes little and was not trained."""
+    """A run folder as chapters 03 and 04 leave it, with an adapter that changes little and was not trained."""
     import torch
     from datasets import Dataset, DatasetDict
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from helpers.smollm2 import NAME, prepare_smollm2
+    from tests.maintain.smollm2 import prepare_smollm2
 
-    run, base = open_run(run_dir), prepare_smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    base = prepare_smollm2()
+    run, tokenizer = open_run(run_dir, base_model=str(base)), AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=1, target_modules=TARGETS, init_lora_weights=False))
     question = {"role": "user", "content": f"Count from 1 to 12: {COUNTED}. Count again."}
     answer = {"role": "assistant", "content": f"{COUNTED}."}
     turns = [[question, answer], [question, answer, question, answer]]
-    run.write_json("lora.json", {"lora": {"r": 4}}, base_model=NAME)
     template = fingerprint(tokenizer.chat_template)
-    with run.write("dataset", base_model=NAME) as folder:
+    with run.write("dataset", template=template) as folder:
         rows = Dataset.from_dict({"conversations": turns})
         DatasetDict({"train": rows, "held_out": rows}).save_to_disk(folder)
-    with run.write("adapter", base_model=NAME, template=template) as folder:
+    with run.write("adapter", template=template) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    rows = {"training rows": "2 conversations", "held-out rows": "2 conversations"}
     report = {"held_out_loss": {"before": 2.0, "after": 1.0}, "house_style": {}, "right_help": {}, "steps": 1}
-    report["data"] = {
-        "dataset": "counting.jsonl",
-        "training rows": "2 conversations",
-        "held-out rows": "2 conversations",
-    }
-    report |= {"settings": {"r": 4, "learning_rate": 1e-3}, "environment": {"precision": "bfloat16"}}
-    run.write_json("report.json", report, base_model=NAME)
+    report |= {"data": {"dataset": "counting.jsonl"} | rows, "environment": {"precision": "bfloat16"}}
+    report |= {"settings": {"r": 4, "learning_rate": 1e-3}}
+    run.write_json("report.json", report)
     return run_dir
-
-
-@pytest.mark.slow
-def test_chapter_06_refuses_at_once_what_it_could_not_publish(tmp_path, monkeypatch):
-    from helpers.series import run_chapter
-
-    monkeypatch.setenv("CATCH_UP", "0")
-    parameters = {"PROFILE": "cpu", "RUN_DIR": str(tmp_path / "run"), "GGUF": "", "PUSH_FORM": "gguf"}
-    done = run_chapter("06_save", executed_dir=tmp_path / "executed", parameters=parameters)
-    assert "PUSH_FORM: found gguf, and an empty GGUF" in done.failure
-    assert not (tmp_path / "run").exists()

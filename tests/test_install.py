@@ -20,6 +20,7 @@ from helpers.environment.requirements import read_lock
 from helpers.environment.setup import HARMLESS, same_version
 
 CELL = (ROOT / "notebooks" / "src" / "setup_cell.py").read_text(encoding="utf-8")
+CLONE = re.search(r"-b (\S+) (\S+) series", CELL)
 UV = shutil.which("uv", path=os.path.dirname(sys.executable)) or shutil.which("uv")
 INSTALLERS = ["pip", pytest.param("uv", marks=pytest.mark.skipif(UV is None, reason="uv is not installed"))]
 
@@ -235,16 +236,17 @@ def test_on_a_local_computer_nothing_is_installed(machine, tmp_path):
 
 def make_series(folder, machine):
     """A git repository with this package, a toy lock, the cell's tag, and a later commit that must not be used."""
-    repository, tag = re.search(r'REPOSITORY, TAG = "(\S+)", "(\S+)"', CELL).groups()
-    series = folder / "series"
+    tag, repository = CLONE.groups()
+    series = folder / "published"
     (series / "helpers").mkdir(parents=True)
     for path in (ROOT / "helpers").glob("*.py"):
         shutil.copy(path, series / "helpers")
+    shutil.copytree(ROOT / "helpers/environment", series / "helpers/environment")
     make_lock(series / "requirements-colab.txt", make_wheel(machine.wheels, "2.0.0"), version="2.0.0")
     git = ["git", "-C", str(series), "-c", "user.name=t", "-c", "user.email=t@localhost"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "1"], ["tag", tag]):
         subprocess.run([*git, *command], check=True)
-    (series / "helpers" / "install.py").write_text("raise SystemExit('a later commit')\n")
+    (series / "helpers" / "base.py").write_text("raise SystemExit('a later commit')\n")
     subprocess.run([*git, "commit", "-qam", "2"], check=True)
     del machine.env["PYTHONPATH"]
     return {
@@ -261,20 +263,37 @@ def test_the_cell_gets_its_own_version_of_the_series_in_an_empty_folder_and_find
     done = machine.run(cell, **git)
     assert "1 package changed" in done.stdout, done.stderr
     assert done.stderr == "", "git's advice on detached heads is noise"
-    root = machine.content / "llama-3.2-unsloth-t4"
-    assert (root / "helpers" / "install.py").is_file()
-    for folder in (machine.content, root):  # after a restart, and from within the clone
+    root = machine.content / "series"
+    where = "\nprint(os.getcwd())"
+    assert (root / "helpers" / "base.py").is_file()
+    # After a restart, from within the clone, from a chapter's folder, and from that of one that was prepared.
+    (root / "runs" / "open").mkdir(parents=True)
+    (root / "notebooks").mkdir()
+    for folder in (machine.content, root, root / "notebooks", root / "runs" / "open"):
         machine.content = folder
-        assert "nothing to install" in machine.run(cell).stdout
+        done = machine.run(cell + where)
+        assert "nothing to install" in done.stdout and done.stdout.splitlines()[-1] == str(root), done.stderr
 
 
 def test_a_clone_that_fails_shows_gits_own_message(tmp_path, make_machine):
     machine = make_machine("pip")
     git = make_series(tmp_path, machine)
-    shutil.rmtree(tmp_path / "series")
+    shutil.rmtree(tmp_path / "published")
     done = machine.run(CELL, **git)
-    assert done.returncode == 1 and "fatal: " in done.stderr and "CalledProcessError" in done.stderr
-    assert not (machine.content / "llama-3.2-unsloth-t4").exists(), "a second try starts clean"
+    assert done.returncode == 1 and "fatal: " in done.stderr
+    assert re.search(f"RuntimeError: `git .*-b {CLONE[1]} {CLONE[2]} series` failed", done.stderr)
+    assert not (machine.content / "series").exists(), "a second try starts clean"
+
+
+def test_a_folder_that_is_in_the_clones_way_is_told(tmp_path, make_machine):
+    machine = make_machine("pip")
+    git = make_series(tmp_path, machine)
+    (machine.content / "series").mkdir()
+    (machine.content / "series" / "notes.txt").write_text("mine")
+    done = machine.run(CELL, **git)
+    assert done.returncode == 1 and "already exists" in done.stderr
+    assert "Delete the folder `series`, if there is one, and run this cell again." in done.stderr
+    assert (machine.content / "series" / "notes.txt").read_text() == "mine"
 
 
 def test_importing_unsloth_after_the_cell_shows_no_warning_that_nobody_can_act_on():
@@ -297,8 +316,8 @@ def test_after_the_cell_pytorchs_threads_sleep_while_they_wait_unless_it_is_set_
 
 def test_the_cell_is_short_and_names_this_version_and_this_repository():
     assert CELL.startswith("# @title Set up: the same cell opens every chapter\n")
-    assert len(CELL.splitlines()) <= 15
-    repository, tag = re.search(r'REPOSITORY, TAG = "(\S+)", "(\S+)"', CELL).groups()
+    assert len(CELL.splitlines()) <= 12
+    tag, repository = CLONE.groups()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert repository == project["urls"]["Repository"]
     assert tag == f"v{project['version']}" == f"v{helpers.__version__}"

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from hub import serve_hub
 
-from helpers.export.card import CardError, check_model_card, hub_files, hub_name, make_model_card
-from helpers.handoff.run import open_run
+from helpers.export.card import CardError, check_model_card, hub_name, make_model_card
+from helpers.export.publish import hub_files
+from helpers.handoff.run import HandoffError, open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = {
@@ -27,6 +28,7 @@ REPORT = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 4,
         "report_to": "none",
+        "bf16": False,
     },
     "environment": {"precision": "float16"},
     "data": {
@@ -39,15 +41,15 @@ REPORT = {
 
 @pytest.fixture
 def run(tmp_path):
-    run = open_run(tmp_path / "run")
-    with run.write("adapter", base_model="base") as folder:
+    run = open_run(tmp_path / "run", base_model="base")
+    with run.write("adapter") as folder:
         folder.mkdir()
         (folder / "README.md").write_text("an empty form")
         (folder / "adapter_config.json").write_text(
             json.dumps({"base_model_name_or_path": "/home/me/models/x", "r": 16})
         )
         (folder / "adapter_model.safetensors").write_bytes(b"weights")
-    run.write_json("report.json", REPORT, base_model="base")
+    run.write_json("report.json", REPORT)
     return run
 
 
@@ -57,7 +59,7 @@ def card(run, **changes):
 
 
 def trained_on(run, dataset):
-    run.write_json("report.json", REPORT | {"data": REPORT["data"] | {"dataset": dataset}}, base_model="base")
+    run.write_json("report.json", REPORT | {"data": REPORT["data"] | {"dataset": dataset}})
 
 
 def test_the_header_is_read_back_by_the_hubs_client(run):
@@ -76,20 +78,43 @@ def test_the_header_is_read_back_by_the_hubs_client(run):
 
 
 def test_the_text_holds_settings_versions_results_use_and_limits(run):
-    text = card(run, exports="the table of exports")
+    text = card(run, exports=Exports())
     for part in ("r: 16", "steps: 60", "unsloth: ", "0.950", "the table of exports", "## Limits", "precision: float16"):
         assert part in text
-    for part in (
-        "target_modules: q_proj, v_proj",
-        "learning_rate: 0.0002",
-        "conversations a step: 8",
-        "max_length: 2048",
-    ):
+    for part in ("target_modules: q_proj, v_proj", "learning_rate: 0.0002", "max_length: 2048", "bf16: False"):
         assert part in text
     assert "mlabonne/FineTome-100k. Trained on: 480 conversations, 200,000 tokens" in text
     assert "Held out: 64 conversations" in text and "report_to" not in text
-    assert "Built with Llama" in text and "Q4_1" not in text
+    assert "Built with Llama" in text
     assert 'from_pretrained("me/Llama-3.2-mine", load_in_4bit=True)' in text
+
+
+class Exports:
+    def __repr__(self):
+        return "the table of exports\nand a note"
+
+
+@pytest.mark.parametrize("exports", [None, Exports()])
+@pytest.mark.parametrize("form", ["adapter", "merged", "gguf"])
+def test_the_text_is_one_block_a_thing(run, form, exports):
+    """One blank line between two blocks and none inside one, so that each is one block of code as Markdown reads it."""
+    text = card(run, form=form, exports=exports)
+    assert "\n\n\n" not in text and text.endswith("\n") and not text.endswith("\n\n")
+    assert all(line == line.rstrip() for line in text.splitlines())
+    parts = text.split("\n## ")[1:]
+    assert [part.partition("\n\n")[0] for part in parts] == [
+        "Data",
+        "Settings",
+        "Results",
+        "How to use it",
+        "Limits",
+        "Versions",
+    ]
+    settings, results, versions = (part.partition("\n\n")[2].strip("\n") for part in (parts[1], parts[2], parts[5]))
+    for block in (settings, versions, results.partition("\n\n")[0]):
+        assert block and all(line.startswith("    ") for line in block.splitlines())
+    said = "Each saved form against the model in memory:\n\n    the table of exports\n    and a note\n\n## How"
+    assert (said in text) == (exports is not None)
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
@@ -103,7 +128,6 @@ def test_what_is_not_published_is_loaded_from_its_folder(run, form):
     [
         ("mlabonne/FineTome-100k", "mlabonne/FineTome-100k", ["mlabonne/FineTome-100k"]),
         ("talks.jsonl", "talks.jsonl", None),
-        ("data/talks.jsonl", "talks.jsonl", None),
         ("squad", "squad", None),
     ],
 )
@@ -124,19 +148,27 @@ def test_each_form_says_how_it_is_used(run, form, said):
 
 
 def test_folders_of_this_machine_are_not_in_the_card(run, tmp_path):
-    trained_on(run, str(tmp_path / "talks.jsonl"))
     text = card(run, base_model=str(tmp_path / "my model"), name="mine")
     assert str(tmp_path) not in text
-    assert "my model, fine-tuned" in text and "talks.jsonl" in text
+    assert "my model, fine-tuned" in text and "base_model:" not in text
     assert "license: other" in text
 
 
-def test_smollm2_is_named_as_on_the_hub(run):
-    assert hub_name("SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert hub_name("/home/me/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    text = card(run, base_model="SmolLM2-135M-Instruct")
-    assert "license: apache-2.0" in text
-    assert "the base weights were those of SmolLM2-135M-Instruct.Q4_1.gguf" in text  # not on the Hub's
+@pytest.mark.parametrize(
+    ("base_model", "licence", "on_hub"),
+    [
+        ("unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit", "llama3.2", True),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama3.1", True),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0", True),
+        ("/home/me/SmolLM2-135M-Instruct", "apache-2.0", False),
+        ("Qwen/Qwen3-0.6B", "other", True),
+    ],
+)
+def test_the_licence_is_the_base_models(run, base_model, licence, on_hub):
+    from huggingface_hub import ModelCard
+
+    header = ModelCard(card(run, base_model=base_model)).data
+    assert (header.license, header.base_model) == (licence, base_model if on_hub else None)
 
 
 def test_a_local_folder_is_not_taken_for_a_hub_name(tmp_path, monkeypatch):
@@ -155,12 +187,23 @@ def test_a_card_that_the_hub_would_refuse_is_refused():
         check_model_card("---\nlicense: mit\nmodel-index:\n- results: {}\n---\n# Mine\n")
 
 
-def test_what_is_published_names_the_base_model_and_has_our_card(run):
-    files = hub_files(run.artefact("adapter"), card="our card", base_model="SmolLM2-135M-Instruct")
+@pytest.mark.parametrize(
+    ("base_model", "named"),
+    [("unsloth/Llama-3.2-3B-Instruct", "unsloth/Llama-3.2-3B-Instruct"), ("/home/me/models/mine", "mine")],
+)
+def test_what_is_published_names_the_base_model_and_has_our_card(run, base_model, named):
+    files = hub_files(run, "adapter", card="our card", base_model=base_model)
     assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert files["README.md"] == b"our card"
-    config = json.loads(files["adapter_config.json"])
-    assert config == {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "r": 16}
+    assert json.loads(files["adapter_config.json"]) == {"base_model_name_or_path": named, "r": 16}
+
+
+def test_only_the_files_that_were_recorded_are_published(run):
+    (run.path / "adapter" / "notes.txt").write_text("not for others")
+    assert "notes.txt" not in hub_files(run, "adapter", card="", base_model="base")
+    (run.path / "adapter" / "adapter_model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(HandoffError, match="adapter_model.safetensors: found sha256"):
+        hub_files(run, "adapter", card="", base_model="base")
 
 
 @pytest.fixture
@@ -170,27 +213,29 @@ def hub():
 
 
 TOKEN = "hf_" + "neverShowThis" * 2
-# The client reads HF_ENDPOINT when it is imported: so in a process of its own. The token comes by standard input.
+# The client reads HF_ENDPOINT when it is imported: so in a process of its own.
 PUBLISH = """
 import json, sys
-from helpers.export.card import publish
+from helpers.export.publish import publish
+from helpers.handoff.run import open_run
 folder, *options = json.loads(sys.stdin.read())
-print(publish(folder, **dict(zip(("repository", "card", "base_model", "token"), options))))
+print(publish(open_run(folder), "adapter", **dict(zip(("repository", "card", "base_model"), options))))
 """
 
 
-def published(hub, folder, text):
+def published(hub, run, text):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
-    given = json.dumps([str(folder), "me/tuned", text, "unsloth/Llama-3.2-3B-Instruct", TOKEN])
+    environment |= {"HF_TOKEN": TOKEN}
+    given = json.dumps([str(run.path), "me/tuned", text, "unsloth/Llama-3.2-3B-Instruct"])
     command = [sys.executable, "-c", PUBLISH]
     return subprocess.run(command, input=given, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 def test_publishing_uploads_the_verified_files_into_a_private_repository(run, hub):
-    done = published(hub, run.artefact("adapter"), card(run))
+    done = published(hub, run, card(run))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"{hub.url}/me/tuned/commit/1"
+    assert done.stdout.splitlines()[-1] == f"{hub.url}/me/tuned/commit/1"
     bodies = {path: body for path, _, body in hub.requests}
     created = json.loads(bodies["/api/repos/create"])
     assert (created["name"], created["organization"], created["visibility"]) == ("tuned", "me", "private")
@@ -203,7 +248,7 @@ def test_publishing_uploads_the_verified_files_into_a_private_repository(run, hu
 
 
 def test_the_token_is_in_nothing_but_the_authorization_header(run, hub):
-    done = published(hub, run.artefact("adapter"), card(run))
+    done = published(hub, run, card(run))
     asked = [path for path, headers, _ in hub.requests if headers.get("authorization") == f"Bearer {TOKEN}"]
     assert {"/api/repos/create", "/api/models/me/tuned/commit/main"} <= set(asked)
     for path, headers, body in hub.requests:
@@ -214,6 +259,6 @@ def test_the_token_is_in_nothing_but_the_authorization_header(run, hub):
 
 
 def test_a_card_that_the_hub_refuses_stops_before_anything_is_uploaded(run, hub):
-    done = published(hub, run.artefact("adapter"), "---\nlicense: mit\n---\n# Mine\n")
+    done = published(hub, run, "---\nlicense: mit\n---\n# Mine\n")
     assert done.returncode != 0 and "the Hub says no" in done.stderr
     assert [path for path, _, body in hub.requests if body] == ["/api/repos/create", "/api/validate-yaml"]

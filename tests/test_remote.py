@@ -18,8 +18,10 @@ import nbclient
 import nbformat
 import pytest
 
-from helpers.series import AT_THE_END, with_new_ports
+from helpers.base import ROOT
 from tests.maintain import remote
+from tests.maintain.series import AT_THE_END, read_parameter_file, with_new_ports
+from tests.maintain.smollm2 import prepare_smollm2
 
 KAGGLE = """
 kernels = commands.add_parser("kernels").add_subparsers(dest="command")
@@ -67,7 +69,8 @@ with world.joinpath("calls").open("a") as calls:
 parser = argparse.ArgumentParser()
 commands = parser.add_subparsers(dest="part")
 """
-PARAMETERS = ("-p", "PROFILE", "cpu", "-p", "MAX_STEPS", "2")
+T4 = read_parameter_file(ROOT / "tests/profiles/t4.toml")
+PARAMETERS = ("-p", "MAX_SEQ_LENGTH", "256")
 
 
 def command(folder, name, text):
@@ -76,11 +79,11 @@ def command(folder, name, text):
     (folder / name).chmod(0o755)
 
 
-def run_driver(machine, chapters):
+def run_driver(machine, chapters, **choices):
     """Run the notebook that is sent here, in an empty folder; what it said, and the archive that it packed."""
     command(machine / "bin", "nvidia-smi", "#!/bin/sh\necho Tesla T4\n")
-    parameters = {"PROFILE": "cpu", "MAX_STEPS": 2}
-    driver = remote.make_driver(remote.make_bundle(chapters, parameters))
+    choices |= {"MODEL_NAME": str(prepare_smollm2()), "CHAT_TEMPLATE": "", "MAX_SEQ_LENGTH": 256, "ROWS": 100}
+    driver = remote.make_driver(remote.make_bundle(chapters, choices, profile="small"))
     changed = {"PATH": f"{machine / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(machine)}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changed.items():
@@ -93,7 +96,7 @@ def run_driver(machine, chapters):
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     """What the notebook that is sent packs: one chapter passes and one fails."""
-    said, packed = run_driver(tmp_path_factory.mktemp("machine"), ["03_data", "05_infer"])
+    said, packed = run_driver(tmp_path_factory.mktemp("machine"), ["03_data", "05_infer"], MAX_STEPS=2)
     assert said.startswith("Tesla T4") and "[2/2] 05_infer" in said, said
     return packed
 
@@ -125,7 +128,8 @@ def test_a_chapter_that_failed_there_fails_here(service, world, archive, capsys)
     assert rows["03_data"].split()[1] == "ok" and "conversations, longest" in rows["03_data"]
     assert rows["05_infer"].split()[1] == "FAILED" and "adapter" in rows["05_infer"]
     assert (into / "executed/05_infer.ipynb").exists() and (into / "executed/measured.json").exists()
-    assert (into / "handoff.json").exists()  # which the regression reads
+    assert (into / "handoff.json").exists() and (into / "numbers/03_data.json").exists()  # the regression reads them
+    assert json.loads((into / "executed/measured.json").read_text())["profile"] == "small"
     assert (world / "t4.previous/old").exists() and not (into / "old").exists()
 
 
@@ -168,7 +172,7 @@ def test_after_a_time_out_on_colab_what_ran_is_fetched_and_the_time_out_is_told(
 
 @pytest.mark.slow
 def test_the_first_chapter_alone_runs(tmp_path):
-    """It has neither RUN_DIR nor MAX_STEPS."""
+    """It has neither RUN_DIR nor MAX_SEQ_LENGTH."""
     said, packed = run_driver(tmp_path, ["01_install"])
     assert "[1/1] 01_install: " in said, said
     with tarfile.open(packed) as opened:
@@ -177,13 +181,14 @@ def test_the_first_chapter_alone_runs(tmp_path):
 
 def test_what_is_sent_is_parametrised_and_whole(world, archive):
     shutil.copy(archive, world)
-    remote.main(["colab", "04_train", "-p", "MAX_STEPS", "5", "-p", "PROFILE", "t4", "--into", str(world / "t4")])
+    remote.main(["colab", "04_train", "-p", "MAX_STEPS", "5", "--into", str(world / "t4")])
     sent = nbformat.read(world / "pushed/series.ipynb", as_version=4)
     nbformat.validate(sent)
     bundle = base64.b64decode(re.match(r'BUNDLE = "(\S+)"\n', sent.cells[0].source)[1])
     with tarfile.open(fileobj=io.BytesIO(bundle)) as opened:
         job = json.load(opened.extractfile("job.json"))
-    assert job["chapters"] == ["04_train"] and job["parameters"] == {"PROFILE": "t4", "MAX_STEPS": 5}
+    assert job["chapters"] == ["04_train"] and job["parameters"] == {**T4, "MAX_STEPS": 5}
+    assert job["profile"] == "t4"
     assert all(output == [] for output in (cell.outputs for cell in sent.cells))
 
 
@@ -203,14 +208,16 @@ def test_the_bundle_holds_no_outputs_and_nothing_private():
         notebook = json.load(bundle.extractfile("notebooks/04_train.ipynb"))
         owners = {(entry.uname, entry.uid) for entry in bundle.getmembers()}
     assert {
-        "helpers/series.py",
-        "helpers/report.html",
+        "helpers/training/report.html",
+        "helpers/export/card.md",
+        "tests/maintain/series.py",
         "job.json",
         "notebooks/06_save.ipynb",
         "requirements-colab.txt",
         "pyproject.toml",
     } <= set(names)
-    assert not [name for name in names if name.startswith(("runs", ".git", "tests", ".venv")) or "__pycache__" in name]
+    assert not [name for name in names if name.startswith(("runs", ".git", ".venv")) or "__pycache__" in name]
+    assert {name for name in names if name.startswith("tests/")} <= set(remote.SENT), "the runner alone"
     assert all(not cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
     assert owners == {("", 0)}
 
@@ -220,6 +227,7 @@ def test_the_bundle_holds_no_outputs_and_nothing_private():
     [
         (["kaggle", "-p", "NO_SUCH", "1"], "parameter: found NO_SUCH"),
         (["kaggle", "09_more"], "chapter: found 09_more"),
+        (["colab", "04_train", "-p", "MAX_STEPS", "0"], "MAX_STEPS: found 0"),
         (["colab", "-f", "/nowhere.toml"], "parameter file /nowhere.toml"),
     ],
 )

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from helpers.base import InputError
 from helpers.handoff.run import HandoffError, open_run
 from tests.maintain import repeat
-from tests.maintain.regress import Metrics, RegressError, make_baseline
+from tests.maintain.regress import Metrics, make_baseline
 from tests.maintain.repeat import as_markdown, code_fingerprint, copy_needs, problems, spread
 
 OF = {
@@ -16,33 +17,32 @@ OF = {
     "steps": 8,
     "versions": {"torch": "2.13.0"},
 }
-VALUES = {"04 held-out loss, after": 2.0, "04 steps": 8, "04 it learned": True, "04 tokens per second": 9.0}
-BASELINE = make_baseline(Metrics(OF, VALUES | {"02 weights, MiB": 100}))
+VALUES = {"04 held_out_loss_before": 4.0, "04 held_out_loss_after": 2.0, "04 steps": 8, "04 learned": True}
+VALUES |= {"04 seconds": 9.0}
+BASELINE = make_baseline(Metrics(OF, VALUES | {"02 weights_mib": 100}))
 
 
 def result(**changes):
-    """What is kept of one run of chapter 04; `changes` are other values, by the last word of their names."""
-    values = {name: changes.get(name.split()[-1], value) for name, value in VALUES.items()}
+    """What is kept of one run of chapter 04; `changes` are other values, by the last part of their names."""
+    values = {name: changes.get(name.split("_")[-1].split()[-1], value) for name, value in VALUES.items()}
     kept = {"of": OF, "date": "2026-01-01", "failed": False, "another_cpu": False}
     kept |= {"chapter": code_fingerprint(repeat.CHAPTER)}
     return kept | {"values": {name: value for name, value in values.items() if value is not None}}
 
 
 @pytest.fixture
-def source(tmp_path, monkeypatch):
-    """A run folder with what chapters 02 and 03 hand on, a chapter 04 that was run there, and a cache."""
-    monkeypatch.setenv("CATCH_UP", "0")
-    run = open_run(tmp_path / "cpu")
-    run.write_json("lora.json", {"lora": {}}, base_model="SmolLM2-135M-Instruct")
+def source(tmp_path):
+    """A run folder with what chapter 03 hands on, a chapter 04 that was run there, and a cache."""
+    run = open_run(tmp_path / "cpu", base_model="SmolLM2-135M-Instruct")
     for name in ("dataset", "adapter"):
-        with run.write(name, base_model="SmolLM2-135M-Instruct") as folder:
+        with run.write(name) as folder:
             (folder / "train").mkdir(parents=True)
             (folder / "train" / "rows.arrow").write_text("rows")
+    run.record("04_train", steps=8)
     (run.path / "dataset" / "train" / "cache-1.arrow").write_text("tokens")
     (run.path / "executed").mkdir()
-    (run.path / "executed" / "measured.json").write_text(
-        json.dumps({"profile": "cpu", "kind": "AVX512 CPU", "seconds": {}, "chapters": {}})
-    )
+    measured = {"profile": "cpu", "kind": "AVX512 CPU", "seconds": {}, "chapters": {}}
+    (run.path / "executed" / "measured.json").write_text(json.dumps(measured))
     return run.path
 
 
@@ -64,17 +64,16 @@ def keep(work, source, **results):
 
 
 def test_a_run_passes_by_the_metrics_of_its_chapter_alone():
-    assert problems(result(), BASELINE) == []  # it has no `02 weights`
+    assert problems(result(), BASELINE) == []  # it has no `02 weights_mib`
     assert problems(result(after=2.05), BASELINE) == []
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        (dict(after=2.2), "04 held-out loss, after is 2.2, allowed 1.9 … 2.1"),
-        (dict(after=float("nan")), "04 held-out loss, after is nan, allowed 1.9 … 2.1"),
-        (dict(learned=False), "04 it learned is False, allowed True"),
-        (dict(steps=None), "04 steps is missing, allowed 8"),
+        (dict(after=2.2), "04 held_out_loss_after is 2.2, was 2, allowed 1.9 … 2.1"),
+        (dict(learned=False), "04 learned is False, was True, allowed True"),
+        (dict(steps=None), "04 steps is missing, was 8, allowed 8"),
     ],
 )
 def test_a_run_that_leaves_a_band_does_not_pass(changed, said):
@@ -86,6 +85,7 @@ def test_a_run_that_leaves_a_band_does_not_pass(changed, said):
 def test_a_run_that_fails_or_belongs_elsewhere_does_not_pass():
     assert problems(result() | {"failed": True}, BASELINE) == ["the chapter did not run to its end"]
     assert problems(result() | {"of": OF | {"device": "T4"}}, BASELINE) == ["device is T4, was AVX512 CPU"]
+    assert problems(result(after=float("nan")), BASELINE)
 
 
 def test_the_table_says_how_much_of_a_band_is_used():
@@ -93,9 +93,9 @@ def test_the_table_says_how_much_of_a_band_is_used():
     assert "2 of 2 runs lie in all bands. Computed as on another CPU: 1 (`ONEDNN" in text
     assert "- device: AVX512 CPU, profile cpu, model SmolLM2-135M-Instruct, 8 steps\n" in text
     assert "- versions: torch 2.13.0\n- date: 2026-01-01\n" in text
-    assert "| 04 held-out loss, after | 1.98 | 2.05 | 1.9 … 2.1 | 50 % |" in text
-    assert "| 04 steps | 8 | 8 | 8 | exact |" in text and "| 04 it learned | True | True | True |  |" in text
-    assert "tokens per second" not in text and "02 weights" not in text  # not judged; not of this chapter
+    assert "| 04 held_out_loss_after | 1.98 | 2.05 | 1.9 … 2.1 | 50 % |" in text
+    assert "| 04 steps | 8 | 8 | 8 | exact |" in text and "| 04 learned | True | True | True |  |" in text
+    assert "04 seconds" not in text and "02 weights" not in text  # not judged; not of this chapter
     assert spread([], was=2, allowed=[1, 3]) == "missing | missing | 1 … 3 | "
 
 
@@ -110,20 +110,21 @@ def test_runs_that_are_kept_are_not_done_again(source, baselines, tmp_path):
 
 def test_runs_of_another_chapter_are_not_mixed_in(source, baselines, tmp_path):
     keep(tmp_path / "work", source, a=result() | {"chapter": "another"})
-    with pytest.raises(RegressError, match="01.json: found a run of another chapter 04.*--fresh"):
+    with pytest.raises(InputError, match="01.json: found a run of another chapter 04.*--fresh"):
         repeat.repeat(source, runs=1, work=tmp_path / "work", baselines=baselines)
     assert not list(baselines.glob("*.md"))
 
 
 def test_a_run_that_has_no_bands_is_refused(source, tmp_path):
-    with pytest.raises(RegressError, match="no baseline for this profile and device"):
+    with pytest.raises(InputError, match="none is recorded for cpu on AVX512 CPU"):
         repeat.repeat(source, runs=1, work=tmp_path / "work", baselines=tmp_path / "none")
 
 
 def test_a_run_starts_from_what_was_handed_on_alone(source, tmp_path):
     copy_needs(source, tmp_path / "run")
-    run = open_run(tmp_path / "run", needs=("lora.json", "dataset"))
+    run = open_run(tmp_path / "run", needs=("dataset",))
     assert not run.has("adapter") and not list((tmp_path / "run").rglob("cache-*"))
+    assert not (tmp_path / "run" / "numbers").exists()
     (source / "dataset" / "train" / "rows.arrow").write_text("other")
     with pytest.raises(HandoffError, match="rows.arrow"):
         copy_needs(source, tmp_path / "again")

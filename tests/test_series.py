@@ -1,6 +1,7 @@
 """The headless runner: what it reports, where it stops, what it refuses."""
 
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -8,24 +9,29 @@ import jupyter_client.connect
 import nbformat
 import pytest
 
-from helpers import series
+from helpers.base import ROOT
+from helpers.environment import check_choices
 from helpers.handoff.run import open_run
-from helpers.series import (
+from tests.maintain import series
+from tests.maintain.series import (
     ChapterRun,
     SeriesError,
-    absolute_paths,
     check_parameters,
     main,
+    prepare_chapters,
     read_parameter_file,
     read_value,
+    resolved,
     run_chapter,
     run_chapters,
     save_measures,
 )
+from tests.maintain.smollm2 import NAME as SMOLLM2
 
 
 def write_chapter(folder, name, *cells):
-    parameters = nbformat.v4.new_code_cell("STEPS = 1\nRUN_DIR = ''", metadata={"tags": ["parameters"]})
+    source = "MAX_STEPS = 1\nGGUF = []\nRUN_DIR = 'runs/llama'"
+    parameters = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
     notebook = nbformat.v4.new_notebook(cells=[parameters, *map(nbformat.v4.new_code_cell, cells)])
     notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
     nbformat.write(notebook, folder / f"{name}.ipynb")
@@ -34,7 +40,7 @@ def write_chapter(folder, name, *cells):
 @pytest.fixture
 def chapters(tmp_path, monkeypatch):
     """Three small chapters, the second of which fails."""
-    write_chapter(tmp_path, "01_install", "print(f'Result: {STEPS} steps')")
+    write_chapter(tmp_path, "01_install", "print(f'Result: {MAX_STEPS} steps')")
     write_chapter(tmp_path, "02_load_and_lora", "import os", "x = {}[\n  'nothing']")
     write_chapter(tmp_path, "03_data", "print('Result: reached')")
     monkeypatch.setattr(series, "NOTEBOOKS", tmp_path)
@@ -43,10 +49,18 @@ def chapters(tmp_path, monkeypatch):
 
 
 def test_a_chapter_that_runs(chapters):
-    run = run_chapter("01_install", executed_dir=chapters / "executed", parameters={"STEPS": 7})
+    run = run_chapter("01_install", executed_dir=chapters / "executed", parameters={"MAX_STEPS": 7})
     assert (run.failure, run.result) == ("", "7 steps")
     assert run.executed.exists()
     assert 0 < run.seconds and 0 < run.peak_gib < 1
+
+
+def test_a_chapter_runs_in_the_series_root_where_nobody_reads_along(chapters, monkeypatch):
+    monkeypatch.delenv("HEADLESS", raising=False)
+    monkeypatch.chdir(chapters)
+    write_chapter(chapters, "03_data", "import os", "print('Result:', os.getcwd(), os.environ.get('HEADLESS'))")
+    [run] = run_chapters(["03_data"], executed_dir=chapters / "executed")
+    assert run.result == f"{ROOT} 1" and "HEADLESS" not in os.environ
 
 
 def test_a_chapter_that_fails_names_its_cell(chapters):
@@ -125,14 +139,28 @@ def test_fresh_sets_the_last_run_aside(chapters):
     ("arguments", "said"),
     [
         (["-p", "STEP", "5"], "parameter: found STEP"),
+        (["-p", "PROFILE", "cpu"], "parameter: found PROFILE"),
         (["07_more"], "chapter: found 07_more"),
-        (["-p", "PROFILE", "gpu"], "found "),
+        (["-p", "MAX_STEPS", "0"], "MAX_STEPS: found 0, expected a whole number"),
+        (["-p", "MAX_STEPS", "True"], "MAX_STEPS: found True"),
+        (["-p", "MAX_STEPS", "many"], "MAX_STEPS: found 'many'"),
+        (["-p", "RUN_DIR", "5"], "RUN_DIR: found 5"),
+        (["-p", "RUN_DIR", "gs://bucket"], "RUN_DIR: found 'gs://bucket'"),
+        (["-p", "GGUF", "q8_0"], "GGUF: found 'q8_0'"),
+        (["--open", "-p", "MAX_STEPS", "0"], "MAX_STEPS: found 0"),
     ],
 )
-def test_main_refuses(chapters, capsys, arguments, said):
+def test_main_refuses(chapters, capsys, monkeypatch, arguments, said):
+    monkeypatch.setattr("papermill.execute_notebook", lambda *arguments, **given: pytest.fail("a chapter was run"))
     assert main(arguments) == 2
-    assert said in capsys.readouterr().err
-    assert not (chapters / "executed").exists()
+    error = capsys.readouterr().err
+    assert said in error and "Fix: " in error and len(error.splitlines()) == 1
+
+
+def test_a_file_is_refused_for_a_value_that_is_out_of_range(chapters, tmp_path, capsys):
+    (tmp_path / "some.toml").write_text("MAX_STEPS = 1.5\n")
+    assert main(["-f", str(tmp_path / "some.toml")]) == 2
+    assert "MAX_STEPS: found 1.5, expected a whole number" in capsys.readouterr().err
 
 
 def test_unknown_parameters_are_an_error():
@@ -143,31 +171,39 @@ def test_unknown_parameters_are_an_error():
 
 def test_a_file_of_parameters_is_for_the_series_and_a_typed_one_for_the_chapters_named(chapters, tmp_path, capsys):
     notebook = nbformat.read(chapters / "03_data.ipynb", 4)
-    notebook.cells[0].source = "PROFILE = ''\nRUN_DIR = ''"
+    notebook.cells[0].source = "ROWS = 5\nRUN_DIR = 'runs/llama'"
     notebook.cells[1].source = "print('Result: reached')"
     nbformat.write(notebook, chapters / "03_data.ipynb")
     file = tmp_path / "parameters.toml"
-    file.write_text(f"PROFILE = 'cpu'\nSTEPS = 2\nRUN_DIR = '{tmp_path / 'run'}'\n")
+    file.write_text(f"ROWS = 9\nMAX_STEPS = 2\nRUN_DIR = '{tmp_path / 'run'}'\n")
     assert main(["03_data", "-f", str(file)]) == 0
-    assert main(["03_data", "-f", str(file), "-p", "STEPS", "2"]) == 2
-    assert "found STEPS" in capsys.readouterr().err
-    file.write_text("PROFILE = 'cpu'\nSTEP = 2\n")
+    assert main(["03_data", "-f", str(file), "-p", "MAX_STEPS", "2"]) == 2
+    assert "found MAX_STEPS" in capsys.readouterr().err
+    file.write_text("ROWS = 9\nSTEP = 2\n")
     assert main(["03_data", "-f", str(file)]) == 2
     assert "found STEP," in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("text", "value"), [("60", 60), ("1e-4", 1e-4), ("true", True), ("cpu", "cpu"), ("", "")])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[("60", 60), ("1e-4", 1e-4), ("true", True), ("False", False), ("None", None), ("cpu", "cpu"), ("", "")],
+        *[("[]", []), ('["q8_0"]', ["q8_0"]), ("['q8_0', 'q4_0']", ["q8_0", "q4_0"]), ("'5'", "5")],
+        *[("my rows.jsonl", "my rows.jsonl"), ("a/b", "a/b"), ("[q8_0]", "[q8_0]"), ("5 6", "5 6"), ("(" * 999,) * 2],
+        *[("__import__('os')", "__import__('os')"), ("1\0", "1\0"), (" 5", 5)],
+    ],
+)
 def test_values_from_a_command_line(text, value):
     assert read_value(text) == value
     assert type(read_value(text)) is type(value)
 
 
 def test_parameters_from_a_file(chapters, capsys):
-    (chapters / "some.toml").write_text("# a comment\nSTEPS = 3\n", encoding="utf-8")
+    (chapters / "some.toml").write_text("# a comment\nMAX_STEPS = 3\n", encoding="utf-8")
     options = ["01_install", "-f", str(chapters / "some.toml"), "-p", "RUN_DIR", str(chapters / "run")]
     assert main(options) == 0
     assert "3 steps" in capsys.readouterr().out
-    assert main([*options, "-p", "STEPS", "4"]) == 0
+    assert main([*options, "-p", "MAX_STEPS", "4"]) == 0
     assert "4 steps" in capsys.readouterr().out
     (chapters / "some.toml").write_text("STEP = 3\n", encoding="utf-8")
     assert main(options) == 2
@@ -188,6 +224,7 @@ def test_parameters_from_a_file(chapters, capsys):
         ("'1e-4'", "1e-4"),
         ('"cpu"', "cpu"),
         ("''", ""),
+        ("['q8_0']", ["q8_0"]),
     ],
 )
 def test_values_from_a_file(tmp_path, text, value):
@@ -212,7 +249,7 @@ def test_files_that_are_refused(tmp_path, text, said):
         read_parameter_file(tmp_path / "file.toml")
 
 
-@pytest.mark.parametrize("text", ["A = [1]\n", "A = {b = 1}\n", "[A]\nb = 1\n", "A = 2026-11-28\n"])
+@pytest.mark.parametrize("text", ["A = {b = 1}\n", "[A]\nb = 1\n", "A.b = 1\n"])
 def test_a_value_that_is_no_single_one_is_refused_by_its_name(tmp_path, text):
     (tmp_path / "file.toml").write_text(text, encoding="utf-8")
     with pytest.raises(SeriesError, match="file.toml, A: found .*`NAME = value`"):
@@ -230,18 +267,23 @@ def test_a_file_that_is_missing_or_empty(tmp_path):
 def test_the_profiles_files_name_parameters_that_exist(profile):
     parameters = read_parameter_file(Path(__file__).parent / "profiles" / f"{profile}.toml")
     check_parameters(series.CHAPTER_NAMES, parameters)
-    assert parameters["PROFILE"] == profile.partition("-")[0]
+    check_choices(parameters)
+    assert (parameters["RUN_DIR"], parameters["OUTPUT_DIR"]) == (f"runs/{profile}", f"runs/{profile}/quickstart")
+    files = [parameters[name] for name in ("DATASET", "REQUIREMENTS") if name in parameters]
+    assert all((ROOT / file).is_file() for file in files) and parameters["REQUIREMENTS"] in files
 
 
 def test_measures_of_a_part_are_added_to_those_of_the_same_profile(tmp_path):
     path = tmp_path / "measured.json"
 
-    def measure(chapter, profile="cpu"):
-        save_measures([ChapterRun(chapter, 90.0, "", "", tmp_path, 1.26)], path, profile=profile)
+    def measure(chapter, profile="cpu", **choices):
+        run = ChapterRun(chapter, 90.0, "", "", tmp_path, 1.26)
+        save_measures([run], path, profile=profile, choices=choices)
         return json.loads(path.read_text(encoding="utf-8"))
 
-    measure("03_data")
-    both = measure("02_load_and_lora")
+    measure("03_data", MAX_STEPS=9)
+    both = measure("02_load_and_lora", MAX_STEPS=5, GGUF=[])
+    assert both["choices"] == {"MAX_STEPS": 5, "GGUF": []}
     assert list(both["chapters"]) == ["02_load_and_lora", "03_data"]
     assert both["chapters"]["03_data"] == {"minutes": 1.5, "peak_gib": 1.3}
     assert both["seconds"]["03_data"] == 90.0
@@ -253,4 +295,53 @@ def test_paths_are_seen_from_where_the_command_is_typed(tmp_path, monkeypatch):
     (tmp_path / "my rows.jsonl").write_text("")
     given = {"DATASET": "my rows.jsonl", "RUN_DIR": "run", "DRIVE_DIR": "", "MODEL_NAME": "owner/name", "MAX_STEPS": 5}
     expected = {"DATASET": f"{tmp_path}/my rows.jsonl", "RUN_DIR": f"{tmp_path}/run"}
-    assert absolute_paths(given) == given | expected
+    assert resolved(given) == given | expected
+    (tmp_path / "lock.txt").write_text("")
+    assert resolved({"REQUIREMENTS": "lock.txt"}) == {"REQUIREMENTS": f"{tmp_path}/lock.txt"}
+    assert resolved({"DATASET": "owner/rows", "OUTPUT_DIR": "~/out"}) == {
+        "DATASET": "owner/rows",
+        "OUTPUT_DIR": str(Path.home().resolve() / "out"),
+    }
+
+
+def test_the_small_models_name_is_the_folder_that_it_is_prepared_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(series, "prepare_smollm2", lambda: tmp_path / "prepared")
+    monkeypatch.chdir(tmp_path)
+    assert resolved({"MODEL_NAME": SMOLLM2}) == {"MODEL_NAME": str(tmp_path / "prepared")}
+    (tmp_path / SMOLLM2).mkdir()  # a folder of the reader's own comes first
+    assert resolved({"MODEL_NAME": SMOLLM2}) == {"MODEL_NAME": str(tmp_path / SMOLLM2)}
+
+
+def test_a_run_folder_and_its_executed_notebooks_are_one_wherever_the_command_is_typed(chapters, monkeypatch):
+    elsewhere = chapters / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    write_chapter(chapters, "03_data", "print('Result:', RUN_DIR)")
+    assert main(["03_data", "-p", "RUN_DIR", "my run"]) == 0
+    measured = json.loads((elsewhere / "my run/executed/measured.json").read_text(encoding="utf-8"))
+    assert (measured["profile"], measured["choices"]) == ("my run", {"RUN_DIR": "my run"})
+    assert series.read_result(elsewhere / "my run/executed/03_data.ipynb") == str(elsewhere / "my run")
+
+
+def test_chapters_are_prepared_to_be_opened_with_the_choices_and_without_outputs(
+    chapters, tmp_path, capsys, monkeypatch
+):
+    notebook = nbformat.read(chapters / "01_install.ipynb", 4)
+    notebook.cells[1].execution_count = 2
+    notebook.cells[1].outputs = [nbformat.v4.new_output("stream", text="Result: recorded\n")]
+    nbformat.write(notebook, chapters / "01_install.ipynb")
+    parameters = {"MAX_STEPS": 7, "GGUF": ["q8_0"], "RUN_DIR": "run", "ROWS": 5}
+    monkeypatch.chdir(tmp_path)
+    paths = prepare_chapters(["01_install", "03_data"], folder=tmp_path / "open", parameters=parameters)
+    assert [path.name for path in paths] == ["01_install.ipynb", "03_data.ipynb"] and not (tmp_path / "run").exists()
+    for path in paths:
+        code = nbformat.read(path, 4).cells
+        assert [(cell.outputs, cell.execution_count) for cell in code] == [([], None)] * len(code)
+        choices = {}
+        exec("\n".join(cell.source for cell in code[:2]), choices)
+        del choices["__builtins__"]
+        assert choices == {"MAX_STEPS": 7, "GGUF": ["q8_0"], "RUN_DIR": str(tmp_path / "run")}
+    monkeypatch.setattr(series, "ROOT", tmp_path)
+    assert main(["03_data", "--open", "-p", "MAX_STEPS", "9"]) == 0
+    [prepared] = (tmp_path / "runs" / "open").iterdir()
+    assert "Prepared: " in capsys.readouterr().out and "MAX_STEPS = 9" in prepared.read_text(encoding="utf-8")

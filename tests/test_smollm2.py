@@ -11,9 +11,9 @@ import zipfile
 
 import pytest
 
-from helpers import smollm2
-from helpers.base import sha256_of
-from helpers.smollm2 import MANIFEST, NAME, SmolLM2Error, is_prepared, prepare_smollm2
+from helpers.base import ROOT, sha256_of
+from tests.maintain import smollm2
+from tests.maintain.smollm2 import MANIFEST, NAME, SmolLM2Error, is_prepared, prepare_smollm2
 
 AWKWARD = [
     "In 2024 it was 3.14159, not 1,000,000!",
@@ -168,12 +168,13 @@ def test_a_folder_of_another_recipe_is_noticed(tmp_path, monkeypatch):
 
 def start(cache, code):
     command = [sys.executable, "-c", code, str(cache)]
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, start_new_session=True, cwd=ROOT, **pipes)
 
 
 @pytest.mark.slow
 def test_a_killed_preparation_leaves_nothing_and_the_next_one_works_after_unsloth(tmp_path):
-    code = "import sys; from helpers.smollm2 import *; print(prepare_smollm2(cache_dir=sys.argv[1]))"
+    code = "import sys; from tests.maintain.smollm2 import *; print(prepare_smollm2(cache_dir=sys.argv[1]))"
     run = start(tmp_path, code)
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob(f".{NAME}.partial-*/{NAME}/tokenizer.json")):  # in the middle of the build
@@ -232,5 +233,5 @@ def test_a_cache_that_cannot_be_written_is_one_clear_line(tmp_path):
 def test_the_cache_follows_xdg(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = fake_folder(tmp_path / "llama-notebooks" / NAME)
-    done = subprocess.run([sys.executable, "-m", "helpers.smollm2"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "tests.maintain.smollm2"], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == str(folder)

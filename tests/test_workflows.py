@@ -134,6 +134,13 @@ def test_every_make_target_of_a_workflow_exists(path):
     assert called and called <= targets, f"not in the Makefile: {called - targets}"
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_cache_depends_on_files_that_are_there(path):
+    """GitHub passes over a name that is not there, and the cache would never be made anew."""
+    for names in re.findall(r"hashFiles\((.*?)\)", path.read_text(encoding="utf-8")):
+        assert all(list(ROOT.glob(name)) for name in re.findall(r"'(.*?)'", names)), names
+
+
 def steps(path):
     workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
     return [step for job in workflow["jobs"].values() for step in job["steps"]]
@@ -147,7 +154,20 @@ def read_workflow(name):
 def test_a_run_is_kept_with_what_recording_it_needs(name, job):
     uploads = [step["with"] for step in read_workflow(name)["jobs"][job]["steps"] if "upload" in step.get("uses", "")]
     [paths] = [upload["path"].split() for upload in uploads if upload["name"] == job]
-    assert {f"runs/{job}/*.json", f"runs/{job}/executed/", f"runs/{job}/reports/"} == set(paths)
+    assert {f"runs/{job}/{what}" for what in ("*.json", "executed/", "numbers/", "reports/")} == set(paths)
+
+
+@pytest.mark.parametrize(("name", "job"), [("pull-request.yml", "cpu"), ("t4.yml", "t4")])
+@pytest.mark.parametrize("verdict", ["NOT JUDGED", "Regression ok"])
+def test_the_page_has_the_verdict_and_says_that_a_run_was_not_judged(name, job, verdict, tmp_path):
+    reports = tmp_path / "runs" / job / "reports"
+    reports.mkdir(parents=True)
+    (reports / "summary.md").write_text(f"## {verdict}: 9 of 9 checks passed.\n")
+    page = tmp_path / "page"
+    done = run_step(name, "Show the verdict on the job's page", cwd=tmp_path, GITHUB_STEP_SUMMARY=str(page))
+    assert done.returncode == 0 and page.read_text() == (reports / "summary.md").read_text()
+    assert ("::warning::NOT JUDGED" in done.stdout) == (f"regress {job} --record" in done.stdout)
+    assert ("::warning::" in done.stdout) == (verdict == "NOT JUDGED")
 
 
 def test_a_hang_on_the_t4_is_reported():
@@ -363,7 +383,7 @@ def test_the_tools_of_the_drift_check_are_the_pinned_ones(run_alone, tmp_path):
 @pytest.mark.parametrize(
     ("number", "said"), [("", "issue create --title The series fails on a T4"), ("7", "issue comment 7")]
 )
-@pytest.mark.parametrize("report", ["| 04_train | FAILED |", None])
+@pytest.mark.parametrize("report", ["## Regression FAILED", None])
 def test_a_failed_night_opens_an_issue_or_comments_on_the_open_one(number, said, report, gh, tmp_path):
     shutil.copytree(ROOT / ".github", tmp_path / ".github")
     if report:
@@ -377,6 +397,15 @@ def test_a_failed_night_opens_an_issue_or_comments_on_the_open_one(number, said,
     assert calls.startswith(said) and "abc123: [the run](https://example.org/run/1)" in calls
     assert (report or "It ended before there was a report.") in calls
     assert ("It took too long, or somebody cancelled it." in calls) == (ended == "cancelled")
+
+
+def test_a_night_that_was_not_judged_has_an_issue_of_its_own(gh, tmp_path):
+    shutil.copytree(ROOT / ".github", tmp_path / ".github")
+    (tmp_path / "t4/reports").mkdir(parents=True)
+    (tmp_path / "t4/reports/summary.md").write_text("## NOT JUDGED: 9 of 9 checks passed.")
+    environment = gh(RUN="https://example.org/run/1", GITHUB_SHA="abc123", ENDED="failure")
+    run_step("t4.yml", "Open an issue, or comment on the open one", cwd=tmp_path, **environment)
+    assert (tmp_path / "calls").read_text().startswith("issue create --title The series on a T4 has no baseline")
 
 
 def test_a_long_report_is_cut_to_what_github_takes(gh, tmp_path):
@@ -455,6 +484,12 @@ def test_make_test_stops_at_the_first_part_that_fails(run_alone):
     assert "tests.maintain.regress" not in done.stderr
 
 
+@pytest.mark.parametrize(("status", "said"), [(1, "FAILED"), (3, "NOT JUDGED")])
+def test_make_test_does_not_pass_where_the_regression_does_not(run_alone, status, said):
+    done = run_alone("make", "test", fails="python -m tests.maintain.regress*", STATUS=str(status))
+    assert done.returncode != 0 and f"regression, {said}\n" in done.stdout
+
+
 def test_ci_installs_chromium_and_tests(run_alone):
     done = run_alone(".ci/run")
     assert done.returncode == 0, done.stderr
@@ -493,6 +528,7 @@ def test_make_browser_leaves_a_chromium_that_is_there(run_alone, tmp_path):
         ("python -m tests.maintain.remote*", 1, True),  # a chapter failed there
         ("python -m tests.maintain.remote*", 2, False),  # nothing came back
         ("python -m tests.maintain.regress*", 1, True),
+        ("python -m tests.maintain.regress*", 3, True),  # not judged
         ("python -m tests.maintain.re*", 1, True),
     ],
 )
@@ -521,13 +557,13 @@ def test_make_record_keeps_measures_and_outputs_of_the_run_that_it_made(run_alon
     done = run_alone("make", "record")
     assert done.returncode == 0, done.stderr
     called = [line.removeprefix("called: python ") for line in done.stderr.splitlines()]
-    series = called.index("-m helpers.series --fresh -f tests/profiles/cpu.toml")
+    [series] = [number for number, call in enumerate(called) if "series --fresh -f tests/profiles/cpu.toml" in call]
     outputs = "notebooks/build.py --outputs-from runs/cpu/executed"
     assert called[series + 1 :] == ["-m tests.maintain.regress runs/cpu --record", outputs]
     assert recorded(tmp_path)
 
 
-@pytest.mark.parametrize("fails", ["python -m tests.maintain.regress*", "python -m helpers.series*"])
+@pytest.mark.parametrize("fails", ["python -m tests.maintain.regress*", "python -m *.series*"])
 def test_make_record_changes_nothing_where_the_run_is_no_good(run_alone, last_run, tmp_path, fails):
     done = run_alone("make", "record", fails=fails)
     assert done.returncode != 0 and "--outputs-from" not in done.stderr and not recorded(tmp_path)
@@ -543,5 +579,5 @@ def test_make_record_keeps_no_outputs_of_another_profile_or_of_a_gpu(run_alone, 
 
 
 def test_make_regress_takes_the_run_that_it_is_told_or_the_last(run_alone):
-    assert "tests.maintain.regress runs/t4 --nbval" in run_alone("make", "regress", "PROFILE=t4").stderr
-    assert "tests.maintain.regress --nbval" in run_alone("make", "regress").stderr
+    assert "tests.maintain.regress runs/t4\n" in run_alone("make", "regress", "PROFILE=t4").stderr
+    assert re.search(r"tests.maintain.regress *\n", run_alone("make", "regress").stderr)

@@ -76,7 +76,7 @@ def shallow_smollm2(folder, layers=6):
     """SmolLM2 without its upper layers, in a new folder: all that is Unsloth's own, in a fraction of the time."""
     from safetensors.torch import load_file, save_file
 
-    from helpers.smollm2 import prepare_smollm2
+    from tests.maintain.smollm2 import prepare_smollm2
 
     source, upper = prepare_smollm2(), tuple(f"model.layers.{number}." for number in range(layers, 30))
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model.safetensors"))
@@ -96,7 +96,7 @@ def make_chapter_trainer(folder, tokenizer, *, checkpointing=False):
     from datasets import load_dataset
     from trl import SFTConfig, SFTTrainer
 
-    from helpers.template.check import format_conversations
+    from helpers.template.check import training_text
 
     model_folder = Path(folder).parent / "shallow"
     if not model_folder.exists():
@@ -110,7 +110,7 @@ def make_chapter_trainer(folder, tokenizer, *, checkpointing=False):
     )
     file = str(ROOT / "notebooks" / "data" / "support_conversations.jsonl")
     rows = standardize_sharegpt(load_dataset("json", data_files=file, split="train[:20]"), num_proc=1)
-    rows = rows.map(format_conversations, batched=True, fn_kwargs={"tokenizer": tokenizer})
+    rows = rows.map(lambda row: {"text": training_text(tokenizer, row["conversations"])})
     batch = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, gradient_checkpointing=checkpointing)
     data = dict(max_length=256, dataset_text_field="text", dataset_num_proc=1)
     steps = dict(max_steps=4, eval_steps=3, warmup_steps=1, optim="adamw_8bit")
@@ -254,7 +254,7 @@ def main():
     if unsloth:
         from transformers import AutoTokenizer
 
-        from helpers.smollm2 import prepare_smollm2
+        from tests.maintain.smollm2 import prepare_smollm2
 
         tokenizer = AutoTokenizer.from_pretrained(prepare_smollm2())
     else:

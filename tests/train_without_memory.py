@@ -1,4 +1,4 @@
-"""Train as chapter 04 does while memory "runs out" above some number of tokens; prints JSON. Run by test_out_of_memory.
+"""Train as chapter 04 does while memory "runs out" above some number of tokens; prints JSON. Run by test_fit.
 
 python train_without_memory.py FOLDER
 """
@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from helpers.memory.fit import DoesNotFit, fit_into_memory
 from helpers.memory.stats import GIB
-from helpers.smollm2 import prepare_smollm2
+from tests.maintain.smollm2 import prepare_smollm2
 
 
 def train(folder, tokenizer, *, most, from_step=0, checkpointed_layers=None, most_spared=100):

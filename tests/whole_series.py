@@ -1,13 +1,13 @@
-"""The whole series on the cpu profile, as a test: `make test` runs it beside the others, `make unit` does not."""
+"""The whole series with a laptop's choices, as a test: `make test` runs it beside the others, `make unit` does not."""
 
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers.base import ROOT
 
 
 def test_every_chapter_runs_to_its_end():
-    command = [sys.executable, "-m", "helpers.series", "--fresh", "-p", "PROFILE", "cpu"]
-    done = subprocess.run([*command, "-p", "RUN_DIR", str(ROOT / "runs" / "test")], cwd=ROOT)
+    command = [sys.executable, "-m", "tests.maintain.series", "--fresh", "-f", "tests/profiles/cpu.toml"]
+    elsewhere = ["-p", "RUN_DIR", "runs/test", "-p", "OUTPUT_DIR", "runs/test/quickstart"]
+    done = subprocess.run([*command, *elsewhere], cwd=ROOT)
     assert done.returncode == 0

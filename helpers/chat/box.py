@@ -42,27 +42,21 @@ class ChatBox:
     Args:
         model: with an adapter; without one there is nothing to compare, and the one model is called "tuned".
         max_seq_length: tokens that a conversation and its reply may have together.
-        system: the system message to begin with; empty for none.
-        temperature, min_p, max_new_tokens: what the sliders begin with; see `helpers.chat.replies.stream_reply`.
+        max_new_tokens: what its slider begins with, the longest reply.
+
+    Attributes:
+        system: the system message; empty for none.
+        temperature, min_p: see `helpers.chat.replies.stream_reply`.
 
     Example:
         >>> box = ChatBox(model, tokenizer, max_seq_length=512)
         >>> box.show(script=["My lamp is dark.", "And now?"])   # the box in a browser; headless, these two questions
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        max_seq_length: int,
-        system: str = "",
-        temperature: float = 0.0,
-        min_p: float = 0.1,
-        max_new_tokens: int = 96,
-    ):
-        self.model, self.tokenizer, self.max_seq_length = model, tokenizer, max_seq_length
-        self.system, self.temperature, self.min_p, self.max_new_tokens = system, temperature, min_p, max_new_tokens
+    def __init__(self, model: Any, tokenizer: Any, *, max_seq_length: int, max_new_tokens: int = 96):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_seq_length, self.max_new_tokens = max_seq_length, max_new_tokens
+        self.system, self.temperature, self.min_p = "", 0.0, 0.1
         self.has_base = hasattr(model, "disable_adapter")
         self.sides: tuple[str, ...] = ("tuned",)
         self.exchanges: list[Exchange] = []
@@ -254,7 +248,7 @@ def _bubble(kind: str, who: str, text: str) -> str:
 def has_reader() -> bool:
     """Whether a person can answer: papermill and nbval run cells without a channel to type into, browsers with one.
 
-    Colab's own kernel says nothing of it; `helpers.series` therefore sets HEADLESS=1 for the chapters that it runs.
+    Colab's own kernel says nothing of it: `tests.maintain.series` sets HEADLESS=1 for the chapters that it runs.
     """
     if os.environ.get("HEADLESS") == "1":
         return False

@@ -1,6 +1,5 @@
-"""Ask the model: one streamed reply, batches, a conversation that is trimmed, and two answers side by side."""
+"""Ask the model: one streamed reply, batches, and a conversation that is trimmed."""
 
-import html
 import threading
 import time
 import weakref
@@ -99,11 +98,6 @@ def generating(model: Any) -> threading.RLock:
     return _LOCKS.setdefault(model, threading.RLock())
 
 
-def print_text(text: str) -> None:
-    """Show a piece of a reply at once, on the same line."""
-    print(text, end="", flush=True)
-
-
 @dataclass(frozen=True)
 class Reply:
     """A reply and how fast it came.
@@ -154,8 +148,7 @@ def stream_reply(
         stop: set it in another thread to end the reply after the next token.
 
     Example:
-        >>> stream_reply(model, tokenizer, [{"role": "user", "content": "Hi"}], on_text=print_text)
-        Hello! How can I help you?
+        >>> stream_reply(model, tokenizer, [{"role": "user", "content": "Hi"}])
         9 tokens, the first after 0.08 s, 20.4 tokens/s, end of turn
     """
     import torch
@@ -239,36 +232,3 @@ def batch_replies(
         for row, text in zip(rows, texts, strict=True):
             replies[row] = text.strip()
     return replies
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The same prompts answered twice: rows of (prompt, first answer, second answer), and the two columns' names."""
-
-    rows: tuple[tuple[str, str, str], ...]
-    names: tuple[str, str]
-
-    def __repr__(self) -> str:
-        blocks = [
-            f"[{number}] {prompt}\n  {self.names[0]}: {first}\n  {self.names[1]}: {second}"
-            for number, (prompt, first, second) in enumerate(self.rows, 1)
-        ]
-        return "\n\n".join(blocks)
-
-    def _repr_html_(self) -> str:
-        head = "".join(f"<th style='text-align:left'>{html.escape(name)}</th>" for name in ("prompt", *self.names))
-        cell = "<td style='text-align:left;vertical-align:top;white-space:pre-wrap;max-width:24em'>{}</td>"
-        body = "".join("<tr>" + "".join(cell.format(html.escape(text)) for text in row) + "</tr>" for row in self.rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def compare_replies(
-    conversations: Sequence[Sequence[Message]],
-    first: Sequence[str],
-    second: Sequence[str],
-    *,
-    names: tuple[str, str] = ("before", "after"),
-) -> Comparison:
-    """Put two replies to the same prompts side by side; the prompt shown is the last user turn."""
-    prompts = [turns[-1]["content"] for turns in conversations]
-    return Comparison(tuple(zip(prompts, first, second, strict=True)), names)

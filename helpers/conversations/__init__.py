@@ -1,3 +1,4 @@
-"""Conversations before they are rendered: read, checked, split."""
+"""Conversations before they are rendered: found and checked."""
 
-from helpers.conversations.validate import split_conversations, validate_conversations
+from helpers.conversations.source import find_dataset
+from helpers.conversations.validate import validate_conversations

@@ -1,20 +1,19 @@
 """Check conversations before anything is rendered or tokenized: what is wrong in which row, and which rows are fit."""
 
 import hashlib
-import html
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from helpers.base import InputError, html_table, text_table
+from helpers.base import InputError, Table
 
 # the names that Unsloth's standardize_sharegpt knows; it ignores case and spaces around them
 _ROLES = {"system": "system", "user": "user", "human": "user", "input": "user"}
 _ROLES |= {"assistant": "assistant", "gpt": "assistant", "output": "assistant"}
 _FORMATS = {"ShareGPT": ("from", "value"), "role/content": ("role", "content")}
 _SPECIAL = re.compile(r"<\|\w+\|>")
-SMALLEST = 5  # conversations: of fewer, a fifth is none
+SMALLEST = 5  # conversations: of fewer, none can be held out
 
 MEANINGS = {
     "wrong_nesting": "not a list of messages",
@@ -50,8 +49,8 @@ class Problem(NamedTuple):
     message: str
 
 
-@dataclass(frozen=True)
-class ConversationReport:
+@dataclass(frozen=True, repr=False)
+class ConversationReport(Table):
     """What `validate_conversations` found; `rows` is always `len(valid_rows) + len(dropped_rows)`.
 
     Attributes:
@@ -71,8 +70,17 @@ class ConversationReport:
         """Whether every row can be kept."""
         return not self.dropped_rows
 
-    def _table(self) -> tuple[str, list[str], list[list[object]]]:
-        title = f"Conversations: {self.rows:,} rows, {len(self.valid_rows):,} fit, {len(self.dropped_rows):,} to drop"
+    def raise_if_failed(self) -> None:
+        """Raises ConversationError where fewer than `SMALLEST` rows are left: none of them could be held out."""
+        if len(self.valid_rows) < SMALLEST:
+            found = f"{len(self.valid_rows)} of {self.rows} conversations that can be trained on"
+            fix = "correct what the table names, add conversations, or raise MAX_SEQ_LENGTH"
+            raise ConversationError("DATASET", found=found, expected=f"{SMALLEST} or more", fix=fix)
+
+    def _title(self) -> str:
+        return f"Conversations: {self.rows:,} rows, {len(self.valid_rows):,} fit, {len(self.dropped_rows):,} to drop"
+
+    def _table(self) -> tuple[list[str], list[list[object]]]:
         found: dict[str, list[int]] = {}
         for row, code, _ in self.problems:
             found.setdefault(code, []).append(row)
@@ -81,20 +89,10 @@ class ConversationReport:
             rows = list(dict.fromkeys(found[code]))
             first = ", ".join(map(str, rows[:3])) + (", …" if len(rows) > 3 else "")
             table.append([code, f"{len(rows):,}", first, MEANINGS[code]])
-        return title, ["problem", "rows", "which", "what it means"], table
-
-    def __repr__(self) -> str:
-        title, headers, rows = self._table()
-        return f"{title}\n{text_table(headers, rows)}" if rows else title
-
-    def _repr_html_(self) -> str:
-        title, headers, rows = self._table()
-        return f"<p><b>{html.escape(title)}</b></p>" + (html_table(headers, rows) if rows else "")
+        return ["problem", "rows", "which", "what it means"], table
 
 
-def validate_conversations(
-    dataset, *, tokenizer=None, max_tokens: int | None = None, keep: Collection[str] = ()
-) -> ConversationReport:
+def validate_conversations(dataset, *, tokenizer=None, max_tokens: int | None = None) -> ConversationReport:
     """Read every conversation and say what is wrong with it.
 
     Args:
@@ -102,10 +100,9 @@ def validate_conversations(
             `{"from": "human", "value": "Hi"}` (ShareGPT) or of `{"role": "user", "content": "Hi"}`.
         tokenizer: its special tokens are looked for in the texts; without it whatever looks like `<|word|>` is.
         max_tokens: rows that render to more tokens than this are `too_long`; needs the tokenizer.
-        keep: codes that are reported, but do not drop a row: `keep=("duplicate",)`.
 
     Raises:
-        ConversationError: `max_tokens` without a tokenizer, or an unknown code in `keep`.
+        ConversationError: `max_tokens` without a tokenizer.
 
     Example:
         >>> report = validate_conversations([{"conversations": [{"from": "human", "value": "Hi"}]}])
@@ -116,7 +113,9 @@ def validate_conversations(
     """
     from tqdm import tqdm
 
-    _check_arguments(tokenizer, max_tokens, keep)
+    if max_tokens is not None and tokenizer is None:
+        expected = "the tokenizer that counts them"
+        raise ConversationError("max_tokens", found="no tokenizer", expected=expected, fix="pass tokenizer=")
     special = _special_pattern(tokenizer)
     found: list[list[tuple[str, str]]] = []  # of each row
     forms: list[str | None] = []
@@ -138,56 +137,13 @@ def validate_conversations(
     for problems, form in zip(found, forms, strict=True):
         if form not in (None, usual):
             problems.append(("mixed_format", f"{form}, where most rows are {usual}"))
-    dropped = tuple(row for row, problems in enumerate(found) if any(code not in keep for code, _ in problems))
+    dropped = tuple(row for row, problems in enumerate(found) if problems)
     return ConversationReport(
         rows=len(found),
         problems=tuple(Problem(row, *problem) for row, problems in enumerate(found) for problem in problems),
         valid_rows=tuple(sorted(set(range(len(found))) - set(dropped))),
         dropped_rows=dropped,
     )
-
-
-def split_conversations(dataset: Any, *, train_rows: int, eval_rows: int, seed: int = 3407) -> tuple[Any, Any]:
-    """Two data sets: rows to train on and rows to hold out, at most so many of each.
-
-    Where `dataset` has a column "split", its values "train" and "held_out" decide, and the first rows of each are
-    taken. Else the rows are dealt at random, at most a fifth of them held out.
-
-    Raises:
-        ConversationError: one of the two would be empty.
-
-    Example: 100 rows without that column, train_rows=480, eval_rows=40 -> 80 rows and 20 rows
-    """
-    own = "split" in dataset.column_names
-    if own:
-        train, held_out = (
-            dataset.filter(lambda row, which: row["split"] == which, fn_kwargs={"which": which})
-            for which in ("train", "held_out")
-        )
-    elif len(dataset) < SMALLEST:
-        train, held_out = dataset, dataset.select([])
-    else:
-        parts = dataset.train_test_split(test_size=min(eval_rows, len(dataset) // SMALLEST), seed=seed)
-        train, held_out = parts["train"], parts["test"]
-    if not (len(train) and len(held_out)):
-        column = 'write "train" or "held_out" into each row\'s "split" (or leave that column out)'
-        raise ConversationError(
-            "conversations",
-            found=f"{len(train)} to train on and {len(held_out)} to hold out, of {len(dataset)} that fit",
-            expected="at least one of each" if own else f"at least {SMALLEST} that fit, a fifth of which is held out",
-            fix=f"{column}, or raise MAX_SEQ_LENGTH" if own else "add conversations, or raise MAX_SEQ_LENGTH",
-        )
-    return train.select(range(min(train_rows, len(train)))), held_out.select(range(min(eval_rows, len(held_out))))
-
-
-def _check_arguments(tokenizer, max_tokens, keep) -> None:
-    if max_tokens is not None and tokenizer is None:
-        raise ConversationError(
-            "max_tokens", found="no tokenizer", expected="the tokenizer that counts them", fix="pass tokenizer="
-        )
-    unknown = sorted(set(keep) - set(MEANINGS))
-    if unknown:
-        raise ConversationError("keep", found=str(unknown), expected=f"codes of {list(MEANINGS)}", fix="correct them")
 
 
 def _special_pattern(tokenizer) -> re.Pattern:
@@ -308,12 +264,12 @@ def _digest(messages: list[dict]) -> bytes:
 
 
 def _length_problems(messages: list[dict], tokenizer, max_tokens: int) -> Iterator[tuple[str, str]]:
-    from helpers.template.check import FormatError, format_conversations
+    from helpers.template.check import training_text
 
     try:
-        text = format_conversations({"conversations": [messages]}, tokenizer)["text"][0]
-    except FormatError as error:
-        yield "refused", f"the chat template says {error.found}"
+        text = training_text(tokenizer, messages)
+    except Exception as error:  # a template raises whatever it likes
+        yield "refused", f"the chat template says {type(error).__name__}: {error}"
         return
     tokens = len(tokenizer(text).input_ids)
     if tokens > max_tokens:

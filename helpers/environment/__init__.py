@@ -1,5 +1,6 @@
-"""Is this machine ready? Set it up, check it, and find the model."""
+"""Is this machine ready? Set it up, check it, check the choices, and find the model."""
 
-from helpers.environment.hub import choose_hub
+from helpers.environment.choices import check_choices
+from helpers.environment.models import find_model
 from helpers.environment.preflight import check_environment
 from helpers.environment.setup import set_up

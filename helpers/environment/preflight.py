@@ -1,6 +1,6 @@
 """The preflight: is this machine fit for the series, and if not, what to do about it.
 
-python -m helpers.environment.preflight [--json]
+python -m helpers.environment.preflight MODEL [--json]
 """
 
 import argparse
@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.base import InputError, html_table, text_table
+from helpers.base import InputError, Table
 from helpers.environment.hub import (
     HUB_SECONDS,
     HubError,
+    choose_hub,
     model_url,
     models_address,
     no_answer_fix,
@@ -65,9 +66,9 @@ class Row:
     fix: str = ""
 
 
-@dataclass(frozen=True)
-class EnvironmentReport:
-    """The rows of the preflight. Example: `check_environment().raise_if_failed()`."""
+@dataclass(frozen=True, repr=False)
+class EnvironmentReport(Table):
+    """The rows of the preflight. Example: `check_environment("gpt2").raise_if_failed()`."""
 
     rows: tuple[Row, ...]
 
@@ -82,44 +83,48 @@ class EnvironmentReport:
             if row.verdict == "fail":
                 raise EnvironmentProblem(row.what, found=row.found, expected=row.expected, fix=row.fix)
 
-    def _cells(self) -> list[list[str]]:
-        return [[row.what, row.found, row.expected, row.verdict, row.fix] for row in self.rows]
+    def _table(self) -> tuple[tuple[str, ...], list[list[str]]]:
+        return HEADERS, [_cells(row) for row in self.rows if row.verdict != "ok"]
 
-    def _verdict(self) -> str:
+    def _notes(self) -> list[str]:
         counts = [f"{sum(row.verdict == v for row in self.rows)} {v}" for v in ("ok", "warn", "fail")]
-        return f"{len(self.rows)} checks: {', '.join(counts)}."
+        return [f"{len(self.rows)} checks: {', '.join(counts)}."]
 
-    def __repr__(self) -> str:
-        return text_table(HEADERS, self._cells()) + "\n" + self._verdict()
+    def _folded(self) -> tuple[str, tuple[str, ...], list[list[str]]]:
+        return "all checks", HEADERS, [_cells(row) for row in self.rows]
 
-    def _repr_html_(self) -> str:
-        return html_table(HEADERS, self._cells()) + f"<p>{self._verdict()}</p>"
+
+def _cells(row: Row) -> list[str]:
+    return [row.what, row.found, row.expected, row.verdict, row.fix]
 
 
 def check_environment(
-    requirements: str | Path = "requirements-colab.txt", *, model_name: str | None = None
+    model_name: str,
+    *,
+    endpoint: str = "",
+    modelscope: bool = False,
+    requirements: str | Path = "requirements-colab.txt",
 ) -> EnvironmentReport:
     """Check this machine, its packages, the network and the token for the series.
 
     Everything that loads a native library runs in a process of its own: this process imports nothing heavy.
 
     Args:
+        model_name: the model that will be loaded, a name on the hub or a folder.
+        endpoint, modelscope: where models come from, see `choose_hub`.
         requirements: the lock; looked for in the working directory, then in the repository's root.
-        model_name: the model that will be loaded, a folder or a Hub repository; None for the profile's own.
 
     Raises:
         InputError: the lock cannot be read. What is wrong with the machine is a row, never an exception.
 
     Example:
-        >>> check_environment().ok
+        >>> check_environment("unsloth/Llama-3.2-3B-Instruct").ok
         True
     """
-    from helpers.profiles import SMOLLM2, choose_profile
-
+    choose_hub(endpoint, modelscope=modelscope)
     pins = read_lock(find_requirements(requirements))
     gpu_expected = shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
-    model_name = model_name or choose_profile("t4" if gpu_expected else "cpu").model_name
-    hub_model = None if model_name == SMOLLM2 or Path(model_name).expanduser().is_dir() else model_name
+    hub_model = None if os.path.isdir(os.path.expanduser(model_name)) else model_name
     with ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 2)) as pool:
         names = ("gpu", "bitsandbytes", "peft", "sentencepiece", "xformers", *(["triton"] if gpu_expected else []))
         running = {name: pool.submit(run_probe, name, seconds=PROBE_SECONDS) for name in names}
@@ -405,14 +410,13 @@ def _has_tpu() -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 where all is well, 1 where a row failed, 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m helpers.environment.preflight", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a name on the hub, or a folder")
     parser.add_argument("--requirements", default="requirements-colab.txt", help="the lock")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     try:
-        report = check_environment(options.requirements)
+        report = check_environment(options.model, requirements=options.requirements)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

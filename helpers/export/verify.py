@@ -1,13 +1,23 @@
 """Is what was saved the model that was trained? Every form is asked in a process that has nothing but its files."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from helpers.base import html_table, text_table
+from helpers.base import Table
+from helpers.chat.replies import Message
 from helpers.export.plan import ExportError
-from helpers.export.probe import END, FIRST_TOKENS, Probe, reply_tokens
+from helpers.export.probe import (
+    END,
+    FIRST_TOKENS,
+    Probe,
+    SavedForm,
+    probe_gguf,
+    probe_in_fresh_processes,
+    reply_tokens,
+)
 
 TIE = 0.5  # logits: bfloat16 rounds those of the best tokens, 16 to 32, to steps of 0.125, and every layer rounds too
 PERPLEXITY_LIMITS = {"q8_0": 0.01, "q4_k_m": 0.10}  # how far perplexity may be off; other quantised files: the latter
@@ -25,7 +35,6 @@ class ExportCheck:
         mean_difference, largest_difference: between the log-probabilities of the held-out answers' tokens.
         divergence: the mean Kullback-Leibler divergence, in nats; None where there are no whole distributions.
         perplexity, perplexity_change: on the held-out answers, and relative to the model in memory.
-        styled: how many replies are in house style; None where that is not defined.
         faults: what misses its limit.
     """
 
@@ -39,23 +48,20 @@ class ExportCheck:
     divergence: float | None
     perplexity: float
     perplexity_change: float
-    styled: int | None
     faults: tuple[str, ...]
 
     @property
     def verdict(self) -> str:
         """Either "ok" or "MISSED"; "not judged" where nothing of this form has a limit."""
-        unlimited = on_4_bit_base(self.form) and self.styled is None
-        return "MISSED" if self.faults else "not judged" if unlimited else "ok"
+        return "MISSED" if self.faults else "not judged" if on_4_bit_base(self.form) else "ok"
 
 
-@dataclass(frozen=True)
-class ExportReport:
+@dataclass(frozen=True, repr=False)
+class ExportReport(Table):
     """Every form of the model against the one in memory."""
 
     checks: tuple[ExportCheck, ...]
     perplexity: float
-    styled: int | None
 
     @property
     def ok(self) -> bool:
@@ -68,85 +74,92 @@ class ExportReport:
             expected = "forms that answer as the model in memory"
             raise ExportError("saved forms", found="; ".join(faults), expected=expected, fix=fix)
 
-    def _rows(self) -> tuple[list[str], list[list[str]]]:
-        head = ["form", "same replies", "first tokens", "mean Δ", "largest Δ", "KL", "perplexity", "change"]
-        rows = [["in memory", "", "", "", "", "", f"{self.perplexity:.4f}", ""]]
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        rows = []
         for check in self.checks:
             ties = f" (+{check.near_ties} near ties)" if check.near_ties else ""
-            values = [check.form, f"{check.same_replies} of {check.replies}{ties}", f"{check.same_first_tokens:.1%}"]
-            values += [f"{check.mean_difference:.4f}", f"{check.largest_difference:.3f}"]
-            values += ["" if check.divergence is None else f"{check.divergence:.5f}"]
-            rows.append([*values, f"{check.perplexity:.4f}", f"{check.perplexity_change:+.2%}"])
-        if self.styled is not None:
-            head.append("house style")
-            for row, styled in zip(rows, (self.styled, *(check.styled for check in self.checks)), strict=True):
-                row.append(str(styled))
-        for row, verdict in zip(rows, ("", *(check.verdict for check in self.checks)), strict=True):
-            row.append(verdict)
-        return [*head, "verdict"], rows
+            change = f"{check.perplexity_change:+.2%}"
+            rows.append([check.form, f"{check.same_replies} of {check.replies}{ties}", change, check.verdict])
+        return ["form", "same replies", "change in perplexity", "verdict"], rows
 
-    def _faults(self) -> list[str]:
+    def _notes(self) -> list[str]:
         return [f"MISSED, {check.form}: {fault}" for check in self.checks for fault in check.faults]
 
-    def __repr__(self) -> str:
-        return "\n".join([text_table(*self._rows()), *self._faults()])
+    def _folded(self) -> tuple[str, list[str], list[list[str]]]:
+        headers = ["form", "first tokens", "mean Δ", "largest Δ", "KL", "perplexity"]
+        rows = [["in memory", "", "", "", "", f"{self.perplexity:.4f}"]]
+        for check in self.checks:
+            divergence = "" if check.divergence is None else f"{check.divergence:.5f}"
+            sizes = [f"{check.mean_difference:.4f}", f"{check.largest_difference:.3f}", divergence]
+            rows.append([check.form, f"{check.same_first_tokens:.1%}", *sizes, f"{check.perplexity:.4f}"])
+        return "the statistics", headers, rows
 
-    def _repr_html_(self) -> str:
-        import html
 
-        faults = "".join(f"<p><b style='color:#b00'>{html.escape(fault)}</b></p>" for fault in self._faults())
-        return html_table(*self._rows()) + faults
-
-
-def compare_exports(
-    reference: Probe,
-    probes: Mapping[str, Probe],
-    *,
-    tokenizer: Any,
-    in_style: Callable[[int, str], bool] | None = None,
+def verify_exports(
+    in_memory: Probe, forms: Mapping[str, str | Path], conversations: Sequence[Sequence[Message]], *, tokenizer: Any
 ) -> ExportReport:
+    """Ask every saved form in a process of its own, and hold its answers against the model in memory.
+
+    Args:
+        in_memory: `probe_model` of the model that was saved.
+        forms: {name: its folder or .gguf file}. A folder with an adapter is loaded by Unsloth, and under a name that
+            ends with "4-bit base" on the base in 4 bits; any other folder by plain Transformers; a GGUF file is served
+            by llama-server.
+        conversations: those that `in_memory` was asked, each ending with an answer.
+        tokenizer: the one that the model was trained with.
+
+    Raises:
+        ExportError, GgufError: a form does not load or does not answer.
+    """
+    files = {name: Path(path) for name, path in forms.items()}
+    folders = {name: _saved_form(name, path) for name, path in files.items() if path.suffix != ".gguf"}
+    probes = probe_in_fresh_processes(folders, conversations)
+    for name, path in files.items():
+        if name not in folders:
+            probes[name] = probe_gguf(path, conversations, tokenizer=tokenizer, model_stops=in_memory.stops)
+    return compare_exports(in_memory, {name: probes[name] for name in files}, tokenizer=tokenizer)
+
+
+def _saved_form(name: str, folder: Path) -> SavedForm:
+    adapter = (folder / "adapter_config.json").is_file()
+    return SavedForm(folder, "unsloth" if adapter else "transformers", load_in_4bit=on_4_bit_base(name))
+
+
+def compare_exports(reference: Probe, probes: Mapping[str, Probe], *, tokenizer: Any) -> ExportReport:
     """Hold every form against the model in memory.
 
     A form with rounded weights may change replies, and perplexity within `PERPLEXITY_LIMITS`; every other one must give
-    the same replies (but for near ties) and keep perplexity within 1 %. As many replies as in memory must have the
-    house style. Of the adapter on the 4-bit base, perplexity is only shown: its files are those of "adapter", and what
-    rounding the base costs hangs on how long was trained on it. (A perplexity that is no number is a fault there too.)
+    the same replies (but for near ties) and keep perplexity within 1 %. Of the adapter on the 4-bit base, perplexity is
+    only shown: its files are those of "adapter", and what rounding the base costs hangs on how long was trained on it.
+    (A perplexity that is no number is a fault there too.)
 
     Args:
         reference: `probe_model` of the model in memory.
         probes: {form: what it said}; forms with rounded weights are named "GGUF …" or "… 4-bit base".
-        in_style: whether a reply to the conversation of this number is in house style.
     """
+    return ExportReport(
+        tuple(_check(form, probe, reference, tokenizer) for form, probe in probes.items()), reference.perplexity
+    )
 
-    def count(replies: Sequence[str]) -> int | None:
-        return sum(in_style(row, reply) for row, reply in enumerate(replies)) if in_style else None
 
-    styled = count(reference.replies)
-    checks = []
-    for form, probe in probes.items():
-        same, ties, first = _compare_replies(reference, probe.replies, tokenizer)
-        pairs = [
-            ours - theirs
-            for ours_of_answer, theirs_of_answer in zip(reference.log_probs, probe.log_probs, strict=True)
-            for ours, theirs in zip(ours_of_answer, theirs_of_answer, strict=True)
-        ]
-        change = probe.perplexity / reference.perplexity - 1
-        kept, faults = count(probe.replies), []
-        rounded = form.startswith("GGUF ") or on_4_bit_base(form)
-        limit = PERPLEXITY_LIMITS.get(form.removeprefix("GGUF "), 0.10) if rounded else 0.01
-        limit = math.inf if on_4_bit_base(form) else limit
-        if not rounded and same + ties < len(probe.replies):
-            faults.append(
-                f"{len(probe.replies) - same - ties} of {len(probe.replies)} replies differ by more than a tie"
-            )
-        if not abs(change) <= limit:  # or no number
-            faults.append(f"perplexity changed by {change:+.2%}" + (f", more than {limit:.0%}" if limit < 1 else ""))
-        if styled is not None and kept < styled:
-            faults.append(f"{kept} replies in house style, {styled} in memory")
-        sizes, divergence = [abs(pair) for pair in pairs], _divergence(reference, probe)
-        row = (form, same, ties, len(probe.replies), first, sum(sizes) / len(sizes), max(sizes), divergence)
-        checks.append(ExportCheck(*row, probe.perplexity, change, kept, tuple(faults)))
-    return ExportReport(tuple(checks), reference.perplexity, styled)
+def _check(form: str, probe: Probe, reference: Probe, tokenizer: Any) -> ExportCheck:
+    same, ties, first = _compare_replies(reference, probe.replies, tokenizer)
+    sizes = [
+        abs(ours - theirs)
+        for ours_of_answer, theirs_of_answer in zip(reference.log_probs, probe.log_probs, strict=True)
+        for ours, theirs in zip(ours_of_answer, theirs_of_answer, strict=True)
+    ]
+    change = probe.perplexity / reference.perplexity - 1
+    rounded = form.startswith("GGUF ") or on_4_bit_base(form)
+    limit = PERPLEXITY_LIMITS.get(form.removeprefix("GGUF "), 0.10) if rounded else 0.01
+    limit = math.inf if on_4_bit_base(form) else limit
+    faults = []
+    if not rounded and same + ties < len(probe.replies):
+        faults.append(f"{len(probe.replies) - same - ties} of {len(probe.replies)} replies differ by more than a tie")
+    if not abs(change) <= limit:  # or no number
+        faults.append(f"perplexity changed by {change:+.2%}" + (f", more than {limit:.0%}" if limit < 1 else ""))
+    row = (form, same, ties, len(probe.replies), first, sum(sizes) / len(sizes), max(sizes))
+    return ExportCheck(*row, _divergence(reference, probe), probe.perplexity, change, tuple(faults))
 
 
 def on_4_bit_base(form: str) -> bool:

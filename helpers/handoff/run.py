@@ -2,10 +2,10 @@
 
     RUN_DIR/
       handoff.json    what is here: chapter, base model, template fingerprint, versions, sha256 of every file
-      lora.json       chapter 02
       dataset/        chapter 03
       adapter/ checkpoints/ report.json     chapter 04
       merged/ …       chapter 06
+      numbers/        what each chapter measured, as JSON
 
 `handoff.json` is replaced in one step after its artefact is complete, so a run that is killed at any moment leaves
 either the old artefact, or the new one, or one that is refused.
@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from typing import Any
 
 from helpers.base import InputError, hash_files, replace_file, short_path
 from helpers.chapters import producer_of
-from helpers.environment.hub import require_hub
+from helpers.environment.hub import base_name
 
 SCHEMA_VERSION = 1
 MANIFEST = "handoff.json"
@@ -67,22 +68,22 @@ def library_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder. Make one with `open_run`."""
+    """A run folder. Make one with `open_run`.
+
+    Attributes:
+        base_model: the name of the model that its artefacts belong to; "": any.
+        mirror: a folder that gets a copy of what is written, such as one on Drive.
+    """
 
     path: Path
+    base_model: str = ""
     mirror: Path | None = field(default=None, repr=False)
 
-    def artefact(self, name: str, *, base_model: str | None = None, dataset: str | None = None) -> Path:
-        """The path of a verified artefact.
-
-        Args:
-            name: such as "adapter".
-            base_model: the model that it must belong to; None: any.
-            dataset: the `Profile.dataset_name` that it must be made of; None: any.
+    def artefact(self, name: str) -> Path:
+        """The path of a verified artefact, such as "adapter".
 
         Raises:
-            HandoffError: it is missing or unfinished, a file of it was altered, or it was made for another base model
-                or of another data set.
+            HandoffError: it is missing or unfinished, a file of it was altered, or it was made for another base model.
         """
         entry = self.facts(name)
         path = self.path / name
@@ -93,19 +94,15 @@ class Run:
                 raise _refused(name, str(shown), "no such file", "the file that chapter wrote")
             if found[file] != expected:
                 raise _refused(name, str(shown), f"sha256 {found[file][:12]}…", f"sha256 {expected[:12]}…")
-        if base_model is not None and entry["base_model"] != base_model:
-            raise _refused(name, str(path), f"made for the base model {entry['base_model']}", base_model)
-        if dataset is not None and entry.get("dataset") != dataset:
-            found, fix = f"made of {entry.get('dataset')}", "set DATASET to that, or run chapter 03_data (again)"
-            raise HandoffError(f"DATASET, {path}", found=found, expected=dataset, fix=fix)
+        if self.base_model and entry["base_model"] != self.base_model:
+            raise _refused(name, str(path), f"made for the base model {entry['base_model']}", self.base_model)
         return path
 
     def facts(self, name: str) -> dict[str, Any]:
         """What `handoff.json` says of an artefact: chapter, base_model, template, versions, files, written."""
         entry = self._read().get(name)
         if entry is None:
-            state = "a folder or file that no chapter finished" if (self.path / name).exists() else "nothing"
-            raise _refused(name, str(self.path / name), state, "what that chapter writes")
+            raise _missing(self, name)
         return entry
 
     def has(self, name: str) -> bool:
@@ -116,57 +113,73 @@ class Run:
             return False
         return True
 
-    @contextlib.contextmanager
-    def write(self, name: str, *, base_model: str, template: str = "", **facts: Any) -> Iterator[Path]:
-        """Write an artefact whole or not at all: yields a temporary path to write to (create a folder or a file there).
+    def keep(self, name: str, *, template: str = "", **facts: Any) -> Path:
+        """Take what was written to `RUN_DIR/new/NAME` into the run folder, whole; returns its path there.
 
         Args:
-            name: its name in the run folder.
-            base_model: the model that it belongs to.
+            name: a folder or a file in `new`.
             template: the chat template's fingerprint, where one matters.
             facts: anything else worth handing on, JSON-serialisable.
+
+        Raises:
+            HandoffError: nothing is there.
         """
-        target, unfinished = self.path / name, self.path / f".unfinished-{name}"
-        _remove(unfinished)
-        try:
-            yield unfinished
-            files = hash_files(unfinished)
-            if not files:
-                raise HandoffError(
-                    str(target), found="no file written", expected="at least one", fix="run the cell again"
-                )
-            if list(files) == [unfinished.name]:
-                files = {target.name: files[unfinished.name]}
-            entry = {
-                "chapter": producer_of(name).name,
-                "base_model": base_model,
-                "template": template,
-                "versions": library_versions(),
-                "written": datetime.now(UTC).isoformat(timespec="seconds"),
-                **facts,
-                "files": files,
-            }
-            _remove(target)
-            os.replace(unfinished, target)
-        finally:
-            _remove(unfinished)
+        target, new = self.path / name, self.path / "new" / name
+        files = hash_files(new) if new.exists() else {}
+        if not files:
+            raise HandoffError(str(new), found="no file", expected="what is to be kept", fix="run the cell above again")
+        entry = {
+            "chapter": producer_of(name).name,
+            "base_model": self.base_model,
+            "template": template,
+            "versions": library_versions(),
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            **facts,
+            "files": files,
+        }
+        _remove(target)
+        os.replace(new, target)
         replace_file(self.path / MANIFEST, _dump({**self._read(), name: entry}))
         if self.mirror is not None:
             try:
                 _copy_artefact(self.path, self.mirror, name, entry)
             except OSError as error:  # Drive drops out now and then; what is in the run folder is whole
                 reason = error.strerror or str(error)
-                print(f"NO COPY of {name} in DRIVE_DIR {self.mirror} ({reason}): mount it, then run this cell again")
+                print(f"NO COPY of {name} in DRIVE_DIR {self.mirror} ({reason}): mount it, copy RUN_DIR there")
+        return target
 
-    def write_json(self, name: str, content: Mapping[str, Any], *, base_model: str) -> Path:
+    @contextlib.contextmanager
+    def write(self, name: str, *, template: str = "", **facts: Any) -> Iterator[Path]:
+        """`keep` for what one block writes: yields the path to write to (create a folder or a file there).
+
+        A block that fails leaves nothing.
+        """
+        new = self.path / "new" / name
+        new.parent.mkdir(exist_ok=True)
+        _remove(new)
+        try:
+            yield new
+            self.keep(name, template=template, **facts)
+        finally:
+            _remove(new)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
         """`write` for a JSON file; returns its path."""
-        with self.write(name, base_model=base_model) as path:
-            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with self.write(name) as path:
+            path.write_bytes(_json(content))
         return self.path / name
 
-    def read_json(self, name: str, *, base_model: str | None = None) -> dict[str, Any]:
+    def read_json(self, name: str) -> dict[str, Any]:
         """The verified content of a JSON artefact."""
-        return json.loads(self.artefact(name, base_model=base_model).read_text(encoding="utf-8"))
+        return json.loads(self.artefact(name).read_text(encoding="utf-8"))
+
+    def record(self, chapter: str, **numbers: Any) -> None:
+        """Keep what a chapter measured, for the regression: numbers, claims, or {name: number} of several.
+
+        Example: `run.record("03_data", train_rows=480)` writes numbers/03_data.json
+        """
+        (self.path / "numbers").mkdir(exist_ok=True)
+        replace_file(self.path / "numbers" / f"{chapter}.json", _json(numbers))
 
     def _read(self) -> dict[str, Any]:
         path = self.path / MANIFEST
@@ -183,30 +196,18 @@ class Run:
         raise HandoffError(str(path), found=f"schema {schema}", expected=f"schema {SCHEMA_VERSION}", fix=fix)
 
 
-def open_run(
-    path: str | Path,
-    *,
-    needs: tuple[str, ...] = (),
-    drive: str | Path | None = None,
-    hub: str | None = None,
-    parameters: Mapping[str, Any] | None = None,
-) -> Run:
+def open_run(path: str | Path, *, base_model: str = "", needs: tuple[str, ...] = (), drive: str | Path = "") -> Run:
     """Open a run folder and make sure that it holds what a chapter needs; prints where each artefact came from.
 
-    It looks in this order: the run folder; the same folder on Drive (`drive`); the reader's own Hub repository (`hub`,
-    "name/repository"); *catch up*: run the missing chapters headlessly with papermill in this machine. The environment
-    variable CATCH_UP=0 turns the last one off.
-
     Args:
-        path: the run folder; made if it does not exist.
-        needs: names of artefacts, such as ("lora.json", "dataset").
+        path: the run folder; made if it does not exist. What an interrupted chapter left in its `new` is removed.
+        base_model: the model that its artefacts belong to, a name on the hub or a folder; only its last part counts.
+        needs: names of artefacts, such as ("dataset", "adapter"). What is not in the run folder is fetched from Drive.
         drive: a folder that artefacts are looked for in, and copied to once they are written.
-        hub: a Hub repository that holds a run folder.
-        parameters: papermill parameters for the chapters that catch-up runs.
 
     Raises:
-        HandoffError: the folder lies on Google Drive or cannot be written, or an artefact is nowhere to be had; then it
-            names the chapter to run.
+        HandoffError: the folder lies on Google Drive or cannot be written; or an artefact is missing, and then the
+            message names the command that makes it; or one was altered or belongs to another model.
     """
     folder = Path(path).expanduser().resolve()
     if is_on_drive(folder):
@@ -217,59 +218,38 @@ def open_run(
             fix=f'set RUN_DIR = "{Path.home() / folder.name}" and DRIVE_DIR = "{folder}", which then keeps a copy',
         )
     _check_writable(folder, setting="RUN_DIR")
-    mirror = Path(drive).expanduser() if drive else None
+    _remove(folder / "new")
+    mirror = Path(drive).expanduser().resolve() if drive else None
     if mirror is not None:
         _mount_drive(mirror)
         _check_writable(mirror, setting="DRIVE_DIR")
-    run = Run(folder, mirror)
+    run = Run(folder, base_name(base_model) if base_model else "", mirror)
     print(f"Run folder: {short_path(folder)}")
     for name in needs:
-        print(f"  {name}: {_fetch(run, name, hub, parameters or {})}")
+        print(f"  {name}: {_fetch(run, name)}")
     return run
 
 
-def _fetch(run: Run, name: str, hub: str | None, parameters: Mapping[str, Any]) -> str:
+def _fetch(run: Run, name: str) -> str:
     """Make one artefact present; returns where it came from."""
-    if run.has(name):
-        return "from the run folder"
-    if run.mirror is not None and Run(run.mirror).has(name):
-        _copy_artefact(run.mirror, run.path, name, Run(run.mirror).facts(name))
-        return f"copied from {run.mirror}"
-    if hub:
-        from huggingface_hub import snapshot_download
-
-        require_hub(hub, setting="HUB_REPO")
-        theirs = Run(Path(snapshot_download(hub, allow_patterns=[MANIFEST, name, f"{name}/*"])))
-        if theirs.has(name):
-            _copy_artefact(theirs.path, run.path, name, theirs.facts(name))
-            return f"downloaded from the Hub repository {hub}"
-    if os.environ.get("CATCH_UP", "1") == "0":
+    copies = Run(run.mirror, run.base_model) if run.mirror is not None else None
+    if name not in run._read() and copies is not None and name in copies._read():
+        copies.artefact(name)
+        _copy_artefact(copies.path, run.path, name, copies.facts(name))
         run.artefact(name)
-    from helpers.series import run_chapters
-
-    chapters = missing_chapters(run, name)
-    print(f"  {name}: not here yet, running {', '.join(chapters)} first")
-    given = {**parameters, "RUN_DIR": str(run.path), "DRIVE_DIR": str(run.mirror or "")}
-    last = run_chapters(chapters, executed_dir=run.path / "executed", parameters=given)[-1]
-    if last.failure:
-        raise HandoffError(
-            f"catch-up, chapter {last.chapter}",
-            found=last.failure,
-            expected="a chapter that runs to its end",
-            fix=f"open {last.executed}",
-        )
+        return f"copied from {short_path(copies.path)}"
     run.artefact(name)
-    return f"made now by {producer_of(name).name}"
+    return "from the run folder"
 
 
 def missing_chapters(run: Run, name: str) -> list[str]:
     """The chapters to run, in order, for an artefact to be there.
 
-    Example: in an empty run folder "adapter" -> ["02_load_and_lora", "03_data", "04_train"]
+    Example: in an empty run folder "adapter" -> ["03_data", "04_train"]
     """
     producer, chapters = producer_of(name), []
     for need in producer.needs:
-        if not run.has(need):
+        if need not in run._read():
             chapters += [chapter for chapter in missing_chapters(run, need) if chapter not in chapters]
     return [*chapters, producer.name]
 
@@ -277,6 +257,16 @@ def missing_chapters(run: Run, name: str) -> list[str]:
 def _refused(name: str, where: str, found: str, expected: str) -> HandoffError:
     chapter = producer_of(name).name
     return HandoffError(where, found=found, expected=expected, fix=f"run chapter {chapter} (again) with this RUN_DIR")
+
+
+def _missing(run: Run, name: str) -> HandoffError:
+    """An artefact that is nowhere, with the one line that makes it here: on Colab each notebook has its own machine."""
+    where = run.path / name
+    state = "a folder or file that no chapter finished" if where.exists() else "nothing"
+    words = ["python", "-m", "tests.maintain.series", *missing_chapters(run, name), "-p", "RUN_DIR", str(run.path)]
+    fix = f"run `!{shlex.join(words)}` in a new cell, with the other choices as further -p NAME VALUE"
+    fix = f"{fix}; or set DRIVE_DIR to the folder on Drive that holds it" if run.mirror is None else fix
+    return HandoffError(str(where), found=state, expected=f"what chapter {producer_of(name).name} writes", fix=fix)
 
 
 def is_on_drive(folder: Path) -> bool:
@@ -328,7 +318,10 @@ def _copy_artefact(source: Path, target: Path, name: str, entry: Mapping[str, An
 
 
 def _dump(artefacts: Mapping[str, Any]) -> bytes:
-    content = {"schema": SCHEMA_VERSION, "artefacts": artefacts}
+    return _json({"schema": SCHEMA_VERSION, "artefacts": artefacts})
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -9,61 +9,27 @@ strings that `train_on_responses_only` was given: a wrong marker cannot fool the
   and the first white space of the answer.
 """
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from helpers.base import InputError, html_table, text_table
-from helpers.masking.rows import Rows, RowsError, ids_of, read_rows
+from helpers.base import Table
+from helpers.masking.findings import Finding, find_faults, fixes_of
+from helpers.masking.rows import MaskingError, Rows, read_rows
 from helpers.template.turns import Answers, TokenBytes, Turns, find_answers, read_turns
 
 _UNKNOWN = np.iinfo(np.int64).max  # the length that an answer would need, where the row was cut
 _MASKED, _TRAINED, _EITHER = 0, 1, 2  # what a token has to be
 _WHOLE, _QUESTION, _CUT, _FOREIGN = 0, 1, 2, 3  # how a row ends
-# In the order in which they are blamed: each may cause those behind it.
-_CHECKS = {
-    "no_template": ("rows", "no answer of this chat template in any row"),
-    "label_mismatch": ("tokens", "trained labels that differ from their input ids"),
-    "double_bos": ("rows", "more than one BOS token, or none where the template has one"),
-    "leaked": ("tokens", "trained, but not part of an answer"),
-    "only_last": ("rows", "only the last of several answers is trained"),
-    "fully_masked": ("rows", "nothing is trained"),
-    "missed": ("tokens", "part of an answer, but masked"),
-    "missing_end": ("answers", "end-of-turn token masked or absent: the model never learns to stop"),
-    "pad_trained": ("tokens", "padding is trained"),
-    "truncated": ("rows", "cut off by the length limit"),
-}
 
 
-class MaskingError(InputError):
-    """The mask is wrong: names the row, the tokens, what was expected and the fix."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One kind of fault. `first_rows` are row numbers of the dataset; `found` quotes the first one."""
-
-    code: str
-    count: int
-    unit: str
-    rows: int
-    first_rows: tuple[int, ...]
-    where: str
-    found: str
-    expected: str
-    fix: str
-
-
-@dataclass(frozen=True)
-class MaskReport:
-    """What `check_masking` found. A count is 0 where all is well; `ok` is true only if all are.
+@dataclass(frozen=True, repr=False)
+class MaskReport(Table):
+    """What `check_masking` found.
 
     Attributes:
         rows, tokens, trained_tokens, answers: totals; padding is not counted.
-        leaked, missed, pad_trained, label_mismatch: tokens.
-        missing_end: answers. fully_masked, only_last, double_bos, truncated: rows.
         tokens_per_row: median, 95th percentile and maximum.
         histogram: rows in eight equal steps of length, from the shortest row to the longest.
         length_for_99_percent: tokens a row needs so that 99 % of the answers are whole; None where the rows were cut
@@ -85,18 +51,9 @@ class MaskReport:
     def ok(self) -> bool:
         return not self.findings
 
-    def _count(self, code: str) -> int:
+    def count(self, code: str) -> int:
+        """How many of one of `helpers.masking.findings.CHECKS`; 0 where all is well."""
         return next((finding.count for finding in self.findings if finding.code == code), 0)
-
-    leaked = property(lambda self: self._count("leaked"))
-    missed = property(lambda self: self._count("missed"))
-    missing_end = property(lambda self: self._count("missing_end"))
-    only_last = property(lambda self: self._count("only_last"))
-    fully_masked = property(lambda self: self._count("fully_masked"))
-    double_bos = property(lambda self: self._count("double_bos"))
-    truncated = property(lambda self: self._count("truncated"))
-    pad_trained = property(lambda self: self._count("pad_trained"))
-    label_mismatch = property(lambda self: self._count("label_mismatch"))
 
     def raise_if_failed(self) -> None:
         """Raise `MaskingError` about the likeliest cause; do nothing where `ok`."""
@@ -106,7 +63,10 @@ class MaskReport:
         also = f" (also found: {', '.join(f'{other.code} {other.count}' for other in others)})" if others else ""
         raise MaskingError(first.where, found=first.found, expected=first.expected, fix=first.fix + also)
 
-    def _table(self) -> tuple[str, list[str], list[list[str]]]:
+    def _title(self) -> str:
+        return f"Mask check: {'every answer is trained, and nothing else' if self.ok else 'NOT fit to train on'}"
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
         median, p95, longest = self.tokens_per_row
         peak = max(self.histogram)
         bars = "".join("▁▂▃▄▅▆▇█"[7 * n // peak] if n else "·" for n in self.histogram)
@@ -122,33 +82,20 @@ class MaskReport:
         for each in self.findings:
             first = ", ".join(map(str, each.first_rows)) + (", …" if each.rows > len(each.first_rows) else "")
             rows.append([each.code, f"{each.count:,} {each.unit}, in row {first}: {each.found}"])
-        verdict = "NOT fit to train on" if self.findings else "every answer is trained, and nothing else"
-        return f"Mask check: {verdict}", ["measure", "value"], rows
-
-    def __repr__(self) -> str:
-        title, headers, rows = self._table()
-        return f"{title}\n{text_table(headers, rows)}"
-
-    def _repr_html_(self) -> str:
-        title, headers, rows = self._table()
-        return f"<p><b>{title}</b></p>{html_table(headers, rows)}"
+        return ["measure", "value"], rows
 
 
-def check_masking(dataset, *, tokenizer, ignore_index: int = -100, texts: Iterable[str] | None = None) -> MaskReport:
-    """Check the labels of every row.
+def check_masking(dataset, *, tokenizer) -> MaskReport:
+    """Check the labels of every row; -100 is masked.
 
     Args:
         dataset: rows with `input_ids` and `labels` (and, where padded, `attention_mask`): a `datasets.Dataset`, a
             list of dicts, or a padded batch (a dict of arrays of shape `(rows, tokens)`). A row holds one
             conversation from its start, or several one after the other.
         tokenizer: the one that made the ids, with its chat template.
-        ignore_index: the label of a masked token.
-        texts: the rendered conversations before they were cut; read only if rows are cut, to say what length would
-            keep 99 % of the answers whole. (Fully masked rows are dropped in training, so these need not be the same
-            rows.)
 
     Raises:
-        RowsError: there are no rows, or one cannot be read: no labels, or not as many as ids, or unknown ids.
+        MaskingError: there are no rows, or one cannot be read: no labels, or not as many as ids, or unknown ids.
         TurnsError: the chat template cannot be checked.
 
     Example:
@@ -156,19 +103,18 @@ def check_masking(dataset, *, tokenizer, ignore_index: int = -100, texts: Iterab
     """
     table = TokenBytes(tokenizer)
     turns = read_turns(tokenizer, table)
-    parts = [
-        _examine(chunk, tokenizer, table, turns, ignore_index)
-        for chunk in read_rows(dataset, ids_below=table.row_end_id)
-    ]
+    chunks = read_rows(dataset, ids_below=table.row_end_id)
+    parts = [_examine(chunk, tokenizer, table, turns) for chunk in chunks]
     if not parts:
-        raise RowsError("dataset", found="no rows", expected="rows with input_ids and labels", fix="pass other rows")
+        raise MaskingError("dataset", found="no rows", expected="rows with input_ids and labels", fix="pass other rows")
     rows = _PerRow(*(np.concatenate([getattr(part.rows, name) for part in parts]) for name in _PerRow._fields))
     cut = _cut_rows(rows)
     needed = np.concatenate([part.needed for part in parts] + [np.full((cut & ~rows.answer_cut).sum(), _UNKNOWN)])
-    enough = _length_for_99_percent(needed)
-    if enough is None and texts is not None:
-        enough = _length_for_99_percent(_needed_by(texts, tokenizer, table, turns))
+    enough = int(np.percentile(needed, 99, method="inverted_cdf")) if len(needed) else _UNKNOWN
+    enough = None if enough == _UNKNOWN else enough  # so many were cut that nobody can say
     shortest, longest = int(rows.tokens.min()), int(rows.tokens.max())
+    fixes = fixes_of(table, turns, longest, enough)
+    told = dict(answers=rows.answers, cut=cut, dataset=dataset, tokenizer=tokenizer, fixes=fixes)
     return MaskReport(
         rows=len(rows.tokens),
         tokens=int(rows.tokens.sum()),
@@ -178,7 +124,7 @@ def check_masking(dataset, *, tokenizer, ignore_index: int = -100, texts: Iterab
         shortest=shortest,
         histogram=tuple(np.histogram(rows.tokens, bins=8, range=(shortest, longest + 1))[0].tolist()),
         length_for_99_percent=enough,
-        findings=tuple(_findings(_spans(parts, rows, cut), rows, cut, dataset, tokenizer, table, turns, enough)),
+        findings=tuple(find_faults(_spans(parts, rows, cut), **told)),
     )
 
 
@@ -220,10 +166,10 @@ class _Truth:
     row_bytes: np.ndarray
 
 
-def _examine(chunk: Rows, tokenizer, table: TokenBytes, turns: Turns, ignore_index: int) -> _Part:
+def _examine(chunk: Rows, tokenizer, table: TokenBytes, turns: Turns) -> _Part:
     rows, row_of, starts = len(chunk.lengths), chunk.row_of, chunk.starts
     pad = _padding(chunk, tokenizer, turns)
-    trained = chunk.labels != ignore_index
+    trained = chunk.labels != -100
     truth = _locate(chunk, pad, tokenizer, table, turns)
     closed, must = truth.found.closed, truth.expected == _TRAINED
     is_end = np.zeros(len(chunk.ids), bool)
@@ -366,23 +312,6 @@ def _wrong_bos(chunk, pad, expected, is_end, tokenizer, turns: Turns, table: Tok
     return wrong | (opens & ~bos) if turns.renders_bos else wrong
 
 
-def _length_for_99_percent(needed: np.ndarray) -> int | None:
-    """The tokens a row needs so that 99 % of the answers fit; None where that many were cut that nobody can say."""
-    if not len(needed):
-        return None
-    length = int(np.percentile(needed, 99, method="inverted_cdf"))
-    return None if length == _UNKNOWN else length
-
-
-def _needed_by(texts: Iterable[str], tokenizer, table: TokenBytes, turns: Turns) -> np.ndarray:
-    """The tokens that each answer of `texts` needs, counted from its row's start."""
-    rows = ({"input_ids": ids, "labels": ids} for ids in tokenizer(list(texts)).input_ids)
-    parts = [
-        _examine(chunk, tokenizer, table, turns, -100) for chunk in read_rows(list(rows), ids_below=table.row_end_id)
-    ]
-    return np.concatenate([part.needed for part in parts])
-
-
 def _spans(parts: list[_Part], rows: _PerRow, cut: np.ndarray) -> dict[str, np.ndarray]:
     """All faults by code: lines of row, first token, the token behind the last."""
     spans = {code: np.concatenate([part.spans[code] for part in parts]) for code in parts[0].spans}
@@ -395,71 +324,3 @@ def _spans(parts: list[_Part], rows: _PerRow, cut: np.ndarray) -> dict[str, np.n
         row = np.flatnonzero(flagged)
         spans[code] = np.column_stack([row, np.zeros_like(row), rows.width[row]])
     return spans
-
-
-def _findings(
-    spans, rows: _PerRow, cut, dataset, tokenizer, table: TokenBytes, turns: Turns, enough
-) -> Iterator[Finding]:
-    """The faults in the order of `_CHECKS`, each with one row quoted and the fix that fits."""
-    fixes = _fixes(table, turns, int(rows.tokens.max()), enough)
-    for code, (unit, meaning) in _CHECKS.items():
-        lines = spans[code]
-        if not len(lines):
-            continue
-        lines = lines[np.lexsort((lines[:, 1], lines[:, 0]))]
-        numbers = np.unique(lines[:, 0])
-        shown, cause = lines[0], code
-        if code == "fully_masked":  # the worst cause first: wrong markers, then no answer to train, then the length
-            answered, short = rows.answers[lines[:, 0]] > 0, cut[lines[:, 0]]
-            order = np.lexsort((short, ~answered))
-            shown = lines[order[0]]
-            cause = "fully_masked" if answered.any() else "no_answer" if not short.all() else "truncated"
-        row, first, last = map(int, shown)
-        text = tokenizer.decode(ids_of(dataset, row)[first:last])
-        expected, fix = fixes[cause]
-        yield Finding(
-            code=code,
-            count={"tokens": int((lines[:, 2] - lines[:, 1]).sum()), "rows": len(numbers), "answers": len(lines)}[unit],
-            unit=unit,
-            rows=len(numbers),
-            first_rows=tuple(numbers[:3].tolist()),
-            where=f"row {row}, tokens {first} to {last - 1}" if last > first else f"row {row}",
-            found=f"{meaning}: {_quote(text, from_end=code == 'truncated')}",
-            expected=expected,
-            fix=fix,
-        )
-
-
-def _fixes(table: TokenBytes, turns: Turns, longest: int, enough: int | None) -> dict[str, tuple[str, str]]:
-    """What was expected and what to do, by cause."""
-    instruction, response = (table.text(mark).strip(" ") for mark in (turns.user_start, turns.answer_start))
-    end = table.text(turns.answer_end)
-    markers = (
-        "give train_on_responses_only this template's own markers, "
-        f"instruction_part={instruction!r} and response_part={response!r}"
-    )
-    merged = f"{markers}; if it has them, strip the answers: a leading newline merges with the marker's"
-    length = f"raise max_seq_length above {longest:,} (texts= tells by how much)"
-    if enough:
-        length = f"set max_seq_length to {enough:,}, which keeps 99 % of the answers whole"
-    return {
-        "no_template": ("rows made with this tokenizer's chat template", "use one tokenizer to format and to check"),
-        "label_mismatch": (
-            "labels equal to their input ids: the model itself shifts them",
-            "leave the labels in place",
-        ),
-        "double_bos": ("one BOS token where a conversation starts", "render the rows with format_conversations"),
-        "leaked": ("everything outside an answer masked", markers),
-        "only_last": ("every answer trained", f"leave out last_response_only; if it is not set: {merged}"),
-        "fully_masked": ("at least one answer trained", merged),
-        "no_answer": ("an answer in each row", "keep the valid rows of validate_conversations only"),
-        "missed": ("the whole answer trained", merged),
-        "missing_end": (f"each answer's {end!r} in the text and trained", merged),
-        "pad_trained": ("padding masked", "label padding with -100, and pad with a token that is not the EOS token"),
-        "truncated": (f"answers that end with {end!r}", f"the markers are not to blame: {length}"),
-    }
-
-
-def _quote(text: str, *, from_end: bool, width: int = 60) -> str:
-    short = text if len(text) <= width else "…" + text[-width:] if from_end else text[:width] + "…"
-    return repr(short)

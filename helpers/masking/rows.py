@@ -12,8 +12,8 @@ _ROWS_AT_ONCE = 128
 _COLUMNS = ("input_ids", "labels", "attention_mask")
 
 
-class RowsError(InputError):
-    """A row cannot be read: no labels, not as many as ids, or ids that the tokenizer does not have."""
+class MaskingError(InputError):
+    """The mask is wrong, or a row cannot be read: no labels, not as many as ids, or an unknown id."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def read_rows(dataset, *, ids_below: int) -> Iterator[Rows]:
         ids_below: the size of the vocabulary.
 
     Raises:
-        RowsError: see there.
+        MaskingError: a row cannot be read.
 
     Example: rows of ids [5, 6] and [7] -> `Rows(ids=[5, 6, 7], row_of=[0, 0, 1], starts=[0, 2], lengths=[2, 1], ...)`.
     """
@@ -65,10 +65,10 @@ def flat(values) -> np.ndarray:
 
 
 def need_columns(names, where: str) -> None:
-    """Raise `RowsError` where `names` lacks `input_ids` or `labels`."""
+    """Raise `MaskingError` where `names` lacks `input_ids` or `labels`."""
     for name in _COLUMNS[:2]:
         if name not in names:
-            raise RowsError(
+            raise MaskingError(
                 where,
                 found=f"no {name!r} among {sorted(names)}",
                 expected="tokenized and masked rows",
@@ -80,7 +80,7 @@ def _lay_out(first_row: int, blocks: list[tuple[np.ndarray, ...]], ids_below: in
     ids, labels, attended, lengths, label_lengths = (np.concatenate(column) for column in zip(*blocks, strict=True))
     wrong = np.flatnonzero(lengths != label_lengths)
     if len(wrong):
-        raise RowsError(
+        raise MaskingError(
             f"row {first_row + wrong[0]}",
             found=f"{label_lengths[wrong[0]]} labels for {lengths[wrong[0]]} input ids",
             expected="one label a token",
@@ -91,7 +91,7 @@ def _lay_out(first_row: int, blocks: list[tuple[np.ndarray, ...]], ids_below: in
     wrong = np.flatnonzero((ids < 0) | (ids >= ids_below))
     if len(wrong):
         row = row_of[wrong[0]]
-        raise RowsError(
+        raise MaskingError(
             f"row {first_row + row}, token {wrong[0] - starts[row]}",
             found=f"input id {ids[wrong[0]]}",
             expected=f"an id of this tokenizer, 0 to {ids_below - 1}",

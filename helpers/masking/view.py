@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
-from helpers.masking.rows import RowsError, flat, need_columns
+from helpers.masking.rows import MaskingError, flat, need_columns
 from helpers.template.turns import TokenBytes
 
 
@@ -17,7 +17,7 @@ def show_masking(row: Mapping, *, tokenizer) -> "MaskView":
         tokenizer: the one that made the ids.
 
     Raises:
-        RowsError: there are no labels, or not as many as ids.
+        MaskingError: there are no labels, or not as many as ids.
 
     Example:
         >>> print(show_masking(trainer.train_dataset[0], tokenizer=tokenizer))
@@ -30,7 +30,7 @@ def show_masking(row: Mapping, *, tokenizer) -> "MaskView":
     table = TokenBytes(tokenizer)
     ids, labels = (flat(row[key]).tolist() for key in ("input_ids", "labels"))
     if len(ids) != len(labels):
-        raise RowsError(
+        raise MaskingError(
             "row",
             found=f"{len(labels)} labels for {len(ids)} ids",
             expected="one label a token",
@@ -73,9 +73,12 @@ class MaskView:
 
     pieces: tuple[_Piece, ...]
 
+    def _counts(self) -> str:
+        trained = sum(len(piece.ids) for piece in self.pieces if piece.trained)
+        return f"{sum(len(piece.ids) for piece in self.pieces)} tokens, {trained} trained"
+
     def __repr__(self) -> str:
-        total = sum(len(piece.ids) for piece in self.pieces)
-        lines = [f"{total} tokens, {sum(len(p.ids) for p in self.pieces if p.trained)} trained"]
+        lines = [self._counts()]
         for trained, run in groupby(self.pieces, key=lambda piece: piece.trained):
             lines.append(("TRAINED | " if trained else "masked  | ") + "".join(_visible(p.text) for p in run))
         return "\n".join(lines)
@@ -90,10 +93,8 @@ class MaskView:
             if piece.special:
                 text = f'<b style="{_SPECIAL_STYLE}">{text}</b>'
             spans.append(f'<{tag} style="{style}" title="{title}">{text}</{tag}>')
-        total = sum(len(piece.ids) for piece in self.pieces)
-        trained = sum(len(piece.ids) for piece in self.pieces if piece.trained)
         return (
-            f'<div><p>{total} tokens, {trained} trained: <u style="{_TRAINED_STYLE}">trained</u> '
+            f'<div><p>{self._counts()}: <u style="{_TRAINED_STYLE}">trained</u> '
             f'<span style="{_MASKED_STYLE}">masked</span></p><pre style="white-space:pre-wrap;line-height:1.7;'
             f'color:inherit;background:transparent">{"".join(spans)}</pre></div>'
         )

@@ -2,4 +2,4 @@
 
 from helpers.memory.fit import fit_into_memory
 from helpers.memory.plan import plan_batch
-from helpers.memory.stats import MemoryReport, stage_table, track_memory
+from helpers.memory.stats import track_memory

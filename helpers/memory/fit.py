@@ -21,9 +21,8 @@ class Fitting:
     """How a run got by with its memory; complete once training has begun.
 
     Attributes:
-        rehearsal: the seconds and the memory of the rehearsal: the longest conversations, trained and evaluated. No
-            seconds where there was nothing left to train.
-        first_step: those of this session's first step, which sets up the optimiser, and on a GPU the libraries.
+        rehearsal: the longest conversations, trained and evaluated; no seconds where nothing was left to train.
+        first_step: this session's first, which sets up the optimiser, and on a GPU the libraries.
         all_checkpointed: memory ran out where only some layers were checkpointed, and since then all are.
         tokens_at_once: the largest micro-batch that still fits; None: all of them did.
         splits: micro-batches that were split.
@@ -44,21 +43,20 @@ def fit_into_memory(trainer: Any, checkpointed_layers: Callable[[int], int] | No
 
     Before the first step the longest conversations are trained once and evaluated once, without any effect: gradients
     are dropped and random numbers put back. Where a micro-batch does not fit, there or later, and layers are spared,
-    every layer is checkpointed from then on. If it still does not fit, it is halved until it does; the halves'
-    gradients add up to the same step, because each is divided by the answer tokens of the whole step. So no step is
-    lost, and every later micro-batch of that size is split from the start. It says so when it happens. A batch of an
-    evaluation is split likewise, and has the same loss: its parts' means, weighted by their answer tokens.
+    every layer is checkpointed from then on. If it still does not fit, it is halved until it does, and later ones of
+    that size are from the start. No step is lost: the halves' gradients add up to the same step, because each is
+    divided by the answer tokens of the whole step. A batch of an evaluation is split likewise, and has the same loss:
+    its parts' means, weighted by their answer tokens.
 
     Args:
         trainer: a Transformers or TRL trainer; its rows hold `input_ids` (and `labels`, or its collator makes them).
         checkpointed_layers: such as `BatchPlan.checkpointed_layers`: in how many layers, from the first, a micro-batch
             of so many tokens is checkpointed, of a model that was loaded with gradient checkpointing; None: in all.
-            Once memory has run out, it is in all of them. The gradients are the same.
 
     Raises:
-        DoesNotFit: one conversation alone is too much, or a batch is and the trainer does not count the step's answer
-            tokens (its `num_items_in_batch` is None), without which the halves would add up to another step; or a batch
-            of an evaluation is of which more than a loss is asked for (`compute_metrics`).
+        DoesNotFit: one conversation alone is too much; or a batch is that cannot be split, because the trainer does not
+            count the step's answer tokens (its `num_items_in_batch` is None), or because an evaluation asks for more
+            than a loss (`compute_metrics`).
 
     Example:
         >>> with fit_into_memory(trainer, plan.checkpointed_layers) as fitting:
@@ -66,97 +64,120 @@ def fit_into_memory(trainer: Any, checkpointed_layers: Callable[[int], int] | No
         >>> fitting.rehearsal.peak_reserved_gib
         3.66
     """
+    steps = _Steps(trainer, checkpointed_layers)
+    measure = _measure(steps)
+    trainer.training_step, trainer.prediction_step = steps.train, steps.evaluate
+    trainer.add_callback(measure)
+    try:
+        yield steps.fitting
+    finally:
+        measure.first_step.close()  # open where the first step failed
+        for layer, flag in steps.flags:
+            layer.gradient_checkpointing = flag
+        trainer.remove_callback(measure)
+        del trainer.training_step, trainer.prediction_step
+
+
+class _Steps:
+    """A trainer's `training_step` and `prediction_step`, each of as many parts as the memory needs."""
+
+    def __init__(self, trainer: Any, checkpointed_layers: Callable[[int], int] | None) -> None:
+        with track_memory(REHEARSAL) as nothing:  # stands where a run is complete, so that nothing is rehearsed
+            pass
+        self.trainer, self.checkpointed_layers = trainer, checkpointed_layers
+        self.fitting = Fitting(nothing, replace(nothing, label=FIRST_STEP))
+        self.train_whole, self.evaluate_whole = trainer.training_step, trainer.prediction_step
+        self.flags: list[tuple[Any, Any]] = []  # (layer, its flag) of each layer that is checkpointed
+        self.spared = 0  # how many of them are not, in the part that was computed last
+
+    def train(self, model: Any, inputs: Any, num_items_in_batch: Any = None, *rest: Any, **named: Any) -> Any:
+        kept = [(p, p.grad.clone()) for p in model.parameters() if p.grad is not None]
+        parts: list[Any] = []
+
+        def attempt() -> Any:
+            parts[:] = _split(inputs, None if num_items_in_batch is None else self.fitting.tokens_at_once)
+            losses = []
+            for part in parts:
+                self._spare_layers(part)
+                losses.append(self.train_whole(model, part, num_items_in_batch, *rest, **named))
+            self.fitting.splits += len(parts) > 1
+            return sum(losses)
+
+        def make_smaller() -> None:
+            _drop_gradients(model, kept)
+            if self.spared:
+                self.fitting.all_checkpointed = True
+                print("Memory ran out: from here on every layer is checkpointed. No step is lost.")
+                return
+            cannot = "" if num_items_in_batch is not None else "this trainer does not count the answer tokens of a step"
+            most = self.fitting.tokens_at_once = _halve(inputs, parts, "train", cannot=cannot)
+            print(f"Memory ran out: from here on at most {most:,} tokens are trained on at once. No step is lost.")
+
+        return _until_it_fits(attempt, make_smaller)
+
+    def evaluate(self, model: Any, inputs: Any, prediction_loss_only: bool, *rest: Any, **named: Any) -> Any:
+        can_split = prediction_loss_only and "labels" in inputs
+        parts: list[Any] = []
+
+        def attempt() -> Any:
+            parts[:] = _split(inputs, self.fitting.evaluated_at_once if can_split else None)
+            # Copies, because TRL adds to what it is given.
+            done = [self.evaluate_whole(model, dict(part), prediction_loss_only, *rest, **named) for part in parts]
+            return done[0] if len(done) == 1 else (_mean_loss(done, parts), None, None)
+
+        def make_smaller() -> None:
+            _empty_cache()
+            cannot = "" if can_split else "more is asked for than the loss of its labels"
+            most = self.fitting.evaluated_at_once = _halve(inputs, parts, "eval", cannot=cannot)
+            print(
+                f"Memory ran out in the evaluation: from here on at most {most:,} tokens at once, with the same loss."
+            )
+
+        return _until_it_fits(attempt, make_smaller)
+
+    def _spare_layers(self, part: Any) -> None:
+        """Checkpoint only the first layers, as many as a part needs."""
+        count = len(self.flags)
+        if self.checkpointed_layers and not self.fitting.all_checkpointed:
+            count = self.checkpointed_layers(part["input_ids"].numel())
+        for number, (layer, flag) in enumerate(self.flags):
+            layer.gradient_checkpointing = flag if number < count else False
+        self.spared = max(len(self.flags) - count, 0)
+
+
+def _until_it_fits(attempt: Callable[[], Any], make_smaller: Callable[[], None]) -> Any:
+    """What `attempt` returns; each time that memory runs out, `make_smaller` decides how it is tried again."""
+    while True:
+        try:
+            return attempt()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        make_smaller()  # behind the `except`: the error holds on to the tensors that did not fit
+
+
+def _measure(steps: _Steps) -> Any:
+    """The callback that rehearses as training begins, and measures it and the first step."""
     from transformers import TrainerCallback
 
-    with track_memory(REHEARSAL) as nothing:  # stands where a run is complete, so that nothing is rehearsed
-        pass
-    fitting, step = Fitting(nothing, replace(nothing, label=FIRST_STEP)), contextlib.ExitStack()
-    train_whole, evaluate_whole = trainer.training_step, trainer.prediction_step
-    flags: list[tuple[Any, Any]] = []
-
-    def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None, *rest: Any, **named: Any) -> Any:
-        while True:
-            chunks = _split(inputs, None if num_items_in_batch is None else fitting.tokens_at_once)
-            kept = [(p, p.grad.clone()) for p in model.parameters() if p.grad is not None]
-            try:
-                losses = []
-                for chunk in chunks:
-                    spared = _spare_layers(flags, chunk, None if fitting.all_checkpointed else checkpointed_layers)
-                    losses.append(train_whole(model, chunk, num_items_in_batch, *rest, **named))
-                fitting.splits += len(chunks) > 1
-                return sum(losses)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            _drop_gradients(model, kept)
-            if spared:
-                fitting.all_checkpointed = True
-                print("Memory ran out: from here on every layer is checkpointed. No step is lost.")
-                continue
-            if num_items_in_batch is None:
-                raise DoesNotFit(
-                    "training",
-                    found="a batch that does not fit, of a trainer that does not count the answer tokens of a step",
-                    expected="a batch that fits, or num_items_in_batch, by which it could be split",
-                    fix="set a smaller per_device_train_batch_size",
-                )
-            fitting.tokens_at_once = _halve(inputs, chunks, what="train on")
-            print(
-                f"Memory ran out: from here on at most {fitting.tokens_at_once:,} tokens are trained on at once. "
-                "No step is lost."
-            )
-
-    def prediction_step(model: Any, inputs: Any, prediction_loss_only: bool, *rest: Any, **named: Any) -> Any:
-        can_split = prediction_loss_only and "labels" in inputs
-        while True:
-            chunks = _split(inputs, fitting.evaluated_at_once if can_split else None)
-            try:
-                # Copies, because TRL adds to what it is given.
-                parts = [evaluate_whole(model, dict(part), prediction_loss_only, *rest, **named) for part in chunks]
-                return parts[0] if len(parts) == 1 else (_mean_loss(parts, chunks), None, None)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            _empty_cache()
-            if not can_split:
-                raise DoesNotFit(
-                    "the evaluation",
-                    found="a batch that does not fit, of which more than the loss of its labels is asked for",
-                    expected="a batch that fits, or prediction_loss_only and labels, by which it could be split",
-                    fix="set a smaller per_device_eval_batch_size",
-                )
-            fitting.evaluated_at_once = _halve(inputs, chunks, what="evaluate")
-            print(
-                f"Memory ran out in the evaluation: from here on at most {fitting.evaluated_at_once:,} tokens at once. "
-                "Its loss is the same."
-            )
-
     class Measure(TrainerCallback):
+        first_step = contextlib.ExitStack()
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            flags[:] = _checkpointing_flags(trainer.model)  # now, because the trainer switches them on as it begins
-            with track_memory(REHEARSAL) as fitting.rehearsal:
-                _rehearse(trainer)
+            steps.flags[:] = _checkpointing_flags(steps.trainer.model)  # the trainer has just switched them on
+            with track_memory(REHEARSAL) as steps.fitting.rehearsal:
+                _rehearse(steps.trainer)
             self.is_first = True
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.is_first:
-                fitting.first_step = step.enter_context(track_memory(FIRST_STEP))
+                steps.fitting.first_step = self.first_step.enter_context(track_memory(FIRST_STEP))
                 self.is_first = False
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            step.close()
+            self.first_step.close()
 
-    measure = Measure()
-    trainer.training_step, trainer.prediction_step = training_step, prediction_step
-    trainer.add_callback(measure)
-    try:
-        yield fitting
-    finally:
-        step.close()  # open where the first step failed
-        for layer, flag in flags:
-            layer.gradient_checkpointing = flag
-        trainer.remove_callback(measure)
-        del trainer.training_step, trainer.prediction_step
+    return Measure()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -175,37 +196,40 @@ def _checkpointing_flags(model: Any) -> list[tuple[Any, Any]]:
     return [(layer, layer.gradient_checkpointing) for layer in layers if layer.gradient_checkpointing]
 
 
-def _spare_layers(flags: list[tuple[Any, Any]], chunk: Any, checkpointed_layers: Callable[[int], int] | None) -> int:
-    """Checkpoint only the first layers, as many as a part needs; returns how many are spared."""
-    count = len(flags) if checkpointed_layers is None else checkpointed_layers(chunk["input_ids"].numel())
-    for number, (layer, flag) in enumerate(flags):
-        layer.gradient_checkpointing = flag if number < count else False
-    return max(len(flags) - count, 0)
+def _halve(inputs: Any, parts: list[Any], kind: str, *, cannot: str) -> int:
+    """Half as many tokens as the largest part has.
 
+    Args:
+        kind: "train" or "eval".
+        cannot: why the batch cannot be split; "": it can.
 
-def _alone(tokens: int, what: str) -> DoesNotFit:
-    return DoesNotFit(
-        f"a conversation of {tokens} tokens",
-        found=f"not enough memory to {what} it alone",
-        expected="room for the longest conversation",
-        fix="set a smaller MAX_SEQ_LENGTH, a smaller model, or restart the session if other work fills it",
-    )
-
-
-def _halve(inputs: Any, chunks: list[Any], *, what: str) -> int:
-    """Half as many tokens as the largest part has. Raises DoesNotFit where that splits no part: each is one row."""
-    largest = max(chunk["input_ids"].numel() for chunk in chunks)
-    if len(_split(inputs, largest // 2)) == len(chunks):
-        raise _alone(largest, what)
+    Raises:
+        DoesNotFit: it cannot be split, or each part is one row already.
+    """
+    if cannot:
+        raise DoesNotFit(
+            f"per_device_{kind}_batch_size",
+            found=f"a batch that does not fit and cannot be split: {cannot}",
+            expected="a batch that fits",
+            fix=f"set a smaller per_device_{kind}_batch_size",
+        )
+    largest = max(part["input_ids"].numel() for part in parts)
+    if len(_split(inputs, largest // 2)) == len(parts):
+        raise DoesNotFit(
+            f"a conversation of {largest} tokens",
+            found=f"not enough memory to {'train on' if kind == 'train' else 'evaluate'} it alone",
+            expected="room for the longest conversation",
+            fix="set a smaller MAX_SEQ_LENGTH, a smaller model, or restart the session if other work fills it",
+        )
     return largest // 2
 
 
-def _mean_loss(parts: list[Any], chunks: list[Any]) -> Any:
+def _mean_loss(done: list[Any], parts: list[Any]) -> Any:
     """The loss of a whole batch, from its parts' (loss, …), each the mean over the labels that are predicted."""
-    counts = [(chunk["labels"][..., 1:] != -100).sum() for chunk in chunks]
+    counts = [(part["labels"][..., 1:] != -100).sum() for part in parts]
     # A part without such tokens has no mean (0 / 0), and no part in the whole.
-    sums = [loss * count.to(loss.device) for (loss, *_), count in zip(parts, counts, strict=True) if count]
-    return sum(sums) / sum(counts).to(parts[0][0].device)
+    sums = [loss * count.to(loss.device) for (loss, *_), count in zip(done, counts, strict=True) if count]
+    return sum(sums) / sum(counts).to(done[0][0].device)
 
 
 def _rehearse(trainer: Any) -> None:
@@ -213,11 +237,8 @@ def _rehearse(trainer: Any) -> None:
     import torch
 
     args, model = trainer.args, trainer.model_wrapped
-    metrics = {
-        name: copy.deepcopy(vars(trainer)[name])
-        for name in ("_metrics", "_total_train_tokens")
-        if name in vars(trainer)
-    }
+    kept = [name for name in ("_metrics", "_total_train_tokens") if name in vars(trainer)]
+    metrics = {name: copy.deepcopy(vars(trainer)[name]) for name in kept}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         rows = _longest(trainer.train_dataset, args.per_device_train_batch_size)
@@ -258,7 +279,7 @@ def _drop_gradients(model: Any, kept: list[tuple[Any, Any]]) -> None:
     """Throw away what an unfinished step left, put back what was there before it, and free the cache."""
     model.zero_grad(set_to_none=True)
     for parameter, gradient in kept:
-        parameter.grad = gradient
+        parameter.grad = gradient.clone()  # the next attempt adds to it
     _empty_cache()
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from helpers.base import InputError, html_table, text_table
+from helpers.base import InputError, Table
 from helpers.memory.stats import GIB
 
 T4_GIB = 14.748
@@ -26,7 +26,7 @@ REACHED = 0.5
 # conversation has an attention call of its own).
 PADDED_HOST_SECONDS, PADDING_FREE_HOST_SECONDS = 0.0043, 0.0061
 OFFLOAD_BYTES_PER_SECOND = 12e9  # PCIe 3, 16 lanes, as reached
-WIDTHS = 7  # of padded batches: each new one costs the GPU's libraries a second once, fewer waste more padding
+ROWS = 5  # of the plan that are shown
 
 
 def predict_peak(
@@ -99,8 +99,7 @@ class BatchOption:
 
     Attributes:
         micro_batch, accumulation: conversations at once, and how often in a step.
-        use_gradient_checkpointing: False, True or "unsloth".
-        as_needed: True in only as many layers as this micro-batch's memory needs, the fewer the shorter it is.
+        checkpointing: False; True, in only as many layers as a micro-batch's memory needs; or "unsloth".
         padding_free: conversations one after the other in one long row; False: side by side, padded.
         predicted_gib: the peak that `predict_peak` gives for the longest conversations.
         seconds: an estimate for one step, to compare options by; not a promise.
@@ -109,78 +108,82 @@ class BatchOption:
 
     micro_batch: int
     accumulation: int
-    use_gradient_checkpointing: bool | str
-    as_needed: bool
+    checkpointing: bool | str
     padding_free: bool
     predicted_gib: float
     seconds: float
     fits: bool
 
+    def __str__(self) -> str:
+        return (
+            f"MICRO_BATCH = {self.micro_batch}, ACCUMULATION = {self.accumulation}, "
+            f"CHECKPOINTING = {self.checkpointing!r}, PADDING_FREE = {self.padding_free}"
+        )
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """The option that was chosen, and those that were not.
+
+@dataclass(frozen=True, repr=False)
+class BatchPlan(Table):
+    """The reader's own option beside the fastest that fit.
 
     Attributes:
-        chosen: the fastest option that fits.
-        options: all that were considered, the fastest first.
-        padded_to: the multiple of tokens that padded batches are as wide as.
+        yours: what the reader chose.
+        fitting: all that fit, the fastest first.
         limit_gib: what a step may take.
         device: whose memory and speed were planned for.
         most_tokens: those that fit into a micro-batch with 0, 1, 2, … layers checkpointed, up to all.
     """
 
-    chosen: BatchOption
-    options: tuple[BatchOption, ...]
-    padded_to: int
+    yours: BatchOption
+    fitting: tuple[BatchOption, ...]
     limit_gib: float
     device: str
     most_tokens: tuple[int, ...]
 
+    @property
+    def fastest(self) -> BatchOption:
+        return self.fitting[0]
+
     def checkpointed_layers(self, tokens: int) -> int:
         """In how many layers, from the first, a micro-batch of so many tokens (padding included) is checkpointed."""
-        if self.chosen.as_needed:
+        if self.yours.checkpointing is True:
             return _fewest_layers(self.most_tokens, tokens)
-        return len(self.most_tokens) - 1 if self.chosen.use_gradient_checkpointing else 0
+        return len(self.most_tokens) - 1 if self.yours.checkpointing else 0
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The arguments of `SFTConfig` that the plan decides."""
-        settings = dict(
-            per_device_train_batch_size=self.chosen.micro_batch,
-            gradient_accumulation_steps=self.chosen.accumulation,
-            gradient_checkpointing=bool(self.chosen.use_gradient_checkpointing),
-            train_sampling_strategy="group_by_length",
-            padding_free=self.chosen.padding_free,
-        )
-        return settings if self.chosen.padding_free else settings | {"pad_to_multiple_of": self.padded_to}
+    def raise_if_failed(self) -> None:
+        """Raises PlanError where the reader's own option does not fit."""
+        if not self.yours.fits:
+            raise PlanError(
+                "MICRO_BATCH and CHECKPOINTING",
+                found=f"{self.yours.predicted_gib:.1f} GiB needed",
+                expected=f"at most {self.limit_gib:.1f} GiB",
+                fix=f"copy into Choices: {self.fastest}",
+            )
 
-    _headers = ("micro-batch × accumulation", "checkpointing", "padding", "predicted GiB", "fits")
-    _headers += ("s/step (estimate)", "")
-
-    def _rows(self) -> list[list[object]]:
-        return [
+    def _table(self) -> tuple[tuple[str, ...], list[list[object]]]:
+        headers = ("MICRO_BATCH", "ACCUMULATION", "CHECKPOINTING", "PADDING_FREE", "GiB", "s/step (estimate)", "")
+        shown = list(self.fitting[:ROWS])
+        shown += [self.yours] if self.yours not in shown else []
+        return headers, [
             [
-                f"{option.micro_batch} × {option.accumulation}",
-                "as needed" if option.as_needed else str(option.use_gradient_checkpointing),
-                "none" if option.padding_free else f"to {self.padded_to}s",
+                option.micro_batch,
+                option.accumulation,
+                str(option.checkpointing),
+                str(option.padding_free),
                 f"{option.predicted_gib:.1f}",
-                "yes" if option.fits else "no",
                 f"{option.seconds:.2f}",
-                "← chosen" if option == self.chosen else "",
+                "← yours" if option == self.yours else "",
             ]
-            for option in self.options
+            for option in shown
         ]
 
-    def _summary(self) -> str:
-        kind = "padding-free" if self.chosen.padding_free else f"padded to a multiple of {self.padded_to} tokens"
-        return f"For {self.device}, at most {self.limit_gib:.1f} GiB; batches are {kind}."
-
-    def __repr__(self) -> str:
-        return text_table(self._headers, self._rows()) + "\n" + self._summary()
-
-    def _repr_html_(self) -> str:
-        return html_table(self._headers, self._rows()) + f"<p>{self._summary()}</p>"
+    def _notes(self) -> list[str]:
+        where = f"For {self.device}: at most {self.limit_gib:.1f} GiB."
+        if not self.yours.fits:
+            return [f"{where} Yours does not fit. Copy into Choices: {self.fastest}"]
+        gain = self.yours.seconds / self.fastest.seconds
+        if gain < 1.005:
+            return [f"{where} Nothing that fits is faster than yours."]
+        return [f"{where} {gain:.2f} times as fast as yours, by estimate: {self.fastest}"]
 
 
 class PlanError(InputError):
@@ -191,18 +194,21 @@ def plan_batch(
     config: Any,
     *,
     lengths: Sequence[int],
-    effective_batch_size: int,
+    micro_batch: int,
+    accumulation: int,
+    checkpointing: bool | str,
+    padding_free: bool,
     lora_rank: int,
     load_in_4bit: bool = True,
     memory_gib: float | None = None,
     capability: tuple[int, int] | None = None,
 ) -> BatchPlan:
-    """Choose micro-batch, accumulation, checkpointing and padding: the fastest that fits, effective batch unchanged.
+    """Hold one way to form batches against all others of the same effective batch: what fits, and what is fastest.
 
     Args:
         config: the model's configuration.
         lengths: tokens of each conversation that will be trained, 1 or more.
-        effective_batch_size: conversations a step averages over.
+        micro_batch, accumulation, checkpointing, padding_free: the reader's choice, see `BatchOption`.
         lora_rank, load_in_4bit: see `predict_peak`.
         memory_gib: what this process may use; None: what is free on the GPU, and what PyTorch has reserved there and
             not allocated, so plan before the model is loaded. Without a GPU the plan is for a T4.
@@ -218,32 +224,32 @@ def plan_batch(
     `PADDING_FREE_HOST_SECONDS` a layer and pass), plus copying where activations are offloaded. So padding pays where
     the host is what takes the time; elsewhere it is wasted.
 
-    Checkpointing "as needed" looks at each micro-batch: the memory that the longest one leaves no room in has room for
-    what most layers of an ordinary one keep, and those are not computed again. `fit_into_memory` does it. (Unsloth's
-    own `checkpoint_skip_layers` spares the same layers in all batches, as many as the longest allows.)
+    Checkpointing (`True`) looks at each micro-batch: the memory that the longest one leaves no room in has room for
+    what most layers of an ordinary one keep, and those are not computed again. `fit_into_memory` does it.
 
     Raises:
         PlanError: not even one conversation at a time fits, a number makes no sense, or the configuration is not that
             of a Llama-like model.
 
     Example:
-        >>> plan_batch(config, lengths=lengths, effective_batch_size=8, lora_rank=16).settings
-        {'per_device_train_batch_size': 8, 'gradient_accumulation_steps': 1, …}
+        >>> plan = plan_batch(config, lengths=lengths, micro_batch=2, accumulation=4, checkpointing=False, …)
+        >>> plan.fastest.micro_batch
+        8
     """
-    _check_plan(lengths, effective_batch_size=effective_batch_size, memory_gib=memory_gib)
+    _check_plan(lengths, effective_batch_size=micro_batch * accumulation, memory_gib=memory_gib)
     memory_gib, capability, device = _device(memory_gib, capability)
     longest = sorted(lengths, reverse=True)
     costs = _Costs(
         config,
         longest=longest,
-        effective_batch_size=effective_batch_size,
+        effective_batch_size=micro_batch * accumulation,
         lora_rank=lora_rank,
         load_in_4bit=load_in_4bit,
         limit_gib=memory_gib * (1 - MARGIN),
         capability=capability,
     )
     options = _options(costs)
-    fitting = [option for option in options if option.fits]
+    fitting = tuple(option for option in options if option.fits)
     if not fitting:
         smallest = min(options, key=lambda option: option.predicted_gib)
         raise PlanError(
@@ -252,7 +258,8 @@ def plan_batch(
             expected=f"at most {costs.limit_gib:.1f} GiB",
             fix="choose a smaller model, a smaller MAX_SEQ_LENGTH or a smaller LoRA rank",
         )
-    return BatchPlan(fitting[0], tuple(options), costs.padded_to, costs.limit_gib, device, costs.most_tokens)
+    yours = costs.option(micro_batch, checkpointing, padding_free)
+    return BatchPlan(yours, fitting, costs.limit_gib, device, costs.most_tokens)
 
 
 def _check_plan(lengths: Sequence[int], *, effective_batch_size: int, memory_gib: float | None) -> None:
@@ -294,14 +301,6 @@ class _Costs:
     limit_gib: float
     capability: tuple[int, int]
 
-    @property
-    def padded_to(self) -> int:
-        """The widths of padded rows are multiples of this, so that there are few of them."""
-        return max(16, 2 ** math.ceil(math.log2(self.longest[0] / WIDTHS)))
-
-    def width(self, length: int) -> int:
-        return -(-length // self.padded_to) * self.padded_to
-
     def peak(self, tokens: int, mode: bool | str, checkpointed_layers: int | None = None) -> float:
         return predict_peak(
             self.config,
@@ -315,7 +314,7 @@ class _Costs:
     @functools.cached_property
     def most_tokens(self) -> tuple[int, ...]:
         """See `BatchPlan.most_tokens`: what fits with 0, 1, … checkpointed layers."""
-        fitting = range(self.effective_batch_size * self.width(self.longest[0]) + 1)
+        fitting = range(self.effective_batch_size * self.longest[0] + 1)
         return tuple(
             bisect.bisect_right(fitting, self.limit_gib, key=functools.partial(self._peak_with, layers)) - 1
             for layers in range(self.config.num_hidden_layers + 1)
@@ -324,12 +323,12 @@ class _Costs:
     def _peak_with(self, checkpointed_layers: int, tokens: int) -> float:
         return self.peak(tokens, True, checkpointed_layers)
 
-    def option(self, micro_batch: int, mode: bool | str, as_needed: bool, padding_free: bool) -> BatchOption:
+    def option(self, micro_batch: int, mode: bool | str, padding_free: bool) -> BatchOption:
         layers, weights = self.config.num_hidden_layers, _linear_weights(self.config)
         flops, bytes_per_second = SPEEDS.get(tuple(self.capability), SPEEDS[7, 5])
         batches = [self.longest[i : i + micro_batch] for i in range(0, len(self.longest), micro_batch)]
-        sizes = [sum(batch) if padding_free else len(batch) * self.width(batch[0]) for batch in batches]
-        again = [_fewest_layers(self.most_tokens, size) if as_needed else layers for size in sizes]
+        sizes = [sum(batch) if padding_free else len(batch) * batch[0] for batch in batches]
+        again = [_fewest_layers(self.most_tokens, size) if mode is True else layers for size in sizes]
         passes = [2 + (count / layers if mode else 0) for count in again]
         gpu = 2 * weights * sum(map(operator.mul, sizes, passes)) / (flops * REACHED)
         gpu += sum(passes) * weights * (4.5 if self.load_in_4bit else 2) / bytes_per_second
@@ -338,24 +337,23 @@ class _Costs:
         copied = 2 * sum(sizes) * layers * 2 * self.config.hidden_size if mode == "unsloth" else 0
         steps = len(self.longest) / self.effective_batch_size
         seconds = (max(gpu, host) + copied / OFFLOAD_BYTES_PER_SECOND) / steps
-        peak = self.peak(sizes[0], mode, again[0] if as_needed else None)
-        way = (micro_batch, self.effective_batch_size // micro_batch, mode, as_needed, padding_free)
-        return BatchOption(*way, peak, seconds, peak <= self.limit_gib)
+        peak = self.peak(sizes[0], mode, again[0] if mode is True else None)
+        accumulation = self.effective_batch_size // micro_batch
+        return BatchOption(micro_batch, accumulation, mode, padding_free, peak, seconds, peak <= self.limit_gib)
 
 
 def _options(costs: _Costs) -> list[BatchOption]:
     """All ways to form micro-batches, the fastest first."""
-    modes = ((False, False), (True, True), (True, False), ("unsloth", False))
     whole = costs.effective_batch_size
     micro_batches = [size for size in range(1, whole + 1) if whole % size == 0]
+    ways = itertools.product(micro_batches, (False, True, "unsloth"), (True, False))
+    options = [costs.option(*way) for way in ways]
+    kept = {(each.micro_batch, each.padding_free) for each in options if each.fits and not each.checkpointing}
+    # Where all can be kept, nothing has to be computed again: True is False once more.
     options = [
-        costs.option(micro_batch, *mode, padding_free)
-        for micro_batch, mode, padding_free in itertools.product(micro_batches, modes, (True, False))
+        each for each in options if each.checkpointing is not True or (each.micro_batch, each.padding_free) not in kept
     ]
-    without = {(o.micro_batch, o.padding_free) for o in options if not o.use_gradient_checkpointing and o.fits}
-    # Where all can be kept, "as needed" is that option once more.
-    options = [o for o in options if not o.as_needed or (o.micro_batch, o.padding_free) not in without]
-    return sorted(options, key=lambda option: (option.seconds, option.accumulation, option.predicted_gib))
+    return sorted(options, key=lambda each: (each.seconds, each.accumulation))
 
 
 def _fewest_layers(most_tokens: Sequence[int], tokens: int) -> int:

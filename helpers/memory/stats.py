@@ -6,10 +6,8 @@ GiB are 2**30 bytes.
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-
-from helpers.base import html_table, text_table
 
 GIB = 2**30
 SAMPLE_SECONDS = 0.02
@@ -37,7 +35,7 @@ class MemoryStats:
     peak_reserved_gib: float
 
 
-@dataclass
+@dataclass(repr=False)
 class Stage:
     """What `track_memory` measured; `after` is None until its block has ended. Seconds are wall time, memory is GiB."""
 
@@ -56,58 +54,15 @@ class Stage:
         """The peak of the block above what was reserved when it began."""
         return max(0.0, self.after.peak_reserved_gib - self.before.reserved_gib)
 
-
-@dataclass(frozen=True)
-class MemoryReport:
-    """One stage, and all stages before it, in the words of Unsloth's own notebooks."""
-
-    stage: Stage
-
-    def _lines(self) -> list[str]:
-        stats, seconds = self.stage.after, self.stage.seconds
-        of_what = "max memory" if stats.is_gpu else "the machine's memory"
-        peak, added = self.stage.peak_reserved_gib, self.stage.added_gib
-        lines = [
-            f"Device = {stats.device}. Max memory = {stats.total_gib:.3f} GiB.",
-            f"{self.stage.before.reserved_gib:.3f} GiB of memory reserved before.",
-            f"{seconds:.1f} seconds used for {self.stage.label}.",
-            f"{seconds / 60:.2f} minutes used for {self.stage.label}.",
-            f"Peak reserved memory = {peak:.3f} GiB ({100 * peak / stats.total_gib:.1f} % of {of_what}).",
-            f"Peak reserved memory for {self.stage.label} = {added:.3f} GiB "
-            f"({100 * added / stats.total_gib:.1f} % of {of_what}).",
-        ]
-        if not stats.is_gpu:
-            lines.append("There is no GPU: these are the memory of this process and of this machine.")
-        return lines
-
     def __repr__(self) -> str:
-        return "\n".join(self._lines())
-
-
-@dataclass(frozen=True)
-class StageTable:
-    """The stages of a chapter, one row each."""
-
-    stages: tuple[Stage, ...]
-
-    def _rows(self) -> list[list[object]]:
-        return [
-            [stage.label, f"{stage.seconds:.1f}"]
-            + [
-                f"{value:.2f}"
-                for value in (stage.after.allocated_gib, stage.after.reserved_gib, stage.peak_reserved_gib)
-            ]
-            + [f"{100 * stage.peak_reserved_gib / stage.after.total_gib:.0f}"]
-            for stage in self.stages
-        ]
-
-    _headers = ("stage", "seconds", "allocated GiB", "reserved GiB", "peak GiB", "peak %")
-
-    def __repr__(self) -> str:
-        return text_table(self._headers, self._rows())
-
-    def _repr_html_(self) -> str:
-        return html_table(self._headers, self._rows())
+        if self.after is None:
+            return f"{self.label}: not at its end yet"
+        whose = f"{self.after.device}'s" if self.after.is_gpu else "this machine's"
+        share = 100 * self.peak_reserved_gib / self.after.total_gib
+        return (
+            f"{self.label}: {self.seconds:.1f} s, at most {self.peak_reserved_gib:.2f} of {whose} "
+            f"{self.after.total_gib:.1f} GiB ({share:.0f} %), {self.added_gib:.2f} more than before"
+        )
 
 
 def memory_stats() -> MemoryStats:
@@ -130,7 +85,7 @@ def memory_stats() -> MemoryStats:
 
 @contextlib.contextmanager
 def track_memory(label: str) -> Iterator[Stage]:
-    """Measure a block: its seconds and its peak memory.
+    """Measure a block: its seconds and its peak memory; prints one line at its end.
 
     On a GPU the allocator's peak is reset when the block begins; without one the process is sampled every 20 ms, so a
     shorter spike can be missed. Blocks may lie inside each other: the outer one's peak counts all that was in it.
@@ -172,11 +127,7 @@ def track_memory(label: str) -> Iterator[Stage]:
         _open_peaks[:] = [each for each in _open_peaks if each is not peak]
         now = memory_stats()
         stage.after = replace(now, peak_reserved_gib=max(peak[0], now.peak_reserved_gib))
-
-
-def stage_table(stages: Sequence[Stage]) -> StageTable:
-    """The stages as a table: seconds, GiB allocated and reserved at the end, and the peak against the card's size."""
-    return StageTable(tuple(stages))
+        print(stage)
 
 
 def _resident_gib() -> float:

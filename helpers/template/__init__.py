@@ -1,3 +1,3 @@
 """The chat template: what it writes, and whether tokenizer and model agree with it."""
 
-from helpers.template.check import check_template, format_conversations, pin_date, require_template
+from helpers.template.check import check_template

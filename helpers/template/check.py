@@ -1,13 +1,12 @@
 """Render conversations with the tokenizer's chat template, and check that the two fit together."""
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from helpers.base import InputError, html_table, text_table
+from helpers.base import InputError, Table
 from helpers.handoff.run import fingerprint
-from helpers.template.turns import FIXED_DATE, TokenBytes, Turns, TurnsError, joined, read_turns, render
+from helpers.template.turns import TokenBytes, Turns, TurnsError, joined, read_turns, render
 
 # What a server hands to a template, with values as they may be: llama-server does (common/chat.cpp), and so do others.
 SERVER_VARIABLES = {
@@ -20,91 +19,41 @@ _QUESTION = [{"role": "user", "content": "Zq0u"}]
 _ANSWER = [{"role": "assistant", "content": "Zq1a"}]
 
 
-def pin_date(template: str) -> str:
-    """A chat template that prints 26 July 2024 whoever renders it: a server would hand today's date to it.
-
-    So a model is asked with the very text that it was trained with. Unsloth's Llama template prints this date by
-    itself, so that what the tokenizer renders stays the same; a template without a date is returned as it is.
-
-    Example: "{{- bos_token }}… {{ date_string }}" ->
-        "{%- set date_string = \"26 July 2024\" %}{{- bos_token }}… {{ date_string }}"
-    """
-    call = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
-    template = call.sub(lambda found: f"{found[1]}{FIXED_DATE.strftime(found[2])}{found[1]}", template)
-    pinned = f'{{%- set date_string = "{FIXED_DATE:%d %B %Y}" %}}'
-    return pinned + template if "date_string" in template and not template.startswith(pinned) else template
-
-
-class FormatError(InputError):
-    """A conversation cannot be rendered: names its row in the batch."""
-
-
-def format_conversations(examples: Mapping, tokenizer) -> dict[str, list[str]]:
-    """Render a batch of conversations for training: `dataset.map(format_conversations, batched=True, ...)`.
+def training_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """One conversation as chapter 03 writes it for training.
 
     The BOS token is left out where the tokenizer puts one in front of every text by itself, so that rows begin with
     one and not with two. White space around a message is left out, as Llama's own template does: a newline in front of
-    an answer would become one token with the marker before it. A template that prints today's date prints a fixed one.
-
-    Args:
-        examples: `{"conversations": [[{"role": "user", "content": "Hi"}, ...], ...]}`.
-        tokenizer: with its chat template.
-
-    Returns:
-        `{"text": [...]}`, a text a conversation.
-
-    Raises:
-        FormatError: there is no such column, or the template refuses a conversation.
+    an answer would become one token with the marker before it.
 
     Example:
-        >>> format_conversations({"conversations": [[{"role": "user", "content": "Hi"}]]}, tokenizer)
-        {'text': ['<|im_start|>user\\nHi<|im_end|>\\n']}
+        >>> training_text(tokenizer, [{"role": "user", "content": "Hi "}])
+        '<|im_start|>user\\nHi<|im_end|>\\n'
     """
-    if "conversations" not in examples:
-        raise FormatError(
-            "examples",
-            found=f"the columns {sorted(examples)}",
-            expected="a column 'conversations'",
-            fix="rename the column, and call standardize_sharegpt on ShareGPT data first",
-        )
-    extra = tokenizer.bos_token if adds_bos(tokenizer) else ""
-    texts = []
-    for row, messages in enumerate(examples["conversations"]):
-        try:
-            stripped = [message | {"content": message["content"].strip()} for message in messages]
-            texts.append(render(tokenizer, stripped).removeprefix(extra))
-        except Exception as error:  # a template raises whatever it likes
-            raise FormatError(
-                f"row {row} of the batch",
-                found=f"{type(error).__name__}: {error}",
-                expected="messages of role and content that the chat template accepts",
-                fix="look at validate_conversations(dataset).problems, and keep its valid rows",
-            ) from error
-    return {"text": texts}
+    stripped = [{**message, "content": message["content"].strip()} for message in messages]
+    return render(tokenizer, stripped).removeprefix(tokenizer.bos_token if adds_bos(tokenizer) else "")
 
 
 @dataclass(frozen=True)
 class TemplateCheck:
-    """One thing that is wrong (or was, and `format_conversations` puts it right)."""
+    """One thing that is wrong."""
 
     code: str
     sentence: str
     fix: str
 
 
-@dataclass(frozen=True)
-class TemplateReport:
+@dataclass(frozen=True, repr=False)
+class TemplateReport(Table):
     """What `check_template` found.
 
     Attributes:
         facts: (name, value) of what the template does.
         details: the problems, with sentence and fix.
-        fixed: what would be a problem, but `format_conversations` takes care of it.
     """
 
     facts: tuple[tuple[str, str], ...]
     details: tuple[TemplateCheck, ...]
-    fixed: tuple[TemplateCheck, ...]
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -127,27 +76,20 @@ class TemplateReport:
                 fix=first.fix + others,
             )
 
-    def _table(self) -> tuple[str, list[str], list[list[str]]]:
+    def _title(self) -> str:
+        return f"Chat template: {'fits the tokenizer' if self.ok else 'does NOT fit the tokenizer'}"
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
         rows = [list(fact) for fact in self.facts]
         rows += [[f"problem: {check.code}", f"{check.sentence}. Fix: {check.fix}"] for check in self.details]
-        rows += [[f"taken care of: {check.code}", f"{check.sentence}; {check.fix}"] for check in self.fixed]
-        verdict = "fits the tokenizer" if self.ok else "does NOT fit the tokenizer"
-        return f"Chat template: {verdict}", ["what", "value"], rows
-
-    def __repr__(self) -> str:
-        title, headers, rows = self._table()
-        return f"{title}\n{text_table(headers, rows)}"
-
-    def _repr_html_(self) -> str:
-        title, headers, rows = self._table()
-        return f"<p><b>{title}</b></p>{html_table(headers, rows)}"
+        return ["what", "value"], rows
 
 
 class TemplateError(InputError):
     """The chat template and the tokenizer do not fit together."""
 
 
-def check_template(tokenizer, *, model=None, original=None) -> TemplateReport:
+def check_template(tokenizer, *, model=None, original=None, expected: str = "") -> TemplateReport:
     """Check the chat template against the tokenizer, along the paths that training and inference take.
 
     Args:
@@ -156,19 +98,20 @@ def check_template(tokenizer, *, model=None, original=None) -> TemplateReport:
             else the tokenizer's EOS token and vocabulary do.
         original: the tokenizer as it was loaded, before `get_chat_template` (a `copy.deepcopy` of it). Without it a
             silent re-mapping of special tokens shows only with `model`, and only where it moved the end-of-turn token.
+        expected: where given, the fingerprint of the template that the model was trained with.
 
     Example:
         >>> check_template(tokenizer).problems
         ('pad_is_eos',)
     """
     facts = [(f"{name} token", _named(tokenizer, name)) for name in ("bos", "eos", "pad")]
-    problems = list(_special_tokens(tokenizer, model, original))
+    problems = [*_another(tokenizer, expected), *_special_tokens(tokenizer, model, original)]
     try:
         table = TokenBytes(tokenizer)
         turns = read_turns(tokenizer, table)
     except TurnsError as error:
         problems.insert(0, TemplateCheck("unreadable", f"{error.where}: {error.found}", error.fix))
-        return TemplateReport(tuple(facts), tuple(problems), ())
+        return TemplateReport(tuple(facts), tuple(problems))
     facts += [
         ("before a question", repr(table.text(turns.user_start))),
         ("before an answer", repr(table.text(turns.answer_start))),
@@ -185,27 +128,7 @@ def check_template(tokenizer, *, model=None, original=None) -> TemplateReport:
                 "take whatever is random out of tokenizer.chat_template",
             )
         )
-    return TemplateReport(tuple(facts), tuple(problems), tuple(_put_right(tokenizer)))
-
-
-def require_template(tokenizer: Any, *, expected: str, model: Any = None) -> None:
-    """Make sure that a saved model was loaded with the chat template that it was trained with, and that the two fit.
-
-    Args:
-        tokenizer: as it was loaded.
-        expected: the fingerprint that chapter 04 recorded: `run.facts("adapter")["template"]`.
-        model: as for `check_template`.
-
-    Raises:
-        TemplateError: another template, or one that `check_template` finds a problem in.
-    """
-    found = fingerprint(tokenizer.chat_template or "")
-    if found != expected:
-        fix = "load the tokenizer from the adapter's folder, and set no template after that; or run chapter 04 again"
-        raise TemplateError(
-            "chat template", found=f"fingerprint {found}", expected=f"{expected}, as in training", fix=fix
-        )
-    check_template(tokenizer, model=model).raise_if_failed()
+    return TemplateReport(tuple(facts), tuple(problems))
 
 
 def adds_bos(tokenizer) -> bool:
@@ -223,6 +146,16 @@ def _stops(tokenizer, model) -> list[int]:
     ids = model.generation_config.eos_token_id if model is not None else None
     ids = tokenizer.eos_token_id if ids is None else ids
     return ids if isinstance(ids, list) else [ids]
+
+
+def _another(tokenizer, expected: str) -> Iterator[TemplateCheck]:
+    found = fingerprint(tokenizer.chat_template or "")
+    if expected and found != expected:
+        yield TemplateCheck(
+            "another_template",
+            f"the model was trained with the template {expected}, and this is {found}",
+            "load the tokenizer from the adapter's folder, and set no template after that; or run chapter 04 again",
+        )
 
 
 def _special_tokens(tokenizer, model, original) -> Iterator[TemplateCheck]:
@@ -275,7 +208,7 @@ def _bos(tokenizer) -> Iterator[TemplateCheck]:
     bos = tokenizer.bos_token_id
     if bos is None:
         return
-    text = format_conversations({"conversations": [_QUESTION + _ANSWER]}, tokenizer)["text"][0]
+    text = training_text(tokenizer, _QUESTION + _ANSWER)
     prompt = tokenizer.apply_chat_template(_QUESTION, tokenize=True, add_generation_prompt=True, return_dict=False)
     trained, inferred = (_leading(ids, bos) for ids in (tokenizer(text).input_ids, prompt))
     for path, count in (("training", trained), ("inference", inferred)):
@@ -331,15 +264,5 @@ def _server_variables(tokenizer) -> Iterator[TemplateCheck]:
             yield TemplateCheck(
                 "server_variable",
                 f"the text changes with {name}, which a server such as llama-server sets in its own way",
-                "tokenizer.chat_template = pin_date(tokenizer.chat_template) pins a date; write others into it",
+                "write the value into tokenizer.chat_template, as chapter 03 does with the date",
             )
-
-
-def _put_right(tokenizer) -> Iterator[TemplateCheck]:
-    text = render(tokenizer, _QUESTION)
-    if adds_bos(tokenizer) and text.startswith(tokenizer.bos_token):
-        yield TemplateCheck(
-            "double_bos",
-            f"both the template and the tokenizer write {tokenizer.bos_token}",
-            "format_conversations leaves it to the tokenizer",
-        )

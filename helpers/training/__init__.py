@@ -5,5 +5,4 @@ from helpers.training.curves import live_plot
 from helpers.training.divergence import stop_on_divergence
 from helpers.training.evidence import check_evidence
 from helpers.training.held_out import held_out_losses
-from helpers.training.report import make_report, write_report
-from helpers.training.weights import count_changed_adapters, count_trainable, frozen_checksum, undo_emulated_bfloat16
+from helpers.training.report import write_report

@@ -8,100 +8,64 @@ copy on Drive, and an order of the rows that does not depend on what ran before.
       checkpoint-37/    as Transformers writes it, and manifest.json (sizes, sha256, run, step, settings): made first,
                         empty, and filled last
       checkpoint-31/    the one before it; older ones are deleted
+      checkpoint-37.previous-1/    set aside by START_AFRESH
       handed_over       the runs whose adapter the chapter has handed on: the next run starts at step 0
       .lock             held while a process trains here; the system releases it when that process ends, however it ends
 
-The copies on Drive bear their run in their name (checkpoint-20261125T101502…-37): no lock reaches from one machine to
-another, and two that train into one Drive folder must not replace each other's. A `checkpoint-…` without a manifest is
-not ours (a plain trainer wrote it) and is never deleted.
+The copies on Drive are called the same. A run that was interrupted is resumed, one that is complete is loaded and not
+trained further, and one that is handed over makes room for a new one. Where checkpoints of two runs lie (two machines
+with one Drive folder), training does not start, and nothing is deleted. A `checkpoint-…` without a manifest, which a
+plain trainer wrote, never is. Steps order checkpoints, no clock does.
 
-A run that was interrupted is resumed, one that is complete is loaded and not trained further, and one that is complete
-and handed over makes room for a new one.
-
-How equal the result is: on a CPU a run that was killed and resumed ends with the same bits as one that was not, because
-rows, learning rate, optimiser and random numbers all continue from the checkpoint. On a GPU kernels that add in no
-fixed order (atomics) can make even two uninterrupted runs differ in the last bits; tests/benchmarks/README.md has runs
-that ended with the same bits there too.
+On a CPU a run that was killed and resumed ends with the same bits as one that was not: rows, learning rate, optimiser
+and random numbers all continue. On a GPU kernels that add in no fixed order (atomics) can make even two uninterrupted
+runs differ in the last bits; tests/benchmarks/README.md has runs that ended with the same bits there too.
 """
 
 import contextlib
+import functools
 import json
-import os
-import queue
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from helpers.base import InputError, replace_file
+from helpers.base import InputError, replace_file, set_aside
 from helpers.environment.hub import base_name
 from helpers.handoff.run import fingerprint_rows
 from helpers.training.saved import (
     HANDED_OVER,
     MANIFEST,
-    UNFINISHED,
+    Copier,
     Saved,
-    _checkpoints_in,
-    _copy_name,
-    _copy_whole,
-    _delete_unfinished,
-    _handed_over,
-    _leftovers_in,
-    _make_room,
-    _names_in,
-    _newest_good,
-    _prune,
-    _prune_copies,
-    _read_manifest,
-    _reason,
-    _remove,
-    _saved_in,
-    _write_manifest,
+    begin,
+    copy_whole,
+    delete_unfinished,
+    handed_over,
+    names_in,
+    newest_good,
+    prune,
+    reason,
+    remove,
+    saved_in,
+    write_manifest,
 )
 
-MIRROR_WAIT_SECONDS = 60
 # What decides the result of a run, of all that Transformers and TRL let one set. The batch is compared as a whole: how
 # it is split into micro-batches changes the last bits only.
 DECIDING = (
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "optim",
-    "optim_args",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "fp16",
-    "bf16",
-    "train_sampling_strategy",
-    "dataloader_drop_last",
-    "max_length",
-    "packing",
-    "seed",
-)
+    "max_steps num_train_epochs learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
+    "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor neftune_noise_alpha fp16 "
+    "bf16 train_sampling_strategy dataloader_drop_last max_length packing seed"
+).split()
 DECIDING_LORA = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "modules_to_save",
-    "layers_to_transform",
-    "bias",
-    "use_rslora",
-    "use_dora",
-    "init_lora_weights",
-)
+    "r lora_alpha lora_dropout target_modules modules_to_save layers_to_transform bias use_rslora use_dora "
+    "init_lora_weights"
+).split()
 
 
 class CheckpointError(InputError):
@@ -118,9 +82,9 @@ class Checkpoints:
     Args:
         trainer: a Transformers or TRL trainer that has not trained yet; its `save_strategy` may be "no".
         mirror: a folder on Drive or another disk that checkpoints are copied to in the background, and fetched from
-            where the trainer's folder has none as new. Training never waits for it and never fails because of it.
+            where the trainer's folder has none as far. Training never waits for it and never fails because of it.
         every_seconds: at most so much work is lost when the machine goes away (or one step, if that takes longer).
-        start_afresh: delete what is there, here and in the mirror, and start at step 0.
+        start_afresh: set aside what is there, here and in the mirror, and start at step 0.
 
     Attributes:
         step: where training began in this session, once the block is entered: 0, or that of the checkpoint.
@@ -130,10 +94,10 @@ class Checkpoints:
     A checkpoint that cannot be written (a full disk) is a warning: training goes on, and the older ones stay.
 
     Raises:
-        CheckpointError: other settings than those of the interrupted run, a folder that another process trains in or
-            that cannot be written, a disk without room for the mirror's checkpoint, a mirror that cannot be read, or a
-            trainer that has trained already. In the block, before the first step: `trainer.train` was not given what
-            the block gave, and would train another run into the folder.
+        CheckpointError: other settings than those of the interrupted run, checkpoints of another run, a folder that
+            another process trains in or that cannot be written, a disk without room for the mirror's checkpoint, a
+            mirror that cannot be read, or a trainer that has trained already. In the block, before the first step:
+            `trainer.train` was not given what the block gave, and would train another run into the folder.
 
     Example:
         >>> checkpoints = Checkpoints(trainer, mirror=run.mirror)
@@ -144,28 +108,25 @@ class Checkpoints:
     """
 
     def __init__(
-        self,
-        trainer: Any,
-        *,
-        mirror: str | Path | None = None,
-        every_seconds: float = 300,
-        start_afresh: bool = False,
+        self, trainer: Any, *, mirror: str | Path | None = None, every_seconds: float = 300, start_afresh: bool = False
     ) -> None:
         self.trainer, self.every_seconds, self.start_afresh = trainer, every_seconds, start_afresh
         self.folder = Path(trainer.args.output_dir)
         self.mirror = Path(mirror) / self.folder.name if mirror else None
         self.run = ""
+        self.over: set[str] = set()  # the runs that are handed over
+        self.settings: dict[str, Any] = {}
         self.step = 0  # where training is to begin
         self.interrupted = False
 
     def __enter__(self) -> str | None:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_locked(self.folder))
-            settings = settings_of(self.trainer)
-            last = self._find_last(settings)
+            self.settings = settings_of(self.trainer)
+            last = self._find_last()
             self.run = last.run if last else datetime.now(UTC).isoformat()
             self.step = last.step if last else 0
-            self._guard(stack, settings)
+            self._guard(stack)
             self._stack = stack.pop_all()
         return str(last.path) if last else None
 
@@ -179,50 +140,44 @@ class Checkpoints:
         """Note that the run's result is saved elsewhere: the next run starts at step 0 instead of loading this one."""
         for folder in filter(None, (self.folder, self.mirror)):
             try:
-                replace_file(folder / HANDED_OVER, "\n".join(sorted({*_handed_over(folder), self.run})).encode())
+                replace_file(folder / HANDED_OVER, "\n".join(sorted({*handed_over(folder), self.run})).encode())
             except OSError as error:
                 print(f"{folder}: could not note that this run is handed over ({error}); it would be loaded once more.")
 
-    def _find_last(self, settings: Mapping[str, Any]) -> Saved | None:
+    def _find_last(self) -> Saved | None:
         """The checkpoint to go on from, verified and lying in the trainer's folder; says what was found."""
+        with _writing(self.folder):
+            delete_unfinished(self.folder)
+            here, there, self.over = saved_in(self.folder), [], handed_over(self.folder)
+        if self.mirror:
+            with self._reading_the_mirror():
+                there, self.over = saved_in(self.mirror), self.over | handed_over(self.mirror)
+        here, there = ([each for each in saved if each.run not in self.over] for saved in (here, there))
         if self.start_afresh:
-            self._require_untrained()
-            self._discard()
-            print("Starting at step 0: START_AFRESH is set. Unset it, or the next run starts at step 0 as well.")
+            self._begin([*here, *there], ": START_AFRESH is set. Unset it, or the next run starts at step 0 as well")
             return None
-        _delete_unfinished(self.folder)
-        last, damaged = _newest_good(_saved_in(self.folder))
-        with _readable(self.mirror):
-            last, damaged_copies = self._fetch(last)
-        if last is None:
-            self._require_untrained()
-            print("Starting at step 0")
+        self._require_one_run([*here, *there])
+        last, damaged = newest_good(here)
+        with self._reading_the_mirror():
+            copy, damaged_copies = newest_good([each for each in there if last is None or each.step > last.step])
+        if last is None and copy is None:
+            self._begin([*damaged, *damaged_copies], ": the run before is handed over" if self.over else "")
             return None
-        if self._is_handed_over(last):
-            self._require_untrained()
-            print(f"Starting at step 0: the run before this one is complete (step {last.step}) and handed over")
-            return None
+        self._require_same_settings(copy or last)
+        last = self._fetch(copy) if copy else last
         where = f"step {last.step} of {last.max_steps}"
-        differences = compare_settings(last.settings, settings)
-        if differences:
-            raise CheckpointError(
-                f"{self.folder}, a run that is at {where}",
-                found="; ".join(differences),
-                expected="the settings that it was started with",
-                fix="set them back to go on, or set START_AFRESH = True to delete that run and start at step 0",
-            )
         if last.step >= last.max_steps:
             print(f"Nothing to train: this run is complete, loading {where} (START_AFRESH = True trains anew)")
         else:
             print(f"Resumed from {where}")
-        # They must not count among the newest, which are kept. (In the mirror, those of other runs are not ours.)
-        for each in [*damaged, *(copy for copy in damaged_copies if copy.run == last.run)]:
+        for each in (*damaged, *damaged_copies):  # they must not count among the furthest, which are kept
             if each.path != last.path:  # where a good copy has just replaced it
                 with contextlib.suppress(OSError):
-                    _remove(each.path)
+                    remove(each.path)
         return last
 
-    def _require_untrained(self) -> None:
+    def _begin(self, saved: Sequence[Saved], why: str) -> None:
+        """Start at step 0, with what was saved set aside."""
         if self.trainer.state.global_step:
             raise CheckpointError(
                 "trainer",
@@ -230,100 +185,67 @@ class Checkpoints:
                 expected="a fresh model to start at step 0",
                 fix="run the chapter from its top, so that the model is loaded again",
             )
+        for each in saved:
+            with self._reading_the_mirror() if each.path.parent == self.mirror else _writing(self.folder):
+                print(f"Set aside: {set_aside(each.path)}")
+        print(f"Starting at step 0{why}")
 
-    def _fetch(self, last: Saved | None) -> tuple[Saved | None, list[Saved]]:
-        """The newest good one of `last` and the mirror's (copied into the folder); and damaged ones of the mirror."""
-        copies = _saved_in(self.mirror) if self.mirror else []
-        good, damaged = _newest_good([copy for copy in copies if last is None or copy.age > last.age])
-        if good is None:
-            return last, damaged
-        path = self._copy_here(good)
-        print(f"Fetched {path.name} from {self.mirror}")
-        return _read_manifest(path), damaged
-
-    def _copy_here(self, copy: Saved) -> Path:
-        try:
-            return _copy_whole(copy.path, self.folder / f"checkpoint-{copy.step}")
-        except OSError as error:
-            if copy.damage():  # reads it once more, and raises OSError itself where the mirror cannot be read
-                raise
-            mib = sum(file["bytes"] for file in copy.files.values()) / 2**20
-            raise CheckpointError(
-                str(self.folder),
-                found=_reason(error),
-                expected=f"room for {mib:,.0f} MiB, the checkpoint that is in {self.mirror}",
-                fix="free disk space, or set RUN_DIR to a folder on another disk",
-            ) from None
-
-    def _is_handed_over(self, last: Saved) -> bool:
-        for folder in filter(None, (self.folder, self.mirror)):
-            with contextlib.suppress(OSError):
-                if last.run in _handed_over(folder):
-                    return True
-        return False
-
-    def _discard(self) -> None:
-        for folder in filter(None, (self.folder, self.mirror)):
-            try:
-                for path in _checkpoints_in(folder):
-                    _remove(path)
-                for path in _leftovers_in(folder):
-                    shutil.rmtree(path)
-            except OSError as error:
-                print(f"{folder}: could not delete the old checkpoints ({error})")
-
-    def _guard(self, stack: contextlib.ExitStack, settings: Mapping[str, Any]) -> None:
-        """Hook into the trainer until the stack closes: when to save, how, in which order the rows come, and Ctrl-C."""
-        trainer = self.trainer
-        copier = stack.enter_context(_Copier(self.mirror, self.run))
-        write = trainer._save_checkpoint
-
-        def save(model: Any, trial: Any) -> None:
-            step, max_steps = trainer.state.global_step, trainer.state.max_steps
-            path = self.folder / f"checkpoint-{step}"
-            stopped = f"stopped after step {step}; run the chapter again to go on"
-            try:
-                _make_room(path)
-                begun = path.with_name(UNFINISHED + path.name)
-                begun.mkdir(exist_ok=True)
-                (begun / MANIFEST).touch()
-                os.replace(begun, path)  # from its first moment it is known as ours, and unfinished
-                write(model, trial)
-                _write_manifest(path, run=self.run, step=step, max_steps=max_steps, settings=settings)
-            except Exception as error:  # each writer has its own: OSError, RuntimeError (torch), SafetensorError
-                with contextlib.suppress(OSError):
-                    if MANIFEST in _names_in(path):
-                        _remove(path)
-                goes_on = "" if self.interrupted else "training goes on, "
-                print(f"{path.name} could not be saved ({_reason(error)}): {goes_on}older checkpoints stay")
-                stopped = (
-                    f"stopped after step {step}, which could not be saved; run the chapter again to go on from an "
-                    "older checkpoint, or from step 0 where there is none"
+    def _require_one_run(self, saved: Sequence[Saved]) -> None:
+        for other in saved:
+            if other.run != saved[0].run:
+                raise CheckpointError(
+                    str(other.path),
+                    found=f"step {other.step} of a run that began {other.run}, perhaps on another machine",
+                    expected=f"checkpoints of one run, here of that which began {saved[0].run}",
+                    fix=self._ways_out(other),
                 )
-            else:
-                copier.put(path)
-                with contextlib.suppress(OSError):  # one that cannot be deleted does no harm
-                    _prune(self.folder, keep=copier.busy)
-            if self.interrupted:
-                raise KeyboardInterrupt(stopped)
 
-        read = trainer._load_from_checkpoint
+    def _require_same_settings(self, last: Saved) -> None:
+        if differences := compare_settings(last.settings, self.settings):
+            raise CheckpointError(
+                f"{last.path.parent}, a run that is at step {last.step} of {last.max_steps}",
+                found="; ".join(differences),
+                expected="the settings that it was started with",
+                fix=f"set them back to go on, or {self._ways_out(last)}",
+            )
 
-        def load(*args: Any) -> None:
-            # PEFT turns half-precision adapters into float32 as it loads them; Unsloth may train them as bfloat16.
-            dtypes = {name: parameter.dtype for name, parameter in trainer.model.named_parameters()}
-            read(*args)
-            for name, parameter in trainer.model.named_parameters():
-                parameter.data = parameter.data.to(dtypes[name])
+    def _ways_out(self, saved: Saved) -> str:
+        on_drive = "set DRIVE_DIR to another folder, or " if saved.path.parent == self.mirror else ""
+        return f"{on_drive}set START_AFRESH = True to set that run aside and start at step 0"
 
-        _replace(stack, trainer, "_save_checkpoint", save)
-        _replace(stack, trainer, "_load_from_checkpoint", load)
-        sampler = trainer._get_train_sampler
-        _replace(stack, trainer, "_get_train_sampler", lambda *rows: _ordered(sampler(*rows), trainer.args.seed))
+    def _fetch(self, copy: Saved) -> Saved:
+        """The mirror's checkpoint, copied into the trainer's folder."""
+        with self._reading_the_mirror():
+            try:
+                path = copy_whole(copy.path, self.folder / copy.path.name, {copy.run, *self.over})
+            except OSError as error:
+                if copy.damage():  # reads it once more, and raises OSError itself where the mirror cannot be read
+                    raise
+                mib = sum(file["bytes"] for file in copy.files.values()) / 2**20
+                raise CheckpointError(
+                    str(self.folder),
+                    found=reason(error),
+                    expected=f"room for {mib:,.0f} MiB, the checkpoint that is in {self.mirror}",
+                    fix="free disk space, or set RUN_DIR to a folder on another disk",
+                ) from None
+        print(f"Fetched {path.name} from {self.mirror}")
+        return replace(copy, path=path)
+
+    def _reading_the_mirror(self) -> contextlib.AbstractContextManager:
+        expected = "a folder to copy checkpoints to, which may hold those of an interrupted run"
+        return _refusing(self.mirror, expected, 'mount Drive again, or set DRIVE_DIR = "" to train without it')
+
+    def _guard(self, stack: contextlib.ExitStack) -> None:
+        """Hook into the trainer until the stack closes: when to save, how, in which order the rows come, and Ctrl-C."""
         from transformers import set_seed
 
+        trainer = self.trainer
+        self.copier = stack.enter_context(Copier(self.mirror, self.run, {self.run, *self.over}))
+        _replace(stack, trainer, "_save_checkpoint", self._save)
+        _replace(stack, trainer, "_load_from_checkpoint", self._load)
+        _replace(stack, trainer, "_get_train_sampler", lambda make, *rows: _ordered(make(*rows), trainer.args.seed))
         set_seed(trainer.args.seed)  # else dropout would depend on what ran before in this session
-        callback = _callback(self, copier)
+        callback = _callback(self)
         trainer.add_callback(callback)
         stack.callback(trainer.remove_callback, callback)
         self.interrupted = False
@@ -335,6 +257,40 @@ class Checkpoints:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
+
+    def _save(self, write: Callable, model: Any, trial: Any) -> None:
+        """Write a checkpoint whole, or say why not and train on."""
+        step, runs = self.trainer.state.global_step, self.copier.runs
+        path = self.folder / f"checkpoint-{step}"
+        stopped = f"stopped after step {step}; run the chapter again to go on"
+        try:
+            begin(path, runs)
+            write(model, trial)
+            facts = dict(run=self.run, step=step, max_steps=self.trainer.state.max_steps, settings=self.settings)
+            write_manifest(path, **facts)
+        except Exception as error:  # each writer has its own: OSError, RuntimeError (torch), SafetensorError
+            with contextlib.suppress(OSError):
+                if MANIFEST in names_in(path):
+                    remove(path)
+            goes_on = "" if self.interrupted else "training goes on, "
+            print(f"{path.name} could not be saved ({reason(error)}): {goes_on}older checkpoints stay")
+            stopped = (
+                f"stopped after step {step}, which could not be saved; run the chapter again to go on from an "
+                "older checkpoint, or from step 0 where there is none"
+            )
+        else:
+            self.copier.put(path)
+            with contextlib.suppress(OSError):  # one that cannot be deleted does no harm
+                prune(self.folder, self.run, runs, keep=self.copier.busy)
+        if self.interrupted:
+            raise KeyboardInterrupt(stopped)
+
+    def _load(self, read: Callable, *args: Any) -> None:
+        # PEFT turns half-precision adapters into float32 as it loads them; Unsloth may train them as bfloat16.
+        dtypes = {name: parameter.dtype for name, parameter in self.trainer.model.named_parameters()}
+        read(*args)
+        for name, parameter in self.trainer.model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
 
 
 def settings_of(trainer: Any) -> dict[str, Any]:
@@ -393,19 +349,26 @@ def _ordered(sampler: Any, seed: int) -> Any:
     return Ordered()
 
 
-def _callback(checkpoints: Checkpoints, copier: "_Copier") -> Any:
+def _callback(checkpoints: Checkpoints) -> Any:
     from transformers import TrainerCallback
 
-    trained = checkpoints.trainer.state.global_step
+    trainer, trained = checkpoints.trainer, checkpoints.trainer.state.global_step
 
     class SaveByTheClock(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs) -> None:
-            trainer = checkpoints.trainer
             if state.global_step != checkpoints.step:
-                error = _not_passed_on(state.global_step, checkpoints)
-                state.global_step = max(state.global_step, trained)  # the model is still one that has trained so far
+                found, given = state.global_step, "step 0, for which None"
+                if checkpoints.step:
+                    given = f"step {checkpoints.step}, whose checkpoint"
+                state.global_step = max(found, trained)  # the model is still one that has trained so far
                 trainer.is_in_train = False
-                raise error
+                raise CheckpointError(
+                    f"{checkpoints.folder}, trainer.train",
+                    found=f"a start at step {found}",
+                    expected=f"{given} was given to pass on",
+                    fix="call trainer.train(resume_from_checkpoint=last) in `with checkpoints as last:`; to begin "
+                    "anew instead, set START_AFRESH = True",
+                )
             if 0 < state.max_steps <= state.global_step:
                 # Transformers would train one more step before it looked. The other callbacks hear that it is over.
                 trainer.callback_handler.on_train_end(args, state, control)
@@ -422,95 +385,27 @@ def _callback(checkpoints: Checkpoints, copier: "_Copier") -> Any:
             if due or checkpoints.interrupted or state.global_step >= state.max_steps:
                 control.should_save = True
                 self.saved = now
-            copier.tell()
+            checkpoints.copier.tell()
 
     return SaveByTheClock()
 
 
-def _not_passed_on(found: int, checkpoints: Checkpoints) -> CheckpointError:
-    """Training is about to begin at another step than that of the checkpoint that the block gave."""
-    given = f"step {checkpoints.step}, whose checkpoint" if checkpoints.step else "step 0, for which None"
-    return CheckpointError(
-        f"{checkpoints.folder}, trainer.train",
-        found=f"a start at step {found}",
-        expected=f"{given} was given to pass on",
-        fix="call trainer.train(resume_from_checkpoint=last) in `with checkpoints as last:`; to begin anew instead, "
-        "set START_AFRESH = True",
-    )
-
-
-class _Copier(contextlib.AbstractContextManager):
-    """Copies a run's checkpoints to the mirror in a thread. What it has to say it says once, by `tell`."""
-
-    def __init__(self, mirror: Path | None, run: str) -> None:
-        self.mirror, self.run, self.busy = mirror, run, None
-        self.failure = self.rival = ""
-        self.told: set[str] = set()
-        self.waiting: queue.SimpleQueue = queue.SimpleQueue()
-        # A daemon: a Drive that hangs must not keep the process from ending.
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        if mirror is not None:
-            self.thread.start()
-
-    def put(self, path: Path) -> None:
-        if self.mirror is not None:
-            self.waiting.put(path)
-
-    def tell(self) -> None:
-        failed = f"No copy in {self.mirror} ({self.failure}): training goes on, its checkpoints are in the run folder"
-        shared = (
-            f"{self.mirror} holds checkpoints of a run that began after this one ({self.rival}), perhaps on another "
-            "machine, and what goes on from there is the newest run. Give each machine a DRIVE_DIR of its own"
-        )
-        for happened, line in ((self.failure, failed), (self.rival, shared)):
-            if happened and line not in self.told:
-                self.told.add(line)
-                print(line)
-
-    def _work(self) -> None:
-        while (path := self.waiting.get()) is not None:
-            self.busy = path
-            try:
-                _copy_whole(path, self.mirror / _copy_name(self.run, path.name.rpartition("-")[2]))
-                _prune_copies(self.mirror, self.run)
-                newest = max((saved.run for saved in _saved_in(self.mirror)), default="")
-                self.rival = self.rival or (newest if newest > self.run else "")
-            except Exception as error:
-                if (path / MANIFEST).exists():  # else newer ones have replaced it meanwhile: no failure
-                    self.failure = self.failure or _reason(error)
-            self.busy = None
-
-    def __exit__(self, *error: Any) -> None:
-        if self.mirror is not None:
-            self.waiting.put(None)
-            self.thread.join(MIRROR_WAIT_SECONDS)
-            if self.thread.is_alive():
-                self.failure = self.failure or f"still not copied after {MIRROR_WAIT_SECONDS} s"
-            self.tell()
-
-
 @contextlib.contextmanager
-def _locked(folder: Path) -> Any:
+def _locked(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
-    try:
+    lock = FileLock(folder / ".lock")
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise CheckpointError(
-            str(folder),
-            found="another process that trains into it",
-            expected="one run at a time",
-            fix="wait for it or stop it (in Jupyter: shut its kernel down), or set RUN_DIR to another folder",
-        ) from None
-    except OSError as error:
-        raise CheckpointError(
-            str(folder),
-            found=error.strerror or str(error),
-            expected="a folder that can be written",
-            fix="set RUN_DIR to a folder of your own",
-        ) from None
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise CheckpointError(
+                str(folder),
+                found="another process that trains into it",
+                expected="one run at a time",
+                fix="wait for it or stop it (in Jupyter: shut its kernel down), or set RUN_DIR to another folder",
+            ) from None
     try:
         yield
     finally:
@@ -518,19 +413,19 @@ def _locked(folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _readable(mirror: Path | None) -> Any:
+def _refusing(folder: Path | None, expected: str, fix: str) -> Iterator[None]:
+    """An OSError in this block is a CheckpointError about a folder."""
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
-            str(mirror),
-            found=_reason(error),
-            expected="a folder to copy checkpoints to, which may hold those of an interrupted run",
-            fix='mount Drive again, or set DRIVE_DIR = "" to train without it',
-        ) from None
+        raise CheckpointError(str(folder), found=reason(error), expected=expected, fix=fix) from None
 
 
-def _replace(stack: contextlib.ExitStack, thing: Any, name: str, function: Any) -> None:
-    """Put a function in place of a method of this one object until the stack closes."""
-    setattr(thing, name, function)
+def _writing(folder: Path) -> contextlib.AbstractContextManager:
+    return _refusing(folder, "a folder that can be written", "set RUN_DIR to a folder of your own")
+
+
+def _replace(stack: contextlib.ExitStack, thing: Any, name: str, function: Callable) -> None:
+    """Put a function in place of this one object's method until the stack closes. Its first argument is the method."""
+    setattr(thing, name, functools.partial(function, getattr(thing, name)))
     stack.callback(delattr, thing, name)

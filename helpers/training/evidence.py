@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from helpers.base import InputError, html_table
+from helpers.base import InputError, Table
 from helpers.training.divergence import allowed_overflows
 from helpers.training.held_out import HeldOutLosses, fall_interval
-from helpers.training.weights import count_changed_adapters, frozen_checksum
+from helpers.training.weights import count_changed_adapters
 
 OVERFIT_TOLERANCE = 0.01  # of the best held-out loss; the trainer's average depends this much on how rows are batched
 RATE_TOLERANCE = 1e-6  # of the learning rate; a schedule's factor is exactly 1 at its peak
@@ -18,8 +18,8 @@ class EvidenceError(InputError):
     """Training left no trace, or a trace that it must not leave."""
 
 
-@dataclass(frozen=True)
-class Evidence:
+@dataclass(frozen=True, repr=False)
+class Evidence(Table):
     """Claims about a training run and whether each holds: rows of (claim, what was seen, holds), and a warning."""
 
     rows: tuple[tuple[str, str, bool], ...]
@@ -37,25 +37,18 @@ class Evidence:
                 fix = "do not use this adapter; check the learning rate, the mask and the target modules"
                 raise EvidenceError("training", found=seen, expected=claim, fix=fix)
 
+    def _table(self) -> tuple[list[str], list[list[object]]]:
+        return ["claim", "seen", "holds"], [list(row) for row in self.rows]
+
+    def _notes(self) -> list[str]:
+        return [f"Warning: {self.warning}"] if self.warning else []
+
     def __repr__(self) -> str:
-        lines = [f"{claim}: {holds}" for claim, _, holds in self.rows]
-        return "\n".join([*lines, f"Warning: {self.warning}"] if self.warning else lines)
-
-    def _repr_html_(self) -> str:
-        table = html_table(["claim", "seen", "holds"], self.rows)
-        return f"{table}<p><b>Warning:</b> {self.warning}</p>" if self.warning else table
+        """The claims alone: what was seen differs from run to run."""
+        return "\n".join([*(f"{claim}: {holds}" for claim, _, holds in self.rows), *self._notes()])
 
 
-def check_evidence(
-    model: Any,
-    *,
-    log: Sequence[Mapping[str, Any]],
-    frozen_before: int,
-    before: HeldOutLosses,
-    after: HeldOutLosses,
-    float16: bool = False,
-    learning_rate: float | None = None,
-) -> Evidence:
+def check_evidence(trainer: Any, *, before: HeldOutLosses, after: HeldOutLosses, learning_rate: float) -> Evidence:
     """Did training do what it should, and only that?
 
     The held-out loss must have fallen by more than its uncertainty: the lower end of the paired 95 % interval of the
@@ -71,46 +64,55 @@ def check_evidence(
     warmup_steps + 1, so a run must be longer than its warm-up. (Steps that float16 skips do not move the schedule.)
 
     Args:
-        model: the trained PEFT model.
-        log: `trainer.state.log_history`; with held-out losses in it, overfitting is named too.
-        frozen_before: `frozen_checksum(model)` from before training.
-        before, after: `held_out_losses` of the same rows.
-        float16: whether it was trained in float16 (`trainer.args.fp16`).
-        learning_rate: the one that was chosen (not the trainer's own, which is what is checked); None makes no claim.
+        trainer: after training; its log names overfitting too, where held-out losses are in it.
+        before, after: `held_out_losses` of the same rows, which also hold a checksum of the frozen weights.
+        learning_rate: the one that was chosen (not the trainer's own, which is what is checked).
 
     Raises:
         EvidenceError: `before` and `after` are not of the same rows.
     """
-    changed, total = count_changed_adapters(model)
+    log = trainer.state.log_history
+    changed, total = count_changed_adapters(trainer.model)
+    seen, finite = _norms(log, float16=trainer.args.fp16)
+    untouched = before.frozen_checksum == after.frozen_checksum
+    rows = [
+        _rate_peak(log, learning_rate),  # first: it explains what else fails
+        ("every LoRA matrix B left zero", f"{changed} of {total}", 0 < total == changed),
+        ("loss and gradient norm stayed finite", seen, finite),
+        ("the base weights are untouched", "checksum over all frozen weights", untouched),
+        _fall(before, after),
+    ]
+    return Evidence(tuple(rows), describe_overfitting(log))
+
+
+def _norms(log: Sequence[Mapping[str, Any]], *, float16: bool) -> tuple[str, bool]:
+    """What the gradient norms were, and whether they and the losses stayed finite (see `check_evidence`)."""
     norms = [float(entry["grad_norm"]) for entry in log if "grad_norm" in entry]
     losses = [float(entry["loss"]) for entry in log if "loss" in entry]
     skipped = sum(not math.isfinite(norm) for norm in norms)
     few = skipped <= allowed_overflows(len(norms), fp16=float16) and skipped < len(norms)
-    finite = all(map(math.isfinite, losses)) and few
     highest = max((norm for norm in norms if math.isfinite(norm)), default=math.nan)
-    norms_seen = f"norms up to {highest:.2f}"
+    seen = f"norms up to {highest:.2f}"
     if skipped:
-        norms_seen += f", not finite in {skipped} of {len(norms)} steps"
+        seen += f", not finite in {skipped} of {len(norms)} steps"
+    return seen, all(map(math.isfinite, losses)) and few
+
+
+def _rate_peak(log: Sequence[Mapping[str, Any]], learning_rate: float) -> tuple[str, str, bool]:
+    rates = [float(entry["learning_rate"]) for entry in log if "learning_rate" in entry]
+    peak = max(rates, default=math.nan)
+    seen = f"up to {peak:.3g} in {len(rates)} logged steps, {learning_rate:.3g} was set"
+    holds = math.isclose(peak, learning_rate, rel_tol=RATE_TOLERANCE)
+    return "the learning rate peaked where it was set", seen, holds
+
+
+def _fall(before: HeldOutLosses, after: HeldOutLosses) -> tuple[str, str, bool]:
     low, high = fall_interval(before, after)
-    fall = (
+    seen = (
         f"{before.loss:.3f} -> {after.loss:.3f}, a fall of {before.loss - after.loss:.3f} (95 % interval {low:.3f} to "
         f"{high:.3f}, {len(before.sums)} conversations); perplexity {before.perplexity:.2f} -> {after.perplexity:.2f}"
     )
-    untouched = frozen_checksum(model) == frozen_before
-    rows = []
-    if learning_rate is not None:  # first, because a wrong one explains what else may fail
-        rates = [float(entry["learning_rate"]) for entry in log if "learning_rate" in entry]
-        peak = max(rates, default=math.nan)
-        as_set = math.isclose(peak, learning_rate, rel_tol=RATE_TOLERANCE)
-        seen = f"up to {peak:.3g} in {len(rates)} logged steps, {learning_rate:.3g} was set"
-        rows.append(("the learning rate peaked where it was set", seen, as_set))
-    rows += [
-        ("every LoRA matrix B left zero", f"{changed} of {total}", 0 < total == changed),
-        ("loss and gradient norm stayed finite", norms_seen, finite),
-        ("the base weights are untouched", "checksum over all frozen weights", untouched),
-        ("held-out loss fell by more than its uncertainty", fall, low > 0),
-    ]
-    return Evidence(tuple(rows), describe_overfitting(log))
+    return "held-out loss fell by more than its uncertainty", seen, low > 0
 
 
 def describe_overfitting(log: Sequence[Mapping[str, Any]]) -> str:

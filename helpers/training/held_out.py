@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from helpers.base import InputError
+from helpers.training.weights import frozen_checksum
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -19,10 +20,12 @@ class HeldOutLosses:
     Attributes:
         sums: for each conversation, the negative log-likelihood of its answer tokens, summed, in nats.
         tokens: for each conversation, how many answer tokens were predicted.
+        frozen_checksum: `frozen_checksum` of the model at that moment.
     """
 
     sums: tuple[float, ...]
     tokens: tuple[int, ...]
+    frozen_checksum: int = field(default=0, repr=False)
 
     @property
     def loss(self) -> float:
@@ -146,7 +149,7 @@ def held_out_losses(model: Any, dataset: Any, *, batch_size: int = 8) -> HeldOut
     finally:
         hook.remove()
         model.train(was_training)
-    return HeldOutLosses(tuple(sums), tuple(tokens))
+    return HeldOutLosses(tuple(sums), tuple(tokens), frozen_checksum(model))
 
 
 def _pad(rows: Sequence[tuple[list[int], list[int]]], device: Any) -> dict[str, Any]:

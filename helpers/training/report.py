@@ -10,164 +10,167 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from helpers.base import InputError, replace_file
 from helpers.figures import as_image
-from helpers.handoff.run import fingerprint_rows, library_versions
+from helpers.handoff.run import Run, fingerprint_rows, library_versions
 from helpers.training.curves import Curves, draw_curves, duration
 from helpers.training.held_out import HeldOutLosses, fall_interval
 
 if TYPE_CHECKING:
-    from helpers.chat.replies import Comparison
     from helpers.masking.check import MaskReport
     from helpers.memory.stats import Stage
     from helpers.training.evidence import Evidence
 
-SECTIONS = ("settings", "environment", "data", "mask", "memory", "curves", "evidence", "replies")
+LORA_SETTINGS = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules", "use_rslora")
+SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "padding_free")
+SETTINGS += ("train_sampling_strategy", "max_steps", "warmup_steps", "learning_rate", "lr_scheduler_type", "optim")
+SETTINGS += ("weight_decay", "max_length", "fp16", "bf16", "seed")
 
 PAGE = Path(__file__).with_name("report.html")  # in Jinja's language
 
 
-class ReportError(InputError):
-    """A report that cannot be made, or content that is no report."""
-
-
-def make_report(
+def write_report(
+    run: Run,
     trainer: Any,
     *,
-    base_model: str,
-    dataset: str,
-    settings: Mapping[str, Any],
     stages: Sequence["Stage"],
     curves: Curves,
     mask_report: "MaskReport",
     held_out: tuple[HeldOutLosses, HeldOutLosses],
     evidence: "Evidence",
-    replies: "Comparison | None" = None,
+    replies: Sequence[tuple[str, str, str]] = (),
     counted: Mapping[str, Mapping[str, float]] | None = None,
     resumed_from: int = 0,
 ) -> dict[str, Any]:
-    """All that is known of a run, as plain JSON values: what is not finite becomes null.
+    """Write `report.json` and `report.html` into the run folder: all that is known of a training run.
+
+    The settings are those in force, read from the model and the trainer. What is not finite becomes null.
 
     Args:
+        run: holds the data set that was trained on.
         trainer: after training.
-        base_model, dataset: as in the profile; of a folder or file only its name is kept.
-        settings: LoRA's and the trainer's settings, as the chapter wrote them.
         stages: what `track_memory` measured; the last one is the training.
         curves: the live plot's.
         mask_report: `check_masking`'s.
         held_out: `held_out_losses` before and after training.
         evidence: `check_evidence`'s.
-        replies: the same prompts answered before and after.
+        replies: (prompt, reply before, reply after).
         counted: {"house_style": {"before": 0.0, "after": 1.0}, …}, shares of replies; empty where nothing was judged.
         resumed_from: the step at which this session went on with the run (`Checkpoints.step`), 0 for a run of one
             session. The report's "seconds" are those of all sessions, which the curves keep.
 
-    Raises:
-        ReportError: no stage was measured.
-
-    Example:
-        >>> run.write_json("report.json", make_report(trainer, …), base_model=profile.model_name)
+    Returns:
+        What `report.json` holds.
     """
-    if not stages:
-        raise ReportError("stages", found="none", expected="at least the training", fix="use track_memory")
-    before, after = held_out
-    training = stages[-1]
-    facts = {
-        "base_model": _name(base_model),
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "held_out_loss": {
-            "before": before.loss,
-            "after": after.loss,
-            "before_interval": before.interval,
-            "after_interval": after.interval,
-            "fall_interval": fall_interval(before, after),
-            "conversations": len(before.sums),
-            "answer_tokens": sum(before.tokens),
-        },
-        "perplexity": {"before": before.perplexity, "after": after.perplexity},
-        "house_style": {},
-        "right_help": {},
-        **(counted or {}),
-        "steps": trainer.state.global_step,
-        "seconds": max([training.seconds, *curves.column("seconds")[1][-1:]]),
-        "resumed_from_step": resumed_from,
-        "peak_reserved_gib": training.peak_reserved_gib,
-        "device": training.after.device,
-        "settings": settings,
-        "environment": {
-            "device": f"{training.after.device}, {training.after.total_gib:.1f} GiB",
-            "precision": "float16" if trainer.args.fp16 else "bfloat16" if trainer.args.bf16 else "float32",
-            "python": platform.python_version(),
-            **library_versions(),
-        },
-        "data": {
-            "dataset": _name(dataset),
-            "training rows": _count_rows(trainer.train_dataset),
-            "held-out rows": _count_rows(trainer.eval_dataset),
-            "fingerprint of the training rows": fingerprint_rows(trainer.train_dataset),
-        },
-        "mask": {"ok": mask_report.ok}
-        | {field.name: getattr(mask_report, field.name) for field in fields(mask_report) if field.name != "findings"}
-        | {"findings": [f"{each.code}: {each.count} {each.unit}, {each.found}" for each in mask_report.findings]},
-        "memory": [
-            {
-                "stage": stage.label,
-                "seconds": stage.seconds,
-                "allocated_gib": stage.after.allocated_gib,
-                "reserved_gib": stage.after.reserved_gib,
-                "peak_gib": stage.peak_reserved_gib,
-                "total_gib": stage.after.total_gib,
-            }
-            for stage in stages
-        ],
-        "curves": curves.as_json(),
-        "evidence": {"rows": evidence.rows, "warning": evidence.warning},
-        "replies": replies.rows if replies else (),
-        "log": trainer.state.log_history,
+    report = _plain(
+        {
+            "base_model": run.base_model,
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            **_losses(*held_out),
+            "house_style": {},
+            "right_help": {},
+            **(counted or {}),
+            "steps": trainer.state.global_step,
+            "seconds": max([stages[-1].seconds, *curves.column("seconds")[1][-1:]]),
+            "resumed_from_step": resumed_from,
+            "peak_reserved_gib": stages[-1].peak_reserved_gib,
+            "device": stages[-1].after.device,
+            "settings": settings_in_force(trainer),
+            "environment": _environment(trainer, stages[-1]),
+            "data": _data(trainer, str(run.facts("dataset").get("dataset", ""))),
+            "mask": _mask(mask_report),
+            "memory": [_memory(stage) for stage in stages],
+            "curves": curves.as_json(),
+            "evidence": {"ok": evidence.ok, "rows": evidence.rows, "warning": evidence.warning},
+            "replies": replies,
+            "log": trainer.state.log_history,
+        }
+    )
+    run.write_json("report.json", report)
+    run.record("04_train", **_numbers(report))
+    with run.write("report.html") as page:
+        page.write_text(_render(report, curves), encoding="utf-8")
+    return report
+
+
+def _numbers(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the regression judges, besides the log of the steps."""
+    numbers = {f"held_out_loss_{when}": report["held_out_loss"][when] for when in ("before", "after")}
+    for name in ("house_style", "right_help"):
+        numbers |= {f"{name}_{when}": share for when, share in report[name].items()}
+    tokens = report["mask"]["trained_tokens"]
+    return numbers | {
+        "tokens_trained": tokens,
+        "steps": report["steps"],
+        "peak_gib": report["peak_reserved_gib"],
+        "seconds": report["seconds"],
     }
-    return _plain(facts)
 
 
-def write_report(report: Mapping[str, Any], path: str | Path) -> Path:
-    """Write the report as one HTML file that needs nothing beside it; whole or not at all. Returns its path.
-
-    Args:
-        report: `make_report`'s, or the content of `report.json`.
-        path: the file.
-
-    Raises:
-        ReportError: a part of the report is missing; or the file cannot be written.
-    """
-    path = Path(path)
-    missing = [name for name in ("held_out_loss", "steps", "seconds", *SECTIONS) if name not in report]
-    if missing:
-        fix = "run chapter 04 again"
-        raise ReportError("report", found=f"no {', '.join(missing)}", expected="what make_report returns", fix=fix)
-    content = _render(report).encode()
-    try:
-        replace_file(path, content)
-    except OSError as error:
-        found = error.strerror or str(error)
-        raise ReportError(str(path), found=found, expected="a file that can be written", fix="give another") from None
-    return path
+def settings_in_force(trainer: Any) -> dict[str, Any]:
+    """LoRA's and the trainer's settings, whatever was typed. Example: {"r": 16, "learning_rate": 2e-4, …}"""
+    lora = trainer.model.peft_config["default"]
+    settings = {name: getattr(lora, name) for name in LORA_SETTINGS}
+    settings["target_modules"] = sorted(settings["target_modules"] or ())
+    return settings | {name: getattr(trainer.args, name) for name in SETTINGS if hasattr(trainer.args, name)}
 
 
-def _render(report: Mapping[str, Any]) -> str:
+def _losses(before: HeldOutLosses, after: HeldOutLosses) -> dict[str, Any]:
+    loss = {
+        "before": before.loss,
+        "after": after.loss,
+        "before_interval": before.interval,
+        "after_interval": after.interval,
+        "fall_interval": fall_interval(before, after),
+        "conversations": len(before.sums),
+        "answer_tokens": sum(before.tokens),
+    }
+    return {"held_out_loss": loss, "perplexity": {"before": before.perplexity, "after": after.perplexity}}
+
+
+def _environment(trainer: Any, training: "Stage") -> dict[str, Any]:
+    return {
+        "device": f"{training.after.device}, {training.after.total_gib:.1f} GiB",
+        "precision": "float16" if trainer.args.fp16 else "bfloat16" if trainer.args.bf16 else "float32",
+        "python": platform.python_version(),
+        **library_versions(),
+    }
+
+
+def _data(trainer: Any, dataset: str) -> dict[str, Any]:
+    return {
+        "dataset": dataset,
+        "training rows": _count_rows(trainer.train_dataset),
+        "held-out rows": _count_rows(trainer.eval_dataset),
+        "fingerprint of the training rows": fingerprint_rows(trainer.train_dataset),
+    }
+
+
+def _mask(report: "MaskReport") -> dict[str, Any]:
+    facts = {field.name: getattr(report, field.name) for field in fields(report) if field.name != "findings"}
+    findings = [f"{each.code}: {each.count} {each.unit}, {each.found}" for each in report.findings]
+    return {"ok": report.ok, **facts, "findings": findings}
+
+
+def _memory(stage: "Stage") -> dict[str, Any]:
+    return {
+        "stage": stage.label,
+        "seconds": stage.seconds,
+        "allocated_gib": stage.after.allocated_gib,
+        "reserved_gib": stage.after.reserved_gib,
+        "peak_gib": stage.peak_reserved_gib,
+        "total_gib": stage.after.total_gib,
+    }
+
+
+def _render(report: Mapping[str, Any], curves: Curves) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"shown": _shown, "number": _number}
-    rows = tuple(report["curves"]["rows"])
-    curves = Curves(rows, report["curves"]["max_steps"], report["curves"]["is_gpu"], report["curves"]["total_gib"])
-    png = as_image(draw_curves(curves)).data
     held = sum(holds for _, _, holds in report["evidence"]["rows"])
-    return environment.from_string(PAGE.read_text(encoding="utf-8")).render(
-        report,
-        resumed_from=report.get("resumed_from_step", 0),
-        figures=_figures(report, curves),
-        held=held,
-        plot=base64.b64encode(png).decode(),
-    )
+    plot = base64.b64encode(as_image(draw_curves(curves)).data).decode()
+    page = environment.from_string(PAGE.read_text(encoding="utf-8"))
+    return page.render(report, figures=_figures(report, curves), held=held, plot=plot)
 
 
 def _figures(report: Mapping[str, Any], curves: Curves) -> list[tuple[str, str, str]]:
@@ -183,10 +186,10 @@ def _figures(report: Mapping[str, Any], curves: Curves) -> list[tuple[str, str, 
         ("Perplexity", f"{_number(perplexity['before'])} → {_number(perplexity['after'])}", "exp(loss)"),
     ]
     for key, name in (("house_style", "House style"), ("right_help", "Right help")):
-        if report.get(key):
+        if report[key]:
             shares = f"{report[key]['before']:.0%} → {report[key]['after']:.0%}"
             shown.append((name, shares, "of the replies"))
-    resumed = f", resumed from step {report['resumed_from_step']}" if report.get("resumed_from_step") else ""
+    resumed = f", resumed from step {report['resumed_from_step']}" if report["resumed_from_step"] else ""
     shown.append(("Training", duration(report["seconds"]), f"{report['steps']} steps{resumed}"))
     speeds = curves.column("tokens_per_second")[1]
     if speeds:
@@ -194,12 +197,6 @@ def _figures(report: Mapping[str, Any], curves: Curves) -> list[tuple[str, str, 
     memory = report["memory"][-1]
     shown.append(("Peak memory", f"{memory['peak_gib']:.2f} GiB", f"of {memory['total_gib']:.1f} GiB"))
     return shown
-
-
-def _name(model_or_dataset: str) -> str:
-    """A name to publish: of a path on this machine only its last part."""
-    path = Path(model_or_dataset).expanduser()
-    return path.name if path.is_absolute() or path.exists() else model_or_dataset
 
 
 def _count_rows(dataset: Any) -> str:

@@ -1,20 +1,27 @@
-"""Checkpoints on a disk: which are whole, which is the newest, how they are copied and pruned."""
+"""Checkpoints on a disk: which are whole, which is the newest, how they are copied and pruned.
+
+Names count for nothing but the step: the manifest says whose a checkpoint is.
+"""
 
 import contextlib
 import json
 import os
+import queue
+import re
 import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.base import hash_files, sha256_of
+from helpers.base import hash_files, set_aside, sha256_of
 
 MANIFEST = "manifest.json"
 HANDED_OVER = "handed_over"
 UNFINISHED, DELETED = ".unfinished-", ".deleted-"  # prefixes of what is being begun or copied, and deleted
 KEPT = 2
+MIRROR_WAIT_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class Saved:
 
     Attributes:
         path: its folder.
-        run: when its run began, in UTC: names the run, and sorts.
+        run: when its run began by that machine's clock: a name, not an order.
         step, max_steps: where the run was, and where it ends.
         settings: what the run was started with, see `settings_of`.
         files: {name: {"bytes": size, "sha256": digits}}.
@@ -36,11 +43,6 @@ class Saved:
     settings: dict[str, Any]
     files: dict[str, dict[str, Any]]
 
-    @property
-    def age(self) -> tuple[str, int]:
-        """Sorts checkpoints from the oldest to the newest, over all runs."""
-        return self.run, self.step
-
     def damage(self) -> str:
         """What is wrong with its files, "" where nothing is. Reads every byte.
 
@@ -52,46 +54,26 @@ class Saved:
                 return f"{name}: missing"
             if file.stat().st_size != expected["bytes"]:
                 return f"{name}: {file.stat().st_size} bytes instead of {expected['bytes']}"
-        for name, expected in self.files.items():
-            if sha256_of(self.path / name) != expected["sha256"]:
+            if sha256_of(file) != expected["sha256"]:
                 return f"{name}: other content than was written (sha256)"
         return ""
 
 
-def _names_in(folder: Path) -> list[str]:
-    """What lies in a folder; nothing where there is none. Raises OSError where it cannot be read.
-
-    (Since Python 3.12 `Path.glob` finds nothing there: a Drive that drops would look as if it held no checkpoints.)
-    """
+def read_saved(path: Path) -> Saved | None:
+    """A checkpoint by its manifest; None where it has none, or an unfinished one."""
     try:
-        return sorted(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+        return Saved(path=path, **json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+        return None
 
 
-def _checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints that were written here, whole or unfinished: those with a manifest."""
-    names = [name for name in _names_in(folder) if name.startswith("checkpoint-")]
-    paths = [folder / name for name in names if name.rpartition("-")[2].isdecimal()]
-    return [path for path in paths if MANIFEST in _names_in(path)]
+def saved_in(folder: Path) -> list[Saved]:
+    """The checkpoints of a folder that have a manifest, the furthest last."""
+    found = [read_saved(path) for path in _marked_in(folder)]
+    return sorted(filter(None, found), key=lambda saved: saved.step)
 
 
-def _leftovers_in(folder: Path) -> list[Path]:
-    """What was being begun, copied or deleted when its process ended."""
-    started = (f"{UNFINISHED}checkpoint-", f"{DELETED}checkpoint-")
-    return [folder / name for name in _names_in(folder) if name.startswith(started)]
-
-
-def _copy_name(run: str, step: int | str) -> str:
-    """The name of a copy in the mirror. Example: "checkpoint-20261125T101502123456+0000-37"."""
-    return f"checkpoint-{_stamp(run)}-{step}"
-
-
-def _stamp(run: str) -> str:
-    return run.replace("-", "").replace(":", "").replace(".", "")
-
-
-def _handed_over(folder: Path) -> set[str]:
+def handed_over(folder: Path) -> set[str]:
     """The runs whose result is saved elsewhere."""
     try:
         return set((folder / HANDED_OVER).read_text(encoding="utf-8", errors="replace").split())
@@ -99,30 +81,8 @@ def _handed_over(folder: Path) -> set[str]:
         return set()
 
 
-def _read_manifest(path: Path) -> Saved | None:
-    """A checkpoint by its manifest; None where it has none: it is unfinished."""
-    try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        return Saved(path=path, **content)
-    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
-        return None
-
-
-def _saved_in(folder: Path) -> list[Saved]:
-    """The checkpoints of a folder that have a manifest, the newest last."""
-    found = [_read_manifest(path) for path in _checkpoints_in(folder)]
-    return sorted(filter(None, found), key=lambda saved: saved.age)
-
-
-def _delete_unfinished(folder: Path) -> None:
-    for path in _checkpoints_in(folder):
-        if _read_manifest(path) is None:
-            print(f"{path.name} is unfinished and not used (the run ended while it was saved)")
-            _remove(path)
-
-
-def _newest_good(saved: Sequence[Saved]) -> tuple[Saved | None, list[Saved]]:
-    """The newest checkpoint that is whole, and the newer ones, which are damaged. Says what is wrong with them."""
+def newest_good(saved: Sequence[Saved]) -> tuple[Saved | None, list[Saved]]:
+    """The furthest checkpoint that is whole, and those beyond it, which are damaged. Says what is wrong with them."""
     damaged: list[Saved] = []
     for each in reversed(saved):
         damage = each.damage()
@@ -133,7 +93,26 @@ def _newest_good(saved: Sequence[Saved]) -> tuple[Saved | None, list[Saved]]:
     return None, damaged
 
 
-def _write_manifest(path: Path, **facts: Any) -> None:
+def delete_unfinished(folder: Path) -> None:
+    """Delete what a process that ended was saving, copying or deleting."""
+    _delete_leftovers(folder)
+    for path in _marked_in(folder):
+        if read_saved(path) is None:
+            print(f"{path.name} is unfinished and not used (the run ended while it was saved)")
+            with contextlib.suppress(OSError):
+                remove(path)
+
+
+def begin(path: Path, runs: Collection[str]) -> None:
+    """Make an empty checkpoint that is known as ours, and unfinished, from its first moment. `runs`: see `prune`."""
+    _make_room(path, runs)
+    begun = path.with_name(UNFINISHED + path.name)
+    begun.mkdir(exist_ok=True)
+    (begun / MANIFEST).touch()
+    os.replace(begun, path)
+
+
+def write_manifest(path: Path, **facts: Any) -> None:
     """Make a checkpoint whole: its files on the disk first, then the manifest that says what they are."""
     sha256 = {name: digits for name, digits in hash_files(path).items() if name != MANIFEST}
     files = {name: {"bytes": (path / name).stat().st_size, "sha256": digits} for name, digits in sha256.items()}
@@ -147,68 +126,39 @@ def _write_manifest(path: Path, **facts: Any) -> None:
     _sync(path.parent)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _copy_whole(source: Path, target: Path) -> Path:
-    """Copy a checkpoint, which appears whole or not at all; returns its path."""
+def copy_whole(source: Path, target: Path, runs: Collection[str]) -> Path:
+    """Copy a checkpoint, which appears whole or not at all; returns its path. `runs`: see `prune`."""
     unfinished = target.with_name(UNFINISHED + target.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(unfinished)
+        _delete_leftovers(target.parent)  # they may hold the last of the room
         shutil.copytree(source, unfinished, copy_function=shutil.copyfile)
         for name in hash_files(unfinished):
             _sync(unfinished / name)
-        _make_room(target)
+        _make_room(target, runs)
         os.replace(unfinished, target)
     except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk it would leave no room for the next one
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return target
 
 
-def _prune(folder: Path, *, keep: Path | None = None) -> None:
-    """Delete all but the newest checkpoints, and but the one that is being copied."""
-    kept = {saved.path for saved in _saved_in(folder)[-KEPT:]} | {keep}
-    for path in _checkpoints_in(folder):
-        if path not in kept:
-            _remove(path)
-    for path in _leftovers_in(folder):
-        shutil.rmtree(path)
+def prune(folder: Path, run: str, runs: Collection[str], *, keep: Path | None = None) -> None:
+    """Delete all checkpoints of `runs` but the furthest of `run`.
 
-
-def _prune_copies(mirror: Path, run: str) -> None:
-    """In the mirror, delete all but the newest of this run, and what older runs left that are handed over.
-
-    What else is there may be another machine's, which still trains.
+    Args:
+        run: the run that trains.
+        runs: that run and those handed over: what may be deleted. Any other's stays.
+        keep: one that is being copied, and stays.
     """
-    saved, over = _saved_in(mirror), {each for each in _handed_over(mirror) if each < run}
-    older = [each for each in saved if each.run == run][:-KEPT]
-    for each in [*older, *(each for each in saved if each.run in over)]:
-        _remove(each.path)
-    ours = tuple(f"checkpoint-{_stamp(each)}-" for each in {run, *over})
-    for path in _leftovers_in(mirror):
-        if path.name.removeprefix(UNFINISHED).removeprefix(DELETED).startswith(ours):
-            shutil.rmtree(path)
+    saved = [each for each in saved_in(folder) if each.run in runs]
+    kept = {each.path for each in [each for each in saved if each.run == run][-KEPT:]} | {keep}
+    for each in saved:
+        if each.path not in kept:
+            remove(each.path)
 
 
-def _make_room(path: Path) -> None:
-    """Delete our checkpoint of this name. One that is not ours, as of a plain trainer, is renamed."""
-    if MANIFEST in _names_in(path):
-        _remove(path)
-    elif os.path.lexists(path):
-        other = path.with_name(f"{path.name}-other")
-        os.replace(path, other)
-        print(f"{path} has no {MANIFEST}, so another program wrote it: kept as {other.name}")
-
-
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete a checkpoint, renamed first, so that one that is half deleted is not taken for one of another program."""
     deleted = path.with_name(DELETED + path.name)
     with contextlib.suppress(FileNotFoundError):
@@ -218,10 +168,105 @@ def _remove(path: Path) -> None:
         shutil.rmtree(deleted)
 
 
-def _reason(error: Exception) -> str:
+class Copier(contextlib.AbstractContextManager):
+    """Copies a run's checkpoints to the mirror in a thread. The first failure is said, by `tell`, and once.
+
+    Args:
+        mirror: the folder on Drive; None: nothing is copied.
+        run, runs: as for `prune`.
+    """
+
+    def __init__(self, mirror: Path | None, run: str, runs: Collection[str]) -> None:
+        self.mirror, self.run, self.runs, self.busy = mirror, run, runs, None
+        self.failure, self.told = "", False
+        self.waiting: queue.SimpleQueue = queue.SimpleQueue()
+        # A daemon: a Drive that hangs must not keep the process from ending.
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        if mirror is not None:
+            self.thread.start()
+
+    def put(self, path: Path) -> None:
+        if self.mirror is not None:
+            self.waiting.put(path)
+
+    def tell(self) -> None:
+        if self.failure and not self.told:
+            self.told = True
+            kept = "training goes on, its checkpoints are in the run folder"
+            print(f"No copy in {self.mirror} ({self.failure}): {kept}")
+
+    def _work(self) -> None:
+        while (path := self.waiting.get()) is not None:
+            self.busy = path
+            try:
+                self._require_alone()
+                copy_whole(path, self.mirror / path.name, self.runs)
+                prune(self.mirror, self.run, self.runs)
+            except Exception as error:
+                if (path / MANIFEST).exists():  # else newer ones have replaced it meanwhile: no failure
+                    self.failure = self.failure or reason(error)
+            self.busy = None
+
+    def _require_alone(self) -> None:
+        """No lock reaches from one machine to another: whoever copied first keeps the mirror."""
+        for each in saved_in(self.mirror):
+            if each.run not in self.runs:
+                begun = f"{each.path.name} there is of a run that began {each.run}"
+                raise RuntimeError(f"{begun}: give each machine a DRIVE_DIR of its own")
+
+    def __exit__(self, *error: Any) -> None:
+        if self.mirror is not None:
+            self.waiting.put(None)
+            self.thread.join(MIRROR_WAIT_SECONDS)
+            if self.thread.is_alive():
+                self.failure = self.failure or f"still not copied after {MIRROR_WAIT_SECONDS} s"
+            self.tell()
+
+
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder; nothing where there is none. Raises OSError where it cannot be read.
+
+    (Since Python 3.12 `Path.glob` finds nothing there: a Drive that drops would look as if it held no checkpoints.)
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def reason(error: Exception) -> str:
     """The first line of what went wrong, as short as the system says it."""
     if isinstance(error, shutil.Error):  # copytree's list of (source, target, message)
         return str(error.args[0][0][2]).partition(": '")[0]
     if isinstance(error, RuntimeError) and "inline_container" in str(error):  # its own words name a line of its source
         return "PyTorch could not write a file to its end: is the disk full?"
     return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _marked_in(folder: Path) -> list[Path]:
+    """The checkpoints that were written here, whole or unfinished: those with a manifest."""
+    paths = [folder / name for name in names_in(folder) if re.fullmatch(r"checkpoint-\d+", name)]
+    return [path for path in paths if MANIFEST in names_in(path)]
+
+
+def _delete_leftovers(folder: Path) -> None:
+    for name in names_in(folder):
+        if name.startswith((f"{UNFINISHED}checkpoint-", f"{DELETED}checkpoint-")):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _make_room(path: Path, runs: Collection[str]) -> None:
+    """Delete the checkpoint of this name if it belongs to `runs`; another run's or program's is renamed."""
+    found = read_saved(path)
+    if found and found.run in runs:
+        remove(path)
+    elif os.path.lexists(path):
+        print(f"{path} is not of this run: kept as {set_aside(path).name}")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

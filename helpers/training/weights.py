@@ -1,10 +1,7 @@
 """A model's weights: how many LoRA trains, which of them moved, and whether the frozen ones did."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
-
-from helpers.base import InputError, html_table, text_table
 
 
 def undo_emulated_bfloat16(model: Any) -> int:
@@ -59,59 +56,3 @@ def count_changed_adapters(model: Any) -> tuple[int, int]:
     """(how many LoRA B matrices are not zero, how many there are). All are zero before training."""
     matrices = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
     return sum(bool(parameter.detach().any()) for parameter in matrices), len(matrices)
-
-
-@dataclass(frozen=True)
-class TrainableParameters:
-    """What LoRA added, by kind of module: rows of (module, layers, frozen shape, rank, trainable parameters)."""
-
-    rows: tuple[tuple[str, int, str, int, int], ...]
-    total: int
-    trainable: int
-
-    _headers = ("module", "layers", "frozen shape", "rank", "trainable")
-
-    def _summary(self) -> str:
-        return (
-            f"{self.trainable:,} of {self.total:,} parameters are trained ({100 * self.trainable / self.total:.2f} %)"
-        )
-
-    def _rows(self) -> list[list[object]]:
-        return [[name, layers, shape, rank, f"{count:,}"] for name, layers, shape, rank, count in self.rows]
-
-    def __repr__(self) -> str:
-        return text_table(self._headers, self._rows()) + "\n" + self._summary()
-
-    def _repr_html_(self) -> str:
-        return html_table(self._headers, self._rows()) + f"<p>{self._summary()}</p>"
-
-
-def count_trainable(model: Any) -> TrainableParameters:
-    """Count a PEFT model's trainable parameters by kind of module.
-
-    A linear layer of shape (out, in) gets A (r, in) and B (out, r): r · (in + out) parameters (Hu et al. 2021,
-    arXiv:2106.09685). Example: q_proj of Llama 3.2 1B, (2048, 2048), r = 16 -> 65,536 a layer.
-
-    A 4-bit weight stores two parameters a byte, so the total counts what the layers compute with, not the bytes.
-
-    Raises:
-        InputError: the model has no LoRA matrices.
-    """
-    found: dict[str, list[tuple[int, int, int]]] = {}
-    adapters = 0
-    for name, module in model.named_modules():
-        if not hasattr(module, "lora_A") or "default" not in module.lora_A:
-            continue
-        rank, shape = module.r["default"], (module.out_features, module.in_features)
-        count = sum(p.numel() for p in (*module.lora_A.parameters(), *module.lora_B.parameters()) if p.requires_grad)
-        found.setdefault(name.rsplit(".", 1)[-1], []).append((rank, shape, count))
-        adapters += count
-    rows = tuple(
-        (kind, len(layers), f"{layers[0][1][0]} × {layers[0][1][1]}", layers[0][0], sum(count for *_, count in layers))
-        for kind, layers in found.items()
-    )
-    if not rows:
-        fix = "call get_peft_model first; if you did, check target_modules"
-        raise InputError("model", found="no LoRA matrices", expected="a PEFT model with LoRA", fix=fix)
-    trainable, total = model.get_nb_trainable_parameters()
-    return TrainableParameters(rows, total, trainable)

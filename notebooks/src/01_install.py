@@ -3,153 +3,137 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/01_install.ipynb)
 #
-# At the end you know that this machine can fine-tune a Llama 3.2 chat model, and with which settings.
+# At the end a language model answers you, on a machine that is known to be able to train it.
 #
 # You can
 # - say in a sentence what a language model, fine-tuning and Unsloth are,
-# - install exactly the packages that the series was tested with,
-# - see what was found on this machine, and what to do where something is missing,
-# - tell the two profiles apart: `t4` for a GPU, `cpu` for a laptop without one.
+# - install exactly the versions that this series was tested with,
+# - read what a machine lacks, and what to do about it,
+# - ask an untouched model a question.
 #
-# You need a browser and, for the `t4` profile, a Colab runtime with a T4 (*Runtime → Change runtime type → T4 GPU*); on
-# your own computer, run `make setup` first.
+# You need a browser and a Google account. In Colab choose *Runtime → Change runtime type → T4 GPU*: Google then lends
+# you a computer with a T4, a graphics card that is made for such work. On a computer of your own, the README's two
+# commands take its place.
 #
 # {{budget}}
 
 # %% [markdown] lang="en"
 # ## What you are about to do
 #
-# A **large language model** (LLM) reads text as a row of *tokens* (words and pieces of words) and predicts the next
-# one. What it predicts depends on its *weights*, billions of numbers, which training changes a little at a time.
-# Trained on much of the internet it knows a language and many facts; an *Instruct* model such as Llama 3.2 was then
-# taught to answer. It still does not know your products, your tone or your format.
+# A **language model** reads text as a row of *tokens*, which are words and pieces of words, and predicts the next one.
+# What it predicts depends on its *weights*: billions of numbers that training changes a little at a time.
 #
-# **Fine-tuning** continues that training on your own examples (a few hundred conversations are often enough) until the
-# model answers the way they do. Compared with a long prompt it costs nothing at each request, and it can teach
-# behaviour that is hard to describe.
+# Llama 3.2 knows a language and many facts from much of the internet. An *Instruct* model was then taught to answer. It
+# does not know your products, your tone or your format.
 #
-# Training all three billion weights does not fit into a free T4's 15 GiB. Two ideas make it fit: keep the base model's
-# weights frozen in **4 bits** each, and train a few small extra matrices beside them (**LoRA**, chapter 02).
+# **Fine-tuning** goes on with that training on examples of your own, until the model answers the way they do. A few
+# hundred conversations are often enough. Try a better prompt first: it costs nothing to change. Fine-tune when the
+# prompt gets long, or when you can show what you want more easily than say it.
 #
-# **Unsloth** does that with less memory than the standard libraries: it computes the loss, the measure of the model's
-# mistakes, piece by piece instead of keeping a prediction over the whole vocabulary for every token, and replaces many
-# small steps by hand-written *kernels* (programs for the GPU). Weights in 4 bits (*quantised*: stored in fewer bits)
-# both have. How much time it saves depends on the card and the settings. One comparison, on an H100 GPU that was given
-# a T4's memory, in bfloat16, importing the libraries not counted: to load a model of Llama-3.2-3B's shape and train 60
-# steps of 8 conversations takes chapter 04's settings 33 s and 6.9 GiB, and the standard libraries (Transformers, PEFT
-# and TRL, with the largest batch that fits) 103 s and 14.2 GiB. A T4 has no bfloat16, and its arithmetic is what takes
-# the time: expect a smaller difference in time there, which was not measured. `tests/benchmarks/README.md` has the details.
+# Training all weights does not fit into a T4's memory of 15 GiB. Two ideas make it fit. The weights are stored in
+# **4 bits** each and stay as they are. A few small tables of numbers beside them are trained: **LoRA**, chapter 02.
+#
+# **Unsloth** is a library that does this with less memory and in less time than the standard ones. By how much depends
+# on the card; [the benchmarks](https://github.com/your-org/llama-3.2-unsloth-t4/blob/main/tests/benchmarks/README.md)
+# say what was measured, and on what.
 
 # %% [markdown] lang="en"
 # ## Set up
 #
-# The next cell is the first of every chapter, because on Colab every notebook gets a machine of its own. On Colab and
-# Kaggle it installs the packages of `requirements-colab.txt`, each in the one version that this series was tested with.
-# It leaves all other packages alone, and shows which ones it changed. On your own computer it installs nothing, because
-# `make setup` has done that.
+# On Colab every notebook gets a computer of its own, so each chapter begins with this cell. It installs the packages of
+# `requirements-colab.txt`, each in the version that was tested, and shows what it changed. On your own computer it
+# installs nothing, because `make setup` did.
 #
-# A new machine on Colab starts with Google's own set of packages, its *image*, which changes every few weeks. If our
-# packages cannot work with that image, the cell says so before it installs anything. It then names another image, which
-# you choose under *Runtime → Change runtime type → Runtime version*.
-#
-# The outputs below a cell, before you run it, were recorded without a GPU. A T4 trains a larger model on other
-# conversations, so your figures and answers will differ.
+# The outputs on this page were recorded before you opened it. Yours replace them as you run the cells.
 
-# %%
+# %% cellView="form"
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# Choices are made in one cell. `"auto"` takes the `t4` profile where a CUDA GPU is present and `cpu` otherwise. An
-# empty `MODEL_NAME` means the profile's own model. Models and data sets are published on the Hugging Face Hub; some need
-# an access token, a password that the Hub gives you. Name such a model, and the check below says so.
-#
-# Two choices are for readers who cannot reach the Hub. `HF_ENDPOINT` is the address of a copy of it, such as
-# `"https://hf-mirror.com"`; that copy is sent your access token, if you have set one. `USE_MODELSCOPE` takes models from
-# ModelScope, another place that publishes them. Data sets still come from the Hub or its copy.
+# Choices are made in one cell. `MODEL_NAME` is a model on the Hugging Face Hub, where models and data are published,
+# or a folder that holds one. `HF_ENDPOINT` is the address of a copy of the Hub, for readers who cannot reach it.
+# `USE_MODELSCOPE` takes models from ModelScope, another such place.
 
 # %% tags=["parameters"]
 # @title Choices
-PROFILE = "auto"  # @param ["auto", "t4", "cpu"]
-MODEL_NAME = ""  # @param {type:"string"}
+MODEL_NAME = "unsloth/Llama-3.2-3B-Instruct"  # @param {type:"string"}
 HF_ENDPOINT = ""  # @param {type:"string"}
 USE_MODELSCOPE = False  # @param {type:"boolean"}
 
 # %% [markdown] lang="en"
 # ## Check the machine
 #
-# One row for each thing that the series depends on. `ok` needs nothing, `warn` works, `fail` does not. Where a row is
-# not `ok`, its last column says what to do.
+# Each thing that the series depends on is tried, not assumed. A row appears where something needs attention, and its
+# last column says what to do. A failed row stops here, with one line, rather than in the middle of a training run.
 
 # %%
-from helpers.environment import check_environment
-from helpers.environment import choose_hub
+from helpers.environment import check_choices, check_environment
 
-choose_hub(HF_ENDPOINT, modelscope=USE_MODELSCOPE)
-environment = check_environment(model_name=MODEL_NAME or None)
-environment
-
-# %% [markdown] lang="en"
-# A failed row stops here, with one line, rather than in the middle of a training run.
-
-# %%
+check_choices(globals())
+environment = check_environment(MODEL_NAME, endpoint=HF_ENDPOINT, modelscope=USE_MODELSCOPE)
+display(environment)
 environment.raise_if_failed()
 
 # %% [markdown] lang="en"
-# ## See the profile
+# ## Load a model
 #
-# A profile is a set of choices that the same cells run with. Any of them can be overridden in a chapter's *Choices*
-# cell; the column `from` says whose value it is, the profile's or yours. On a laptop the series trains SmolLM2-135M, a
-# small chat model of the same architecture as Llama. (Its weights come from a file with 4 bits a weight, turned into 16
-# bits, so it answers somewhat worse than the original.) What each setting does is said in the chapter that uses it.
+# Unsloth patches other libraries when it is imported, so it comes before them in every chapter. `load_in_4bit` stores
+# the weights in 4 bits; `max_seq_length` is the longest text that the model will read here, in tokens.
 
 # %%
-from helpers.profiles import choose_profile
-
-profile = choose_profile(PROFILE, model_name=MODEL_NAME)
-profile
-
-# %% [markdown] lang="en"
-# ## Import Unsloth
-#
-# Unsloth patches Transformers, PEFT and TRL when it is imported, so it comes before them in every chapter. Without a
-# GPU it announces its CPU backend. The setup cell has silenced three warnings of other libraries that nobody can act
-# on.
-
-# %%
-import unsloth
 from unsloth import FastLanguageModel
 
-print(f"Unsloth {unsloth.__version__} is ready: {FastLanguageModel.__name__}")
+model, tokenizer = FastLanguageModel.from_pretrained(
+    model_name=MODEL_NAME,
+    max_seq_length=2048,
+    load_in_4bit=True,
+)
 
 # %% [markdown] lang="en"
-# This is the device that will train, and the number format that it computes in: 16 bits where it has instructions for
-# them. A T4 has no bfloat16, so it computes in float16, which is finer but overflows sooner; many a laptop's processor
-# has neither and computes in 32 bits.
+# Where does it run, and in which numbers does it compute? A T4 computes in float16, newer cards in bfloat16, and a
+# processor without either in 32 bits.
 
 # %%
-import torch
+print(f"{model.device}, {model.dtype}, {model.get_memory_footprint() / 2**30:.2f} GiB of weights")
 
-device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
-precision = (
-    "bfloat16" if unsloth.is_bfloat16_supported() else "float16" if torch.cuda.is_available() else "float32"
-)
-print(f"Device: {device}. Precision: {precision}.")
+# %% [markdown] lang="en"
+# ## Ask it a question
+#
+# A conversation is a list of messages, each with a `role` and its `content`. The *tokenizer* writes it in the form that
+# the model was taught, and turns it into tokens.
 
 # %%
-passed = sum(row.verdict == "ok" for row in environment.rows)
-print(f"Result: {passed} of {len(environment.rows)} checks ok, profile {profile.name}")
+messages = [{"role": "user", "content": "My lamp does not switch on. What can I do?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(inputs["input_ids"][0]))
+
+# %% [markdown] lang="en"
+# `generate` adds the most likely token again and again, and `decode` turns tokens back into text.
+
+# %%
+inputs = inputs.to(model.device)
+output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+print(answer)
+
+# %% [markdown] lang="en"
+# It answers politely and in general terms. It has never seen your lamps. In chapter 04 the same kind of question gets
+# the answer that a support team would give.
+
+# %%
+print(f"Result: an answer of {len(answer.split())} words, from {model.device}")
 
 # %% [markdown] lang="en"
 # ## Where you are
 #
-# You have a machine that is known to work. Nothing is kept: on Colab this installation ends with the notebook's
-# machine, and the setup cell makes it again in the next chapter. Before you open that one, give this machine back
-# (*Runtime → Disconnect and delete runtime*), because free Colab often lends one GPU at a time.
+# You have a machine that is known to work, and you have talked to an untouched model. Nothing is kept: the next chapter
+# sets its own machine up. Give this one back first (*Runtime → Disconnect and delete runtime*), because free Colab
+# lends one GPU at a time.
 #
-# On Colab, decide now where your results shall be kept: set `DRIVE_DIR` in chapters 02 to 06 to the same folder of your
-# Google Drive, such as `"/content/drive/MyDrive/llama"`. Without it, what a chapter made ends with its machine, and the
-# next chapter makes it again, training included.
+# On your own: ask in another language. Set `do_sample=True` and run the cell twice. Set `MODEL_NAME` to
+# `"unsloth/Llama-3.2-1B-Instruct"` and compare answer and memory.
 #
-# On your own: set `PROFILE` to `"t4"` on a machine without a GPU (to `"cpu"` on a T4), and read which settings differ.
+# In practice: free Colab takes its machines back. To keep results, set `DRIVE_DIR` in chapters 03 to 06 to one folder
+# on your Google Drive, such as `"/content/drive/MyDrive/llama"`.
 #
 # {{next}}

@@ -11,291 +11,261 @@
 # - read memory and time of a run,
 # - tell learning from a falling training loss.
 #
-# You need `lora.json` and `dataset/` from chapters 02 and 03. If they are neither in the run folder nor in `DRIVE_DIR`,
-# this chapter runs those first.
+# You need `dataset/` from chapter 03, in the run folder or in `DRIVE_DIR`. Where it is in neither, the message says
+# which line makes it here.
 #
 # {{budget}}
 
-# %%
+# %% cellView="form"
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# Empty means: the profile's own value. `PROFILE`, `MODEL_NAME`, `DATASET` and `MAX_SEQ_LENGTH` are as in chapters 02
-# and 03; `MAX_STEPS` and `LEARNING_RATE` say how long and how boldly to train. `RUN_DIR` is the folder through which
-# the chapters hand their results on, and `DRIVE_DIR` a copy of it on your Google Drive (on Colab, such as
-# `"/content/drive/MyDrive/llama"`). `HUB_REPO` is a repository on the Hub to which you uploaded a whole run folder
-# (`hf upload your-name/my-run runs/t4`), to take from it what neither of them has; what chapter 06 publishes is not
-# one. `START_AFRESH` deletes an interrupted training run instead of going on with it. `HF_ENDPOINT` and
-# `USE_MODELSCOPE` choose the hub, as in chapter 01.
+# `MAX_STEPS` is how often the weights are changed, and `LEARNING_RATE` how far each change goes. `MICRO_BATCH`
+# conversations go through the model at once, `ACCUMULATION` times a step. `CHECKPOINTING` and `PADDING_FREE` are
+# explained by the plan below. `REPLY_ROWS` held-out questions are asked before and after.
+#
+# `START_AFRESH` begins anew where a training run was interrupted, instead of going on with it. `RUN_DIR` and `DRIVE_DIR`
+# are as in chapter 03, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` as in chapter 02.
 
 # %% tags=["parameters"]
 # @title Choices
-PROFILE = "auto"  # @param ["auto", "t4", "cpu"]
-MODEL_NAME = ""  # @param {type:"string"}
-DATASET = ""  # @param {type:"string"}
-MAX_SEQ_LENGTH = None  # @param {type:"raw"}
-MAX_STEPS = None  # @param {type:"raw"}
-LEARNING_RATE = None  # @param {type:"raw"}
-RUN_DIR = ""  # @param {type:"string"}
-DRIVE_DIR = ""  # @param {type:"string"}
-HUB_REPO = ""  # @param {type:"string"}
+MODEL_NAME = "unsloth/Llama-3.2-3B-Instruct"  # @param {type:"string"}
+MAX_SEQ_LENGTH = 2048  # @param {type:"integer"}
+MAX_STEPS = 60  # @param {type:"integer"}
+LEARNING_RATE = 2e-4  # @param {type:"number"}
+MICRO_BATCH = 8  # @param {type:"integer"}
+ACCUMULATION = 1  # @param {type:"integer"}
+CHECKPOINTING = False  # @param [False, True, "unsloth"] {type:"raw"}
+PADDING_FREE = True  # @param {type:"boolean"}
+REPLY_ROWS = 24  # @param {type:"integer"}
 START_AFRESH = False  # @param {type:"boolean"}
+RUN_DIR = "runs/llama"  # @param {type:"string"}
+DRIVE_DIR = ""  # @param {type:"string"}
 HF_ENDPOINT = ""  # @param {type:"string"}
 USE_MODELSCOPE = False  # @param {type:"boolean"}
 
 # %%
+from helpers.environment import check_choices, find_model
 from helpers.handoff import open_run
-from helpers.environment import choose_hub
-from helpers.profiles import choose_profile, model_source
 
-choose_hub(HF_ENDPOINT, modelscope=USE_MODELSCOPE)
-choices = dict(model_name=MODEL_NAME, dataset=DATASET, max_seq_length=MAX_SEQ_LENGTH, max_steps=MAX_STEPS)
-profile = choose_profile(PROFILE, **choices, learning_rate=LEARNING_RATE, run_dir=RUN_DIR)
-given = {name.upper(): value for name, value in choices.items()} | {"PROFILE": PROFILE}
-needs = ("lora.json", "dataset")
-run = open_run(profile.run_dir, needs=needs, drive=DRIVE_DIR, hub=HUB_REPO, parameters=given)
-profile
+check_choices(globals())
+MODEL_NAME = find_model(MODEL_NAME, endpoint=HF_ENDPOINT, modelscope=USE_MODELSCOPE)
+run = open_run(RUN_DIR, base_model=MODEL_NAME, needs=("dataset",), drive=DRIVE_DIR)
 
 # %% [markdown] lang="en"
-# ## Set two switches, and load the data
+# ## Load the data
 #
-# The rows are those of chapter 03. Before Unsloth is imported, two of its switches are set. On a GPU it would first
-# compile the layers (for padded batches) and kernels for the loss: on an H100 that made the first step about 40 s
-# longer, and the later ones no faster. For a run of thousands of steps, measure it on your card. Without a GPU they
-# change nothing. `gc.freeze` tells Python not to search what was imported for garbage again and again, which Unsloth
-# asks for ten times: on an H200's host the 3B then loads in 3 s instead of 7.
+# The rows and the tokenizer are those of chapter 03. The first line tells Unsloth not to compile the model first: that
+# takes a minute on a GPU and pays only in runs of thousands of steps.
 
 # %%
-import gc
 import os
 
-os.environ.update(UNSLOTH_BLOCK_COMPILE="0", UNSLOTH_FUSED_LINEAR_TRITON="0")  # a long run? Measure it without
+os.environ |= {"UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_FUSED_LINEAR_TRITON": "0"}
 from datasets import load_from_disk
 from unsloth import FastLanguageModel  # before transformers, peft and trl: it patches them
+from transformers import AutoTokenizer
 
-gc.freeze()
-dataset_folder = run.artefact("dataset", base_model=profile.model_name, dataset=profile.dataset_name)
-train_dataset = load_from_disk(dataset_folder)["train"]
-eval_dataset = load_from_disk(dataset_folder)["held_out"]
-times = profile.train_rows / len(train_dataset)
-print(
-    f"{len(train_dataset)} conversations to train on, each about {times:.1f} times; {len(eval_dataset)} held out"
-)
+train_dataset = load_from_disk(f"{RUN_DIR}/dataset")["train"]
+eval_dataset = load_from_disk(f"{RUN_DIR}/dataset")["held_out"]
+tokenizer = AutoTokenizer.from_pretrained(f"{RUN_DIR}/dataset/tokenizer")
+times = MAX_STEPS * MICRO_BATCH * ACCUMULATION / len(train_dataset)
+print(f"{len(train_dataset)} conversations, each trained about {times:.1f} times; {len(eval_dataset)} held out")
 
 # %% [markdown] lang="en"
-# ## What fits, and what is fastest
+# ## Plan what fits
 #
-# A *step* changes the trained weights once, along their *gradients* (in which direction, and how steeply, each lowers
-# the *loss*, the measure of the model's mistakes), averaged over all answer tokens of `effective_batch_size`
-# conversations. These can go through the model all at once (a large *micro-batch*) or in turns whose gradients add up
-# (*accumulation*): the result is the same, the memory and the time are not. *Gradient checkpointing* is the second
-# choice: keep all intermediate results that the gradients need (`False`), keep each block's input and recompute the
-# rest (`True`), do so only in as many blocks as a micro-batch's length makes necessary (`as needed`, listed where not
-# all can be kept), or move those inputs to main memory too (`"unsloth"`). The third is *padding*: conversations of a
-# batch side by side, the shorter ones filled up to a common width (a multiple of so many tokens), or one after the
-# other in one long row (`none`), which computes nothing in vain and gives the processor more to do. `plan_batch`
-# predicts the peak of each option from the model's configuration and from the longest conversations of *these* data,
-# and takes the fastest that leaves a tenth of the memory free. The seconds are for comparing options. Without a GPU,
-# memory and seconds are those of a T4, not of your machine.
+# A *step* changes the trained weights once, along the gradients of all its conversations. They can go through the model
+# all at once, a large *micro-batch*, or in turns whose gradients add up, *accumulation*. The result is the same; memory
+# and time are not.
+#
+# *Checkpointing* keeps less in memory and computes it again: `True` in as many blocks as necessary, `"unsloth"` in all
+# of them, with the rest moved to the computer's main memory. *Padding-free* lays the conversations of a batch end to
+# end, instead of filling the shorter ones up.
+#
+# `plan_batch` predicts memory and time of every combination from the longest conversations of these data. The five
+# fastest that fit are shown, and yours. Without a GPU the figures are a T4's.
 
 # %%
-from transformers import AutoConfig, AutoTokenizer
-
+from transformers import AutoConfig
 from helpers.memory import plan_batch
 
-tokenizer = AutoTokenizer.from_pretrained(dataset_folder / "tokenizer")
-lora_settings = run.read_json("lora.json", base_model=profile.model_name)["lora"]
-model_folder = model_source(profile.model_name)
-token_ids = tokenizer(train_dataset["text"], truncation=True, max_length=profile.max_seq_length)["input_ids"]
-asked = dict(effective_batch_size=profile.effective_batch_size, lora_rank=lora_settings["r"])
-plan = plan_batch(AutoConfig.from_pretrained(model_folder), lengths=[len(ids) for ids in token_ids], **asked)
+lengths = [len(ids) for ids in tokenizer(train_dataset["text"], truncation=True, max_length=MAX_SEQ_LENGTH).input_ids]
+plan = plan_batch(
+    AutoConfig.from_pretrained(MODEL_NAME),
+    lengths=lengths,
+    micro_batch=MICRO_BATCH,
+    accumulation=ACCUMULATION,
+    checkpointing=CHECKPOINTING,
+    padding_free=PADDING_FREE,
+    lora_rank=16,
+)
+plan.raise_if_failed()
 plan
 
 # %% [markdown] lang="en"
 # ## Load the model and add LoRA
 #
-# The calls of chapter 02 with the settings that it handed on, but for the checkpointing, which the plan decides.
+# These are the two calls of chapter 02.
 
 # %%
-from helpers.memory import stage_table, track_memory
+model, _ = FastLanguageModel.from_pretrained(
+    model_name=MODEL_NAME, max_seq_length=MAX_SEQ_LENGTH, dtype=None, load_in_4bit=True
+)
 
-with track_memory("load in 4-bit") as load:
-    model, _ = FastLanguageModel.from_pretrained(
-        model_name=model_folder,
-        max_seq_length=profile.max_seq_length,
-        dtype=None,
-        load_in_4bit=True,
-    )
-with track_memory("add LoRA") as add_lora:
-    lora_settings |= {"use_gradient_checkpointing": plan.chosen.use_gradient_checkpointing}
-    model = FastLanguageModel.get_peft_model(model, **lora_settings)
+# %%
+model = FastLanguageModel.get_peft_model(
+    model,
+    r=16,
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    lora_alpha=16,
+    lora_dropout=0,
+    bias="none",
+    use_gradient_checkpointing=CHECKPOINTING,
+    random_state=3407,
+)
 
 # %% [markdown] lang="en"
 # ## Ask before training
 #
-# The model answers some held-out conversations now, and the same ones after training. Greedy decoding (always the most
-# likely token) makes the two comparable. `for_inference` switches Unsloth to generating, `for_training` (below) back.
+# The model answers some held-out questions now, and the same ones after training. `do_sample=False` takes the most
+# likely token each time, which makes the two comparable. `for_inference` and `for_training` switch Unsloth between
+# asking and training.
 
 # %%
-from helpers.chat import batch_replies, compare_replies
+def ask(conversations):
+    FastLanguageModel.for_inference(model)
+    prompts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    output = model.generate(**inputs.to(model.device), max_new_tokens=64, do_sample=False)
+    FastLanguageModel.for_training(model)
+    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-FastLanguageModel.for_inference(model)
-reply_rows = eval_dataset.select(range(min(profile.reply_rows, len(eval_dataset))))
-prompts = [turns[:-1] for turns in reply_rows["conversations"]]
-replies_before = batch_replies(model, tokenizer, prompts, max_new_tokens=64)
-print(f"{prompts[0][-1]['content']}\n→ {replies_before[0]}")
+
+reply_rows = eval_dataset.select(range(min(REPLY_ROWS, len(eval_dataset))))
+questions = [turns[:-1] for turns in reply_rows["conversations"]]
+replies_before = ask(questions)
+print(f"{questions[0][-1]['content']}\n→ {replies_before[0]}")
 
 # %% [markdown] lang="en"
 # ## Set up the trainer
 #
-# | setting | why |
-# |---|---|
-# | `per_device_train_batch_size` × `gradient_accumulation_steps` | The plan's micro-batch and accumulation. Evaluation keeps no gradients: 8 at once (`per_device_eval_batch_size`). |
-# | `gradient_checkpointing` | As the plan has it. TRL's own value is `True`, whatever the model was loaded with. |
-# | `train_sampling_strategy="group_by_length"` | Put conversations of similar length into one batch: less padding to compute. |
-# | `padding_free`, `pad_to_multiple_of` | The plan's padding. There are only a few widths, because a GPU has to prepare for each of them once. |
-# | `max_steps` | How often the weights are changed. To go through all rows instead, leave it out and set `num_train_epochs`. |
-# | `warmup_steps` | The learning rate (how far a step goes) climbs from 0 over the first steps, while the optimiser's averages are still poor. |
-# | `learning_rate`, `lr_scheduler_type` | The peak, and `linear` decay to 0 at the end. 2e-4 is usual for LoRA, and the `t4` profile's; the 135M model takes twenty times that. |
-# | `optim="adamw_8bit"` | AdamW, the usual *optimiser*: it makes the change from the gradients' running averages, here kept in 8 bits (without a GPU Unsloth takes the 32-bit one). |
-# | `weight_decay` | Pulls the LoRA matrices a little towards zero. |
-# | `fp16`, `bf16` | 16-bit numbers, by what the device supports: a T4 has float16 only. There a *scaler* multiplies the loss, so that small gradients do not vanish; where they overflow, it skips the step and scales less. Expect a few skipped steps at the start. (Without a GPU and without bfloat16 Unsloth takes neither and computes in 32 bits; TRL turns LoRA into bfloat16 all the same, and `undo_emulated_bfloat16` turns it back.) |
-# | `max_length`, `dataset_text_field`, `dataset_num_proc` | Where a row is cut off, the column that holds its text, and one process to prepare the rows. |
-# | `logging_steps`, `eval_steps` | A training loss for each step; the held-out loss in the middle and at the end. |
-# | `save_strategy="no"`, `report_to="none"` | Checkpoints are saved by the clock instead (see Train); no account anywhere. `"tensorboard"` or `"wandb"` work too. |
-# | `include_num_input_tokens_seen` | Count the tokens, without padding, for the speed in the picture. |
-# | `seed` | The order of the rows. |
-
-# %% tags=["nbval-check-output"]
-batch = plan.settings | dict(per_device_eval_batch_size=8)
-steps = dict(max_steps=profile.max_steps, warmup_steps=min(5, profile.max_steps // 4))
-schedule = dict(learning_rate=profile.learning_rate, lr_scheduler_type="linear")
-optimiser = dict(optim="adamw_8bit", weight_decay=0.01)
-data = dict(max_length=profile.max_seq_length, dataset_text_field="text", dataset_num_proc=1)
-evaluation = dict(eval_strategy="steps", eval_steps=profile.max_steps // 2 + 1)
-reporting = dict(logging_steps=1, save_strategy="no", report_to="none", seed=3407)
-reporting |= dict(include_num_input_tokens_seen="non_padding")
-settings = batch | steps | schedule | optimiser | data | evaluation | reporting
-print(*(f"{name} = {value!r}" for name, value in settings.items()), sep="\n")
+# `SFTTrainer` of the library TRL does *supervised fine-tuning*: it is shown questions with their answers. These are its
+# settings.
 
 # %%
 from trl import SFTConfig, SFTTrainer
 from unsloth import is_bfloat16_supported
 
-from helpers.training import undo_emulated_bfloat16
+settings = SFTConfig(
+    output_dir=f"{RUN_DIR}/checkpoints",
+    max_steps=MAX_STEPS,  # or num_train_epochs=1, to go through all rows once
+    per_device_train_batch_size=MICRO_BATCH,
+    gradient_accumulation_steps=ACCUMULATION,
+    gradient_checkpointing=bool(CHECKPOINTING),
+    padding_free=PADDING_FREE,
+    train_sampling_strategy="group_by_length",  # conversations of like length in one batch
+    learning_rate=LEARNING_RATE,  # 2e-4 is usual for LoRA
+    lr_scheduler_type="linear",  # falls to 0 at the end
+    warmup_steps=min(5, MAX_STEPS // 4),  # rises from 0 first, while the averages are poor
+    optim="adamw_8bit",  # the usual optimiser, its averages in 8 bits
+    weight_decay=0.01,  # pulls the matrices a little towards zero
+    fp16=not is_bfloat16_supported(),  # a T4 has 16-bit numbers of this kind only
+    bf16=is_bfloat16_supported(),
+    max_length=MAX_SEQ_LENGTH,
+    dataset_text_field="text",
+    dataset_num_proc=1,
+    per_device_eval_batch_size=8,
+    eval_strategy="steps",  # the held-out loss in the middle and at the end
+    eval_steps=MAX_STEPS // 2 + 1,
+    logging_steps=1,
+    include_num_input_tokens_seen="non_padding",  # for the speed in the picture
+    save_strategy="no",  # saved by the clock instead, see Train
+    report_to="none",  # "tensorboard" and "wandb" work too
+    seed=3407,  # the order of the rows
+)
 
-settings |= dict(fp16=not is_bfloat16_supported(), bf16=is_bfloat16_supported())
+# %%
 trainer = SFTTrainer(
     model=model,
     processing_class=tokenizer,
     train_dataset=train_dataset,
     eval_dataset=eval_dataset,
-    args=SFTConfig(output_dir=run.path / "checkpoints", **settings),
+    args=settings,
 )
-print(f"LoRA matrices turned back into 32 bits: {undo_emulated_bfloat16(model)}")
 
 # %% [markdown] lang="en"
 # ## Train on the answers only
 #
-# Without this the model would also learn to write the customer's questions. Each token of a row has a *label*, the
-# token that the model should have predicted in its place. `train_on_responses_only` finds the answers between two
-# markers, the strings that open a user's and an assistant's turn, and sets every other label to −100, which the loss
-# ignores. It also replaces the *collator*, which makes a batch of rows, by one that does not know the planned widths:
-# so it is told them again.
+# Without this line the model would also learn to write the customer's questions. Each token of a row has a *label*, the
+# token that should have been predicted in its place. `train_on_responses_only` finds the answers by the template's own
+# markers and sets every other label to −100, which the loss ignores.
 
 # %%
 from unsloth.chat_templates import train_on_responses_only
 
-facts = run.facts("dataset")
-instruction_part, response_part = facts["instruction_part"], facts["response_part"]
-trainer = train_on_responses_only(trainer, instruction_part=instruction_part, response_part=response_part)
-trainer.data_collator.pad_to_multiple_of = plan.settings.get("pad_to_multiple_of")
-print(f"instruction_part = {instruction_part!r}\nresponse_part = {response_part!r}")
-dropped = len(train_dataset) - len(trainer.train_dataset)
-print(f"Rows dropped because nothing in them would be trained: {dropped}")
+trainer = train_on_responses_only(trainer)
+print(f"{len(train_dataset) - len(trainer.train_dataset)} rows dropped because nothing in them would be trained")
 
 # %% [markdown] lang="en"
-# One row, decoded: first all that the model reads, then only what it is trained to write. (Where a text does not end
-# with the end token, the trainer adds one, as the last `<|im_end|>` here. It follows no answer, so it is not trained.)
-# Above it the shape of one micro-batch: rows, and tokens in each with what fills them up.
+# One row, decoded: first all that the model reads, then only what it is trained to write. Where a text does not end
+# with the end token, the trainer adds one; it follows no answer and is not trained.
 
 # %% tags=["nbval-check-output"]
-micro_batch = trainer.data_collator([trainer.train_dataset[number] for number in range(plan.chosen.micro_batch)])
-print(f"One micro-batch: {tuple(micro_batch['input_ids'].shape)}\n")
 row = trainer.train_dataset[0]
 print(tokenizer.decode(row["input_ids"]))
 print("—" * 60)
 print(tokenizer.decode([label for label in row["labels"] if label != -100]))
 
 # %% [markdown] lang="en"
-# One row that looks right proves little. `check_masking` reads the turns of *every* row from the chat template itself,
-# not from the markers above, and compares: nothing of a user trained, no answer left out, every answer's end trained.
+# One row that looks right proves little. `check_masking` reads the turns of *every* row from the chat template and
+# compares: nothing of a user trained, no answer left out, every answer's end trained.
 
 # %% tags=["nbval-check-output"]
 from helpers.masking import check_masking, show_masking
 
 mask_report = check_masking(trainer.train_dataset, tokenizer=tokenizer)
 mask_report.raise_if_failed()
-mask_report
-
-# %% tags=["nbval-check-output"]
-show_masking(row, tokenizer=tokenizer)
+display(mask_report, show_masking(row, tokenizer=tokenizer))
 
 # %% [markdown] lang="en"
-# A check that cannot fail is none. Here the two markers are swapped, so that the model would learn to be the customer.
-# (`return_function=True` gives the masking function itself, to try on one row.) The message quotes the first fault and
-# counts the others. Try other mistakes: a marker without its newline, or labels that are all of `row["input_ids"]`.
+# A check that cannot fail is none. Here every token is trained, as without the line above.
 
 # %% tags=["nbval-check-output"]
-swapped = dict(instruction_part=response_part, response_part=instruction_part)
-mask_wrongly = train_on_responses_only(None, tokenizer=tokenizer, return_function=True, **swapped)
-wrong_labels = mask_wrongly({"input_ids": [row["input_ids"]]})["labels"][0]
-wrong_row = {"input_ids": row["input_ids"], "labels": wrong_labels}
+unmasked = {"input_ids": row["input_ids"], "labels": row["input_ids"]}
 try:
-    check_masking([wrong_row], tokenizer=tokenizer).raise_if_failed()
+    check_masking([unmasked], tokenizer=tokenizer).raise_if_failed()
 except ValueError as error:
     print(error)
-show_masking(wrong_row, tokenizer=tokenizer)
+show_masking(unmasked, tokenizer=tokenizer)
 
 # %% [markdown] lang="en"
 # ## Measure before training
 #
-# The held-out loss, on answers that are never trained. A token's loss is −ln of the probability that the model gave to
-# it, in *nats*: 0 if it was certain. *Perplexity* is e to the mean loss: between how many equally likely tokens it
-# wavers. The interval says how much the mean might differ had other conversations been held out. And a checksum over
-# all frozen weights: training must not touch them.
+# This is the loss on the held-out answers. A token's loss is −ln of the probability that the model gave to it: 0 if it
+# was certain. *Perplexity* is e to the mean loss: between how many equally likely tokens the model wavers. The interval
+# says how much the mean might differ had other conversations been held out.
 
 # %%
-from helpers.training import check_evidence, frozen_checksum, held_out_losses, live_plot
+from helpers.training import held_out_losses
 
-FastLanguageModel.for_training(model)
 held_out_before = held_out_losses(model, trainer.eval_dataset)
-frozen_before = frozen_checksum(model)
 held_out_before
 
 # %% [markdown] lang="en"
 # ## Train
 #
-# The picture grows with each step. The training loss jumps from batch to batch; the held-out loss is what counts. (In
-# the trainer's own table it is called *Validation Loss*, and an *epoch* is one pass through all rows.)
+# The picture grows with each step. The training loss jumps from batch to batch; the held-out loss is what counts.
 #
-# A free Colab machine may be taken away at any time, and its disk with it. `Checkpoints` saves the run every five
-# minutes (`every_seconds`), and when you press Stop; with `DRIVE_DIR` set it also copies what it saved to your Drive,
-# without which a run can go on only on the machine that it started on. Run the chapter again: an interrupted run goes
-# on at the step where it was, and a complete one is loaded and not trained further. Once its results are saved (below),
-# running the chapter again trains a new one.
-#
-# `stop_on_divergence` ends a run whose loss explodes or is not a number. `fit_into_memory` trains and evaluates on the
-# longest conversations once before the first step, without effect, so that a run that is too large fails now and not at
-# step 57; it recomputes as many blocks as planned; and where memory does run out, it recomputes them all, then splits
-# the micro-batch, loses no step, and says so.
+# Four helpers stand by. `Checkpoints` saves the run every five minutes and when you press Stop, also to `DRIVE_DIR`; run
+# the chapter again, and it goes on where it was. `stop_on_divergence` ends a run whose loss explodes. `fit_into_memory`
+# tries the longest conversations first, so that a run that is too large fails now. `track_memory` measures.
 
 # %%
-from helpers.training import Checkpoints
-from helpers.training import stop_on_divergence
-from helpers.memory import fit_into_memory
+from helpers.memory import fit_into_memory, track_memory
+from helpers.training import Checkpoints, live_plot, stop_on_divergence
 
-plot = live_plot(folder=run.path / "curves")
+plot = live_plot(folder=f"{RUN_DIR}/curves")
 plot.record(0, {"eval_loss": held_out_before.loss})
 trainer.add_callback(plot)
 trainer.add_callback(stop_on_divergence())
@@ -305,121 +275,115 @@ with track_memory("training") as training, checkpoints as last_checkpoint, fit a
     trainer.train(resume_from_checkpoint=last_checkpoint)
 
 # %% [markdown] lang="en"
-# Time and memory of the training, then of every stage against the size of the card. *Reserved* is what PyTorch has
-# taken from it, and what has to fit. On a GPU compare the training's peak with the plan's prediction; without one the
-# figures are those of this process, Python and its libraries included. The training's row contains the two before it.
-# (After a resume they are this session's; the report has the seconds of all sessions.)
+# ## Save the adapter
+#
+# What was trained is saved before it is judged. `save_pretrained` writes the LoRA matrices alone, 10 to 100 MB; the
+# base model is loaded again beside them. The tokenizer goes with them, because it holds the chat template.
 
-# %%
-from helpers.figures import draw_stages
-from helpers.memory import MemoryReport
+# %% tags=["handoff"]
+model.save_pretrained(f"{RUN_DIR}/new/adapter")
+tokenizer.save_pretrained(f"{RUN_DIR}/new/adapter")
+print(sorted(os.listdir(f"{RUN_DIR}/new/adapter")))
 
-stages = [load, add_lora, fitting.rehearsal, fitting.first_step, training]
-print(MemoryReport(training))
-display(stage_table(stages), draw_stages(stages))
+# %% tags=["handoff"]
+run.keep("adapter", template=run.facts("dataset")["template"])
 
 # %% [markdown] lang="en"
 # ## Did it learn?
 #
-# The held-out loss again, on the same conversations as before training. The last point of the picture differs a little:
-# the trainer averages over batches, this over the answers' tokens. Llama answers FineTome's general questions well
-# before it is trained: on a T4 expect a far smaller fall than here.
-
-# %%
-held_out_after = held_out_losses(model, trainer.eval_dataset)
-held_out_after
-
-# %% [markdown] lang="en"
-# Five claims, each checked by a program. (The *gradient norm* is the size of a step's gradients, all taken together.)
-# One that does not hold stops the chapter here.
+# The held-out loss again, on the same conversations as before. Then five claims, each checked by a program. The
+# *gradient norm* is the size of a step's gradients, all taken together.
+#
+# Llama answers general questions such as FineTome's well before it is trained. With those data expect a far smaller
+# fall.
 
 # %% tags=["nbval-check-output"]
-log, losses = trainer.state.log_history, dict(before=held_out_before, after=held_out_after)
-chosen_rate = dict(learning_rate=profile.learning_rate)
-evidence = check_evidence(
-    model, log=log, frozen_before=frozen_before, **losses, **chosen_rate, float16=trainer.args.fp16
-)
-evidence.raise_if_failed()
+from helpers.training import check_evidence
+
+held_out_after = held_out_losses(model, trainer.eval_dataset)
+evidence = check_evidence(trainer, before=held_out_before, after=held_out_after, learning_rate=LEARNING_RATE)
 evidence
 
 # %% [markdown] lang="en"
-# The same conversations as before training, side by side. Only the last question of each is shown; the model also read
-# the turns before it, where the product may be named.
+# The same questions as before training. Only the last turn of each is shown; the model also read the turns before it,
+# where the product may be named.
 
 # %%
-FastLanguageModel.for_inference(model)
-replies_after = batch_replies(model, tokenizer, prompts, max_new_tokens=64)
-side_by_side = compare_replies(prompts[:4], replies_before[:4], replies_after[:4])
-side_by_side
+replies_after = ask(questions)
+asked = [turns[-1]["content"] for turns in questions]
+pairs = list(zip(asked, replies_before, replies_after))
+for question, before, after in pairs[:4]:
+    print(f"QUESTION  {question}\n\nBEFORE    {before}\n\nAFTER     {after}\n" + "—" * 60)
 
 # %% [markdown] lang="en"
 # ## Count it
 #
 # Reading four replies is an impression; counting all of them is a result. The support conversations say for each
-# question what the right help contains, so that this function can judge a reply. (Other data sets have no such column:
-# the cells then say so.)
+# question which product it is about and what the right help contains. Other data do not, and are not counted.
 
 # %%
-import inspect
+def judge(reply, row):
+    lines = reply.strip().split("\n")
+    opening, last = lines[0].startswith(f"Re: {row['product']}, "), lines[-1].endswith(" — Mossbell Care")
+    house_style = len(lines) == 3 and opening and lines[1].startswith("Next step: ") and last
+    right_help = any(words.lower() in reply.lower() for words in row["right_help"][-1])
+    return house_style, right_help
 
-from helpers.chat import judge_reply
 
-print(inspect.getsource(judge_reply))
-
-# %%
-styled, helped = {}, {}
-judged = "right_help" in reply_rows.column_names
-for name, replies in (("before", replies_before), ("after", replies_after)):
-    if judged:
-        asked = zip(replies, reply_rows["product"], reply_rows["right_help"], strict=True)
-        verdicts = [judge_reply(reply, product=product, right_help=right[-1]) for reply, product, right in asked]
-        styled[name] = sum(verdict.house_style for verdict in verdicts) / len(verdicts)
-        helped[name] = sum(verdict.right_help for verdict in verdicts) / len(verdicts)
-        print(f"{name}: {styled[name]:.0%} in house style, {helped[name]:.0%} with the right help")
-if not judged:
-    print("These conversations do not say what a right reply is: nothing to count.")
+counted = {"house_style": {}, "right_help": {}} if "right_help" in reply_rows.column_names else {}
+for when, replies in {"before": replies_before, "after": replies_after}.items():
+    if counted:
+        verdicts = [judge(reply, row) for reply, row in zip(replies, reply_rows)]
+        counted["house_style"][when] = sum(style for style, _ in verdicts) / len(verdicts)
+        counted["right_help"][when] = sum(right for _, right in verdicts) / len(verdicts)
+print(counted)
 
 # %% [markdown] lang="en"
-# ## Save the adapter and the report
+# ## Write the report
 #
-# `save_pretrained` writes the LoRA matrices alone, 10 to 100 MB; the base model is loaded again beside them. The
-# tokenizer goes with them, because it holds the chat template. `report.html` is the whole run on one page: open it or
-# send it.
+# `report.html` is the whole run on one page: open it or send it. `report.json` holds the same for programs.
 
 # %% tags=["handoff"]
-with run.write("adapter", base_model=profile.model_name, template=facts["template"]) as folder:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-print(sorted(path.name for path in run.artefact("adapter").iterdir()))
+from helpers.training import write_report
 
-# %% tags=["handoff"]
-from helpers.training import make_report, write_report
+report = write_report(
+    run,
+    trainer,
+    stages=[fitting.rehearsal, fitting.first_step, training],
+    curves=plot.curves,
+    mask_report=mask_report,
+    held_out=(held_out_before, held_out_after),
+    evidence=evidence,
+    replies=pairs[:4],
+    counted=counted,
+    resumed_from=checkpoints.step,
+)
 
-chosen = dict(base_model=profile.model_name, dataset=profile.dataset_name, settings=lora_settings | settings)
-measured = dict(stages=stages, curves=plot.curves, mask_report=mask_report, evidence=evidence)
-measured |= dict(resumed_from=checkpoints.step)
-compared = dict(replies=side_by_side, counted={"house_style": styled, "right_help": helped})
-report = make_report(trainer, **chosen, **measured, **compared, held_out=(held_out_before, held_out_after))
-run.write_json("report.json", report, base_model=profile.model_name)
-with run.write("report.html", base_model=profile.model_name) as page:
-    write_report(report, page)
-checkpoints.hand_over()  # from here on, running this chapter again trains anew
+# %% [markdown] lang="en"
+# A claim that does not hold stands in the report, and stops the chapter here. The adapter is saved either way. From
+# here on, running this chapter again trains a new one.
+
+# %%
+checkpoints.hand_over()
+evidence.raise_if_failed()
 
 # %%
 figure = f"held-out loss {held_out_before.loss:.2f} → {held_out_after.loss:.2f} in {report['seconds']:.0f} s"
-if judged:
-    figure += f", house style {styled['before']:.0%} → {styled['after']:.0%}, right help {helped['after']:.0%}"
+for name, shares in counted.items():
+    figure += f", {name.replace('_', ' ')} {shares['before']:.0%} → {shares['after']:.0%}"
 print(f"Result: {figure}")
 
 # %% [markdown] lang="en"
 # ## Where you are
 #
 # You have `adapter/`, `report.json` and `report.html` in the run folder, and know that the adapter is better on text
-# that it never saw. On Colab the run folder ends with this machine: unless you set `DRIVE_DIR`, chapters 05 and 06
-# train the model again before they begin.
+# that it never saw. On Colab download the folder `adapter` now (the folder icon), unless you set `DRIVE_DIR`: it is the
+# whole of your work.
 #
-# On your own, with `RUN_DIR` set to another folder, so that your adapter stays: set `MAX_STEPS` to 5 and see which
-# claims still hold; put `response_part = response_part.replace("assistant", "assistent")` before
-# `train_on_responses_only` and see what stops the chapter; set `LEARNING_RATE` to 0.1.
+# On your own, with another `RUN_DIR`, so that your adapter stays: set `MAX_STEPS` to 5 and see which claims still hold.
+# Leave `train_on_responses_only` out and see what stops the chapter. Set `LEARNING_RATE` to 0.1.
+#
+# In practice: where the held-out loss rises again while the training loss falls, the model learns by heart. Train for
+# fewer steps, or on more conversations.
 #
 # {{next}}

@@ -29,8 +29,8 @@ def make_rows(folder: str) -> None:
     from transformers import AutoTokenizer
     from unsloth.chat_templates import train_on_responses_only
 
-    from helpers.smollm2 import prepare_smollm2
-    from helpers.template.check import format_conversations
+    from helpers.template.check import training_text
+    from tests.maintain.smollm2 import prepare_smollm2
 
     tokenizer = AutoTokenizer.from_pretrained(prepare_smollm2())
     mask = train_on_responses_only(
@@ -49,7 +49,7 @@ def make_rows(folder: str) -> None:
         return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
 
     def tokenize(talks: list[list[dict]]) -> list[list[int]]:
-        return tokenizer(format_conversations({"conversations": talks}, tokenizer)["text"]).input_ids
+        return tokenizer([training_text(tokenizer, talk) for talk in talks]).input_ids
 
     talks = [talk(1) for _ in range(ROWS)]
     for each, ids in zip(talks, tokenize(talks), strict=True):  # each word is a token: fill up the last answer
@@ -67,7 +67,7 @@ def main() -> int:
 
     from helpers.conversations.validate import validate_conversations
     from helpers.masking.check import check_masking
-    from helpers.smollm2 import prepare_smollm2
+    from tests.maintain.smollm2 import prepare_smollm2
 
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, __file__, folder], check=True, stdout=subprocess.DEVNULL)

@@ -37,9 +37,9 @@ def train(job: dict) -> dict:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from helpers.smollm2 import prepare_smollm2
-    from helpers.template.check import format_conversations
+    from helpers.template.check import training_text
     from helpers.training.checkpoints import Checkpoints
+    from tests.maintain.smollm2 import prepare_smollm2
 
     class Progress(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -57,7 +57,7 @@ def train(job: dict) -> dict:
     )
     file = str(ROOT / "notebooks" / "data" / "support_conversations.jsonl")
     rows = standardize_sharegpt(load_dataset("json", data_files=file, split=f"train[:{ROWS}]"), num_proc=1)
-    rows = rows.map(format_conversations, batched=True, fn_kwargs={"tokenizer": tokenizer})
+    rows = rows.map(lambda row: {"text": training_text(tokenizer, row["conversations"])})
     batch = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, optim="adamw_8bit")
     steps = dict(max_steps=job["steps"], warmup_steps=3, learning_rate=1e-3, logging_steps=1, save_strategy="no")
     precision = dict(fp16=gpu, train_sampling_strategy="group_by_length", padding_free=False)
@@ -71,7 +71,6 @@ def train(job: dict) -> dict:
     )
     parts = dict(instruction_part="<|im_start|>user\n", response_part="<|im_start|>assistant\n")
     trainer = train_on_responses_only(trainer, **parts)
-    trainer.data_collator.pad_to_multiple_of = 256  # the collator is a new one, as in chapter 04
     trainer.add_callback(Progress())
     with Checkpoints(trainer, every_seconds=SAVE_SECONDS) as last:
         trainer.train(resume_from_checkpoint=last)

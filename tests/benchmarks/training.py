@@ -10,6 +10,7 @@ is capped to a T4's. A row is 60 steps from cold, the second half of which count
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import json
 import pathlib
@@ -39,7 +40,7 @@ ROWS = {
     # 8 × 1 does not fit: the logits of a long batch alone are over 3 GiB.
     "b": ("plain Transformers + PEFT + TRL: 4 × 2", dict(library="hf", batch=4, accumulation=2)),
     "c": (
-        "this series: as plan_batch chooses, nothing compiled first, longest batch rehearsed",
+        "this series: the fastest of plan_batch, nothing compiled first, longest batch rehearsed",
         dict(planned=True, env={"UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_FUSED_LINEAR_TRITON": "0"}),
     ),
 }
@@ -128,9 +129,12 @@ def measure(job: dict) -> dict:
 
         lengths, config = [len(row["input_ids"]) for row in rows], AutoConfig.from_pretrained(job["folder"])
         card = dict(memory_gib=T4_GIB, capability=job.get("capability") or torch.cuda.get_device_capability())
-        plan = plan_batch(config, lengths=lengths, effective_batch_size=EFFECTIVE_BATCH, lora_rank=16, **card)
-        job |= dict(checkpointing=plan.chosen.use_gradient_checkpointing, batch=plan.chosen.micro_batch)
-        job |= dict(accumulation=plan.chosen.accumulation, args=plan.settings | job["args"])
+        whole = dict(micro_batch=EFFECTIVE_BATCH, accumulation=1, checkpointing=True, padding_free=True)
+        plan = plan_batch(config, lengths=lengths, lora_rank=16, **whole, **card)
+        plan = dataclasses.replace(plan, yours=plan.fastest)  # as a reader who copies it
+        job |= dict(checkpointing=plan.yours.checkpointing, batch=plan.yours.micro_batch)
+        batches = dict(padding_free=plan.yours.padding_free, train_sampling_strategy="group_by_length")
+        job |= dict(accumulation=plan.yours.accumulation, args=batches | job["args"])
 
     class Clock(TrainerCallback):
         def __init__(self):
@@ -216,7 +220,7 @@ def measure(job: dict) -> dict:
         "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
         "padding_free": bool(trainer.args.padding_free),
-        "predicted_gib": plan.chosen.predicted_gib if job.get("planned") else None,
+        "predicted_gib": plan.yours.predicted_gib if job.get("planned") else None,
         "splits": fitting.splits if fitting else None,
         "tokens_at_once": fitting.tokens_at_once if fitting else None,
         "rehearsal_s": fitting.rehearsal.seconds if fitting else None,

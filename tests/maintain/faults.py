@@ -35,15 +35,10 @@ import helpers
 from helpers.base import ROOT, InputError, markdown_table, text_table
 from helpers.chapters import CHAPTER_NAMES
 from helpers.handoff.run import fingerprint, library_versions
-from tests.maintain.regress import (
-    BASELINES,
-    baseline_path,
-    collect_metrics,
-    compare_shown,
-    judge,
-    make_baseline,
-)
+from tests.maintain.regress import BASELINES, Metrics, baseline_path, collect_metrics, judge, make_baseline
 from tests.maintain.repeat import code_fingerprint, heading
+from tests.maintain.series import read_parameter_file
+from tests.maintain.shown import compare_notebook
 
 WORK = ROOT / "runs" / "faults"
 CONVERSATIONS = ROOT / "notebooks" / "data" / "support_conversations.jsonl"
@@ -80,6 +75,7 @@ CONTROLS = {
     "resumed": ("04_train", "nothing: an interrupted run goes on from its checkpoint"),
 }
 STEPS, HELD_OUT = 72, 12  # fewer steps: what is half trained loses its style to rounding, and chapter 06 says so
+PARAMETERS = "cpu.toml"  # a laptop's choices; the name of the file is the run's profile
 OUTCOMES = "outcomes.json"  # in the work folder: {fault: how it ended}, of the code that `planted_fingerprint` names
 NOT_CAUGHT, FALSE_ALARM = "NOT CAUGHT", "FALSE ALARM"
 MOST_CHARACTERS = 120  # of what noticed a fault, in the table
@@ -104,8 +100,9 @@ class Caught:
 
 
 def good_fingerprint() -> str:
-    """Names all that a good run comes from: chapters, helpers, conversations, versions, and how long it is."""
-    files = [*sorted((ROOT / "helpers").rglob("*.py")), CONVERSATIONS]
+    """Names all that a good run comes from: chapters, helpers, model, conversations, choices, versions, its length."""
+    files = [*sorted((ROOT / "helpers").rglob("*.py")), ROOT / "tests" / "maintain" / "smollm2.py"]
+    files += [CONVERSATIONS, ROOT / "tests" / "profiles" / PARAMETERS]
     parts = [code_fingerprint(*CHAPTER_NAMES), json.dumps(library_versions()), f"{STEPS} {HELD_OUT}"]
     return fingerprint("\n".join([*parts, *(path.read_text(encoding="utf-8") for path in files)]))
 
@@ -142,7 +139,7 @@ def is_whole(good: Path) -> bool:
 
 
 def make_good(work: Path) -> Path:
-    """The good run: made once, then reused. Its parameters are in `parameters.toml` beside it."""
+    """The good run: made once, then reused. Its choices are in `PARAMETERS` beside it."""
     good = work / "good"
     if is_whole(good):
         return good
@@ -153,13 +150,21 @@ def make_good(work: Path) -> Path:
     rows = [json.loads(line) for line in CONVERSATIONS.read_text(encoding="utf-8").splitlines()]
     held_out = [row for row in rows if row["split"] == "held_out"][:HELD_OUT]
     few = [row for row in rows if row["split"] == "train"] + held_out
-    data, parameters = work / "conversations.jsonl", work / "parameters.toml"
+    data = work / "conversations.jsonl"
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in few), encoding="utf-8")
-    parameters.write_text(f"PROFILE = 'cpu'\nMAX_STEPS = {STEPS}\nDATASET = '{data}'\n", encoding="utf-8")
-    command = [sys.executable, "-m", "helpers.series", "-f", str(parameters), "-p", "RUN_DIR", str(good)]
-    subprocess.run(command, cwd=ROOT, check=True)
+    given = {"MAX_STEPS": STEPS, "DATASET": str(data), "RUN_DIR": str(good)}
+    parameters = write_choices(ROOT / "tests" / "profiles" / PARAMETERS, work, **given)
+    subprocess.run([sys.executable, "-m", "tests.maintain.series", "-f", str(parameters)], cwd=ROOT, check=True)
     (good / "whole").write_text(made_of, encoding="utf-8")
     return good
+
+
+def write_choices(parameters: Path, folder: Path, **given: Any) -> Path:
+    """A parameter file of the same name in another folder, with other choices (-p takes only the chapter's own)."""
+    choices = read_parameter_file(parameters) | given
+    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in choices.items()]
+    unlinked(folder / parameters.name).write_text("".join(lines), encoding="utf-8")
+    return folder / parameters.name
 
 
 def plant(fault: str, *, good: Path, work: Path, parameters: Path) -> Caught:
@@ -169,7 +174,7 @@ def plant(fault: str, *, good: Path, work: Path, parameters: Path) -> Caught:
         fault: a name of `FAULTS` or `CONTROLS`.
         good: the run folder of a good run with the same parameters, whole.
         work: a folder for the broken run; the artefacts of the good one are linked, not copied.
-        parameters: the YAML file of the good run's parameters.
+        parameters: the TOML file of the good run's choices.
 
     Raises:
         HarnessError: the run before it was not interrupted, or another notebook than the good run's was executed.
@@ -187,6 +192,7 @@ def plant(fault: str, *, good: Path, work: Path, parameters: Path) -> Caught:
             raise HarnessError(f"{first} was not {BEFORE[fault]}")
     for chapter in CHAPTER_NAMES[CHAPTER_NAMES.index(first) :]:
         unlinked(run_dir / "executed" / f"{chapter}.ipynb")
+        unlinked(run_dir / "numbers" / f"{chapter}.json")
         run_chapter_with(fault, chapter, run_dir=run_dir, log=log, parameters=parameters)
         way, what = noticed(chapter, run_dir=run_dir, good=good)
         if way:
@@ -218,7 +224,8 @@ def run_chapter_with(fault: str, chapter: str, *, run_dir: Path, log: Path, para
     """Run one chapter with a fault planted in every process that it starts."""
     planted = {"PLANTED_FAULT": fault, "PLANTED_LOG": str(log), "HF_DATASETS_CACHE": str(run_dir / "datasets")}
     planted |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "planted"), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "helpers.series", chapter, "-f", str(parameters), "-p", "RUN_DIR", str(run_dir)]
+    here = write_choices(parameters, run_dir, RUN_DIR=str(run_dir))
+    command = [sys.executable, "-m", "tests.maintain.series", chapter, "-f", str(here)]
     subprocess.run(command, cwd=ROOT, env=os.environ | planted, capture_output=True, check=False)
 
 
@@ -228,19 +235,18 @@ def noticed(chapter: str, *, run_dir: Path, good: Path) -> tuple[str, str]:
     Raises:
         HarnessError: the chapter was not executed, or another notebook was.
     """
-    reports = run_dir / "reports"
-    reports.mkdir(exist_ok=True)
-    [shown] = compare_shown(run_dir, against=good / "executed", reports=reports, chapters=(chapter,))
-    problems = dict(shown.problems)
-    if "code" in problems:
-        way = how_it_stopped(run_dir / "executed" / f"{chapter}.ipynb")
-        if not way:
-            raise HarnessError(problems["code"])
-        return way, one_line(problems["code"].partition(".ipynb, ")[2])
-    ways = [("output", differing_cell(how)) for how in problems.values()]
-    for name, _, found, allowed, _ in judge(collect_metrics(run_dir), make_baseline(collect_metrics(good))).outside:
-        if name.startswith(f"{chapter[:2]} "):  # not the memory sampled from outside: that also moves by itself
-            ways.append(("band", f"{name}: {found or 'missing'}, allowed {allowed}"))
+    executed = f"executed/{chapter}.ipynb"
+    shown = compare_notebook(run_dir / executed, good / executed)
+    if shown.stopped:
+        if way := how_it_stopped(run_dir / executed):
+            return way, one_line(shown.stopped)
+        raise HarnessError(f"{chapter}: {shown.stopped}")
+    ways = [("output", cell) for cell, _ in shown.differences]
+    metrics = collect_metrics(run_dir)
+    bands = make_baseline(Metrics(metrics.of, collect_metrics(good).values))  # of a fault's steps and versions too
+    for check in judge(metrics, bands).failed:
+        if check.name.startswith(f"{chapter[:2]} "):  # not the memory sampled from outside: that also moves by itself
+            ways.append(("band", str(check)))
     if not ways:
         return "", ""
     more = f", and {len(ways) - 1} more" if len(ways) > 1 else ""
@@ -280,13 +286,6 @@ def one_line(text: str) -> str:
     """Cut to what the table shows, without this machine's folders."""
     text = " ".join(text.split()).replace(f"{ROOT}/", "").replace(str(Path.home()), "~")
     return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
-
-
-def differing_cell(how: str) -> str:
-    """Which cell differs: its number and its last line, which is what it shows."""
-    head, _, rest = how.partition("\n\n")
-    source = rest.partition("\n\n\x1b")[0].split("\n\n mismatch")[0].strip().splitlines()
-    return f"{head.partition('.ipynb, ')[2].partition(':')[0]}, `{source[-1] if source else ''}`"
 
 
 def verdict(outcome: Caught) -> str:
@@ -330,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     kept = kept_outcomes(WORK)
     for fault in options.faults or [fault for fault in known if fault not in kept]:
         try:
-            kept[fault] = outcome = plant(fault, good=good, work=WORK, parameters=WORK / "parameters.toml")
+            kept[fault] = outcome = plant(fault, good=good, work=WORK, parameters=WORK / PARAMETERS)
             keep_outcomes(WORK, kept_outcomes(WORK) | {fault: outcome})  # another process may have added others
         except HarnessError as error:  # not kept in the file: the next time it is tried again
             kept[fault] = outcome = Caught(fault, "", "", one_line(f"NOT RUN: {error}"), 0.0)

@@ -56,8 +56,8 @@ def train_one_step() -> None:
     from unsloth import FastLanguageModel, is_bfloat16_supported  # before transformers, peft and trl
     from unsloth.chat_templates import train_on_responses_only
 
-    from helpers.smollm2 import prepare_smollm2
     from helpers.training.weights import undo_emulated_bfloat16
+    from tests.maintain.smollm2 import prepare_smollm2
 
     folder = str(prepare_smollm2())
     model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=256, dtype=None, load_in_4bit=True)

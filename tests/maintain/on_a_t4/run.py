@@ -20,12 +20,13 @@ def run(*command, check=True):
 job = json.loads((place / "job.json").read_text(encoding="utf-8"))  # noqa: F821 (the cell before this one)
 parameters = {**job["parameters"], "RUN_DIR": str(place / "run")}  # noqa: F821
 lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in parameters.items()]
-(place / "parameters.toml").write_text("\n".join(lines), encoding="utf-8")  # noqa: F821
+(place / f"{job['profile']}.toml").write_text("\n".join(lines), encoding="utf-8")  # noqa: F821
 try:
     run("nvidia-smi")
     run(sys.executable, "-c", "from helpers.environment import set_up; print(set_up())")
-    run(sys.executable, "-m", "helpers.series", *job["chapters"], "-f", "parameters.toml", check=False)
+    run(sys.executable, "-m", "tests.maintain.series", *job["chapters"], "-f", f"{job['profile']}.toml", check=False)
 finally:
     with tarfile.open(job["archive"], "w:gz") as archive:
-        for path in [*place.glob("run/*.json"), *place.glob("run/executed/*")]:  # noqa: F821
-            archive.add(path, path.relative_to(place / "run"))  # noqa: F821
+        for pattern in ("*.json", "numbers/*", "executed/*"):
+            for path in (place / "run").glob(pattern):  # noqa: F821
+                archive.add(path, path.relative_to(place / "run"))  # noqa: F821

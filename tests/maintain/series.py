@@ -1,13 +1,15 @@
-"""Run chapters headlessly with papermill: `python -m helpers.series` runs all of them and prints one table.
+"""Run chapters headlessly with papermill: `python -m tests.maintain.series` runs all of them and prints one table.
 
-python -m helpers.series                              the series, as `make run` does
-python -m helpers.series 05_infer -p MAX_STEPS 5      some chapters, with parameters of theirs
-python -m helpers.series -f tests/profiles/t4.toml    parameters from a file; one that -p names too is taken from -p
+python -m tests.maintain.series -f tests/profiles/cpu.toml     the series, as `make run` does
+python -m tests.maintain.series 05_infer -p MAX_STEPS 5        some chapters, with choices of theirs
+python -m tests.maintain.series --open -f tests/profiles/cpu.toml     prepare them with these choices, to be opened
+
+A choice that both -f and -p name is taken from -p. Without either, a chapter has the values of its page: a T4's.
 """
 
 import argparse
+import ast
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -20,10 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.base import InputError, short_path, text_table
+from helpers.base import ROOT, InputError, set_aside, short_path, text_table
 from helpers.chapters import CHAPTER_NAMES
+from helpers.environment import check_choices
+from helpers.export.gguf import find_llama_cpp
+from tests.maintain.smollm2 import NAME as SMOLLM2
+from tests.maintain.smollm2 import prepare_smollm2
 
-NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+NOTEBOOKS = ROOT / "notebooks"
+RUN_DIR = "runs/llama"  # where the pages write to, unless a choice says otherwise
 # Colab's ipykernel 6.17 hangs each second time it is asked to end: it flushes into a thread that it has stopped. After
 # 2.5 seconds it is killed; so kill it, and its children, at once. The chapters leave nothing to be done at that point.
 AT_THE_END = {"shutdown_kernel": "immediate"}
@@ -97,7 +104,7 @@ def run_chapter(chapter: str, *, executed_dir: str | Path, parameters: Mapping[s
     start, failure = time.perf_counter(), ""
     with peak_of_children() as peak:
         try:
-            options = dict(kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty(), **AT_THE_END)
+            options = dict(kernel_name="python3", cwd=ROOT, progress_bar=sys.stderr.isatty(), **AT_THE_END)
             with_new_ports(lambda: papermill.execute_notebook(source, executed, given, **options))
         except PapermillExecutionError as error:
             first_line = error.source.strip().splitlines()[0]
@@ -170,14 +177,12 @@ def read_result(executed: Path) -> str:
 def run_chapters(
     chapters: Iterable[str], *, executed_dir: str | Path, parameters: Mapping[str, Any] | None = None
 ) -> list[ChapterRun]:
-    """Run chapters in order, with a line when each starts and ends; stops after the first that fails.
-
-    Inside a chapter catch-up is off: the chapters before it have just run, so what is missing is a fault of theirs.
-    """
-    chapters, runs, parameters = list(chapters), [], absolute_paths(parameters or {})
+    """Run chapters in order, with a line when each starts and ends; stops after the first that fails."""
+    chapters, runs, parameters = list(chapters), [], resolved(parameters or {})
+    find_llama_cpp()  # the quickstart has no line for it
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else each kernel start prints four lines about it
-    before = {name: os.environ.get(name) for name in ("CATCH_UP", "HEADLESS")}
-    os.environ |= {"CATCH_UP": "0", "HEADLESS": "1"}  # HEADLESS: Colab's kernel does not know that nobody reads along
+    before = os.environ.get("HEADLESS")
+    os.environ["HEADLESS"] = "1"  # Colab's kernel does not know that nobody reads along
     try:
         for number, chapter in enumerate(chapters, 1):
             print(f"[{number}/{len(chapters)}] {chapter} …", flush=True)
@@ -187,27 +192,48 @@ def run_chapters(
             if run.failure:
                 break
     finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            os.environ |= {} if value is None else {name: value}
+        os.environ.pop("HEADLESS")
+        os.environ |= {} if before is None else {"HEADLESS": before}
     return runs
 
 
-def absolute_paths(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters with paths as seen from here, because chapters run in the folder `notebooks`.
+def resolved(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with paths as seen from here, and the small model's name as the folder that it is prepared in.
 
-    Folders that may have to be made are paths in any case, data sets and models where there is such a file or folder.
+    Folders that may have to be made are paths in any case, files and models where there is such a file or folder.
 
     Example, in /home/me with a file my.jsonl: {"DATASET": "my.jsonl"} -> {"DATASET": "/home/me/my.jsonl"}
     """
-    made = {name: str(parameters[name]) for name in ("RUN_DIR", "DRIVE_DIR") if parameters.get(name)}
-    given = {name: str(parameters[name]) for name in ("DATASET", "MODEL_NAME") if parameters.get(name)}
-    found = {name: path for name, path in given.items() if Path(path).expanduser().exists()}
-    return {**parameters, **{name: str(Path(path).expanduser().resolve()) for name, path in (made | found).items()}}
+    made = {name: str(parameters[name]) for name in ("RUN_DIR", "DRIVE_DIR", "OUTPUT_DIR") if parameters.get(name)}
+    given = {name: str(parameters[name]) for name in ("DATASET", "MODEL_NAME", "REQUIREMENTS") if parameters.get(name)}
+    present = {name: path for name, path in given.items() if Path(path).expanduser().exists()}
+    paths = {name: str(Path(path).expanduser().resolve()) for name, path in (made | present).items()}
+    if given.get("MODEL_NAME") == SMOLLM2 and "MODEL_NAME" not in present:
+        paths["MODEL_NAME"] = str(prepare_smollm2())
+    return {**parameters, **paths}
 
 
-def save_measures(runs: Iterable[ChapterRun], path: Path, *, profile: str) -> None:
-    """Write what the README, the budget lines and the regression quote: time and memory, and where they were measured.
+def prepare_chapters(chapters: Iterable[str], *, folder: Path, parameters: Mapping[str, Any]) -> list[Path]:
+    """Write the chapters with these choices put in and without outputs, to be opened in JupyterLab; their paths."""
+    import nbformat
+    import papermill
+
+    given, paths = resolved(parameters), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for chapter in chapters:
+        known = chapter_parameters(chapter)
+        values = {name: value for name, value in given.items() if name in known}
+        paths.append(folder / f"{chapter}.ipynb")
+        source = NOTEBOOKS / paths[-1].name
+        notebook = papermill.execute_notebook(source, None, values, prepare_only=True, progress_bar=False)
+        for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+            cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, paths[-1])
+    return paths
+
+
+def save_measures(runs: Iterable[ChapterRun], path: Path, *, profile: str, choices: Mapping[str, Any]) -> None:
+    """Write what the README, the budget lines and the regression quote: time, memory, choices, and where it was.
 
     Chapters that an earlier run of the same profile on the same machine measured, and this one left out, are kept.
     """
@@ -227,6 +253,7 @@ def save_measures(runs: Iterable[ChapterRun], path: Path, *, profile: str) -> No
     seconds = {run.chapter: round(run.seconds, 1) for run in runs}
     measured = where | {
         "date": time.strftime("%Y-%m-%d"),
+        "choices": dict(choices),
         "chapters": dict(sorted((kept.get("chapters", {}) | chapters).items())),
         "seconds": dict(sorted((kept.get("seconds", {}) | seconds).items())),
     }
@@ -234,14 +261,14 @@ def save_measures(runs: Iterable[ChapterRun], path: Path, *, profile: str) -> No
 
 
 def read_value(text: str) -> Any:
-    """A parameter's value as typed on a command line: JSON where it is JSON, else the string itself.
+    """A choice as typed on a command line: a Python or JSON value where it is one, else the text itself.
 
-    Example: "60" -> 60, "1e-4" -> 0.0001, "true" -> True, "cpu" -> "cpu"
+    Example: "60" -> 60, "1e-4" -> 0.0001, "True" and "true" -> True, "cpu" -> "cpu"
     """
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return read(text)
+    return text
 
 
 def read_parameter_file(path: str | Path) -> dict[str, Any]:
@@ -260,28 +287,18 @@ def read_parameter_file(path: str | Path) -> dict[str, Any]:
     except ValueError as error:  # not TOML, or not UTF-8
         raise SeriesError(where, found=str(error), expected=f"TOML, {expected}", fix="correct that line") from None
     for name, value in values.items():
-        if not isinstance(value, str | int | float | bool):
+        if isinstance(value, dict):
             raise SeriesError(f"{where}, {name}", found=repr(value), expected=expected, fix="write it so")
     return values
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a folder so that nothing in it is lost; its new place.
-
-    Example: runs/cpu -> runs/cpu.previous-1, or -2 where that is there already
-    """
-    numbers = (folder.with_name(f"{folder.name}.previous-{number}") for number in itertools.count(1))
-    return folder.rename(next(place for place in numbers if not place.exists()))
-
-
 def main(arguments: list[str] | None = None) -> int:
-    from helpers.profiles import choose_profile
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chapters", nargs="*", default=list(CHAPTER_NAMES), metavar="CHAPTER", help="default: all")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
-    parser.add_argument("-f", type=Path, metavar="FILE", help="a TOML file of parameters")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a choice")
+    parser.add_argument("-f", type=Path, metavar="FILE", help="a TOML file of choices")
     parser.add_argument("--fresh", action="store_true", help="set the run folder aside first, under a number")
+    parser.add_argument("--open", action="store_true", help="write the chapters with the choices in them, run nothing")
     options = parser.parse_args(arguments)
     try:
         parameters = read_parameter_file(options.f) if options.f else {}
@@ -289,25 +306,34 @@ def main(arguments: list[str] | None = None) -> int:
         typed = {name: read_value(value) for name, value in options.p}
         check_parameters(options.chapters, typed)
         parameters |= typed
-        profile = choose_profile(parameters.get("PROFILE", "auto"), run_dir=parameters.get("RUN_DIR"))
+        check_choices(parameters)
+        if options.open:
+            paths = prepare_chapters(options.chapters, folder=ROOT / "runs" / "open", parameters=parameters)
+            print(f"Prepared: {', '.join(map(short_path, paths))}")
+            return 0
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    if options.fresh and profile.run_dir.exists():
-        print(f"The run that was there is now {short_path(set_aside(profile.run_dir))}")
-    runs = run_chapters(options.chapters, executed_dir=profile.run_dir / "executed", parameters=parameters)
-    verdict = "FAILED" if runs[-1].failure else "ok"
+    run_dir = Path(resolved({"RUN_DIR": parameters.get("RUN_DIR", ROOT / RUN_DIR)})["RUN_DIR"])
+    if options.fresh and run_dir.exists():
+        print(f"The run that was there is now {short_path(set_aside(run_dir))}")
+    runs = run_chapters(options.chapters, executed_dir=run_dir / "executed", parameters=parameters)
+    return _report(runs, run_dir=run_dir, profile=options.f.stem if options.f else run_dir.name, choices=parameters)
+
+
+def _report(runs: list[ChapterRun], *, run_dir: Path, profile: str, choices: Mapping[str, Any]) -> int:
+    """Print one table, keep the measures; 1 where a chapter failed, else 0."""
     rows = [
         [run.chapter, round(run.seconds), f"{run.peak_gib:.1f}", "FAILED" if run.failure else "ok", run.result]
         for run in runs
     ]
-    total, peak = sum(run.seconds for run in runs), max(run.peak_gib for run in runs)
-    rows.append(["in all", round(total), f"{peak:.1f}", verdict, ""])
+    last, total, peak = runs[-1], sum(run.seconds for run in runs), max(run.peak_gib for run in runs)
+    rows.append(["in all", round(total), f"{peak:.1f}", "FAILED" if last.failure else "ok", ""])
     print("\n" + text_table(["chapter", "seconds", "peak GiB", "verdict", "key figure"], rows))
-    save_measures(runs, profile.run_dir / "executed" / "measured.json", profile=profile.name)
-    if runs[-1].failure:
-        print(f"\n{runs[-1].chapter} failed in {runs[-1].failure}\nExecuted notebook: {short_path(runs[-1].executed)}")
-    return 1 if runs[-1].failure else 0
+    save_measures(runs, run_dir / "executed" / "measured.json", profile=profile, choices=choices)
+    if last.failure:
+        print(f"\n{last.chapter} failed in {last.failure}\nExecuted notebook: {short_path(last.executed)}")
+    return 1 if last.failure else 0
 
 
 if __name__ == "__main__":

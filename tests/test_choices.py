@@ -1,0 +1,218 @@
+"""The reader's choices, models and data sets: what is taken, and what is refused in one line that says what to do."""
+
+import json
+import math
+import shutil
+
+import pytest
+
+from helpers.base import ROOT, InputError, short_path
+from helpers.conversations import find_dataset
+from helpers.environment import check_choices, find_model
+from helpers.environment.choices import GGUF_TYPES, RULES, ChoiceError
+from helpers.environment.hub import HubError, require_hub
+from tests.maintain.smollm2 import prepare_smollm2
+
+SHAREGPT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+COUNTS = ("ROWS", "EVAL_ROWS", "REPLY_ROWS", "MAX_SEQ_LENGTH", "MAX_STEPS", "MICRO_BATCH", "ACCUMULATION")
+COUNTS += ("MAX_NEW_TOKENS",)
+SWITCHES = ("PADDING_FREE", "START_AFRESH", "USE_MODELSCOPE")
+
+TAKEN = {
+    **dict.fromkeys(COUNTS, [16, 100]),
+    **dict.fromkeys(SWITCHES, [False, True]),
+    "MODEL_NAME": ["unsloth/Llama-3.2-3B-Instruct", "gpt2", "models/mine", "/data/模型 1", "C:\\models\\mine"],
+    "CHAT_TEMPLATE": ["llama-3.1", ""],
+    "DATASET": ["mlabonne/FineTome-100k", "my rows.jsonl", "~/rows.json"],
+    "CHECKPOINTING": [False, True, "unsloth"],
+    "LEARNING_RATE": [2e-4, 1e-12, 1, 1.0],
+    "HF_ENDPOINT": ["https://hf-mirror.com", ""],
+    "RUN_DIR": ["runs/llama", "/content/my run", "~/run", "läuft", "5", "."],
+    "DRIVE_DIR": ["", "/content/drive/MyDrive/llama"],
+    "GGUF": [[], ["q4_k_m"], ["q8_0", "q4_k_m"], list(GGUF_TYPES)],
+    "PUSH_TO": ["", "me/tuned", "my-org/Llama-3.2_tuned"],
+    "PUSH_FORM": ["adapter", "merged", "gguf"],
+}
+NO_COUNT = [0, -3, 10**30, 16.0, True, False, "16", "", None, math.nan, [16]]
+NO_SWITCH = [0, 1, "True", "false", "", None, 1.0]
+NO_FOLDER = [5, None, True, " runs", "runs ", "runs\n", "ru\0ns", "gs://bucket/run", "s3://run", "C:\\run", "a/" * 500]
+REFUSED = {
+    **dict.fromkeys(COUNTS, NO_COUNT),
+    **dict.fromkeys(SWITCHES, NO_SWITCH),
+    "MODEL_NAME": ["", " gpt2", "gpt2\n", "gp\0t2", 5, None, True, ["gpt2"]],
+    "CHAT_TEMPLATE": [" ", None, False, 5, "llama\n"],
+    "DATASET": ["", " ", "rows\0.jsonl", None, ["a.jsonl", "b.jsonl"], 5],
+    "CHECKPOINTING": [0, 1, "true", "Unsloth", "", None],
+    "LEARNING_RATE": [0, -1e-4, 1.1, 10**400, math.nan, math.inf, "2e-4", True, None],
+    "HF_ENDPOINT": [None, " https://hf-mirror.com", 5, False],
+    "RUN_DIR": [*NO_FOLDER, ""],
+    "DRIVE_DIR": [*NO_FOLDER, " "],
+    "GGUF": ["", "q8_0", None, ["f16"], ["iq2_xxs"], ["Q8_0"], ["q8_0", ""], [8], [["q8_0"]], ("q8_0",)],
+    "PUSH_TO": ["tuned", "me/", "/tuned", "me/tuned/more", "me/my model", "me/tuned\n", "me/" + "x" * 97, None, True],
+    "PUSH_FORM": ["", "lora", "Adapter", None, ["adapter"]],
+}
+
+
+def pairs(cases):
+    return [pytest.param(name, value, id=f"{name}-{str(value)[:20]!r}") for name in cases for value in cases[name]]
+
+
+def test_every_rule_has_values_to_take_and_to_refuse():
+    assert set(TAKEN) == set(REFUSED) == set(RULES)
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(TAKEN))
+def test_values_that_are_taken(name, value):
+    check_choices({name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(REFUSED))
+def test_values_that_are_refused(name, value):
+    with pytest.raises(ChoiceError) as caught:
+        check_choices({name: value})
+    said = str(caught.value)
+    assert said.startswith(f"{name}: found ") and f", expected {RULES[name].expected}. Fix: " in said
+    assert said.isprintable() and len(said) < 400
+
+
+@pytest.mark.parametrize(
+    ("name", "smallest", "largest"),
+    [
+        ("ROWS", 5, 10_000_000),
+        ("EVAL_ROWS", 1, 100_000),
+        ("REPLY_ROWS", 1, 1_000),
+        ("MAX_SEQ_LENGTH", 16, 131_072),
+        ("MAX_STEPS", 1, 1_000_000),
+        ("MICRO_BATCH", 1, 1_024),
+        ("ACCUMULATION", 1, 1_024),
+        ("MAX_NEW_TOKENS", 1, 8_192),
+    ],
+)
+def test_a_whole_number_has_its_bounds(name, smallest, largest):
+    check_choices({name: smallest})
+    check_choices({name: largest})
+    for value in (smallest - 1, largest + 1):
+        with pytest.raises(ChoiceError, match=f"{name}: found {value}, expected a whole number from {smallest:,} to"):
+            check_choices({name: value})
+
+
+def test_names_without_a_rule_are_passed_over_and_choices_that_are_not_there_too():
+    check_choices({"os": None, "max_steps": -1, "MAX_STEPS": 1})
+    check_choices({})
+
+
+def test_of_several_faults_one_is_said():
+    with pytest.raises(ChoiceError, match="^MAX_STEPS: found 0, expected .* Fix: correct MAX_STEPS in Choices.$"):
+        check_choices({"PUSH_FORM": 5, "MAX_STEPS": 0, "GGUF": 5})
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        InputError, match=r"MODEL_NAME .*: found a folder without tokenizer_config.json, \*.safetensors"
+    ):
+        find_model(str(tmp_path))
+
+
+def test_a_folder_that_is_a_model_is_found_from_here(tmp_path, monkeypatch):
+    for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    assert find_model(str(tmp_path)) == str(tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert find_model(tmp_path.name) == find_model(f"~/{tmp_path.name}") == str(tmp_path)
+
+
+def test_a_real_model_folder_without_weights_is_refused(tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(prepare_smollm2(), copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(InputError, match="safetensors"):
+        find_model(str(copy))
+
+
+@pytest.mark.parametrize("name", ["models/mine/deeper", "~nobody-here/model", "x" * 300])
+def test_a_name_that_is_neither_a_folder_nor_one_of_the_hub_is_one_line(name):
+    with pytest.raises(
+        HubError, match=f"MODEL_NAME {name}: found no such folder, expected a folder with a model"
+    ) as no:
+        find_model(name)
+    assert "\n" not in str(no.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        ("", "an empty file"),
+        ("  \n", "an empty file"),
+        ("[ ]", "an empty file"),
+        (b'{"conversations": "caf\xe9"}', "a byte that is not UTF-8, at 22"),
+        ("hello", "not JSON"),
+        ('{"conversations": [', "not JSON"),
+        ('{"text": "hello"}', "row 1"),
+        ('{"conversations": "hello"}', "row 1"),
+        ('{"conversations": []}', "row 1"),
+        (json.dumps(SHAREGPT) + '\n{"conversations": ["hello"]}', 'row 2: found {"conversations": ["hello"]}'),
+        ("[1, 2]", "row 1"),
+    ],
+)
+def test_data_files_that_cannot_be_used(tmp_path, content, said):
+    file = tmp_path / "data.jsonl"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as caught:
+        find_dataset(str(file))
+    assert said in str(caught.value)
+    assert str(caught.value).startswith(f"DATASET {file}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["folder.jsonl", "~nobody-here/data.jsonl", "x" * 300 + ".json"])
+def test_what_is_no_file_at_all_is_one_line_too(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(InputError, match=f"^DATASET {name}: found no such file, expected .* Fix: correct the path"):
+        find_dataset(name)
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
+    file = tmp_path / "transcript.jsonl"
+    row = {"conversations": [{"from": "human", "value": "one\u2028two\u0085three"}]}
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")  # as the chat box writes it
+    assert find_dataset(str(file)) == str(file)
+
+
+@pytest.mark.parametrize("text", [json.dumps(SHAREGPT), json.dumps([SHAREGPT, SHAREGPT])], ids=["lines", "array"])
+def test_a_data_file_that_can_be_used_is_found_from_here(tmp_path, monkeypatch, text):
+    (tmp_path / "data.json").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    from datasets import load_dataset
+
+    file = find_dataset("data.json")
+    assert file == str(tmp_path / "data.json")
+    loaded = load_dataset("json", data_files=file, split="train", cache_dir=tmp_path / "cache")
+    assert loaded[0]["conversations"] == SHAREGPT["conversations"]
+
+
+def test_the_committed_conversations_can_be_used():
+    assert find_dataset(str(ROOT / "notebooks/data/support_conversations.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "not a name/at all"])
+def test_no_hub(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for ask in (find_dataset, lambda name: require_hub(name, setting="DATASET", repo_type="dataset")):
+        with pytest.raises(HubError) as caught:
+            ask(name)
+        assert str(caught.value).startswith(f"DATASET {name}: found no ")
+        assert ".jsonl file" in str(caught.value)
+
+
+def test_notebooks_show_one_line_instead_of_a_traceback():
+    error = InputError("here", found="this", expected="that", fix="do so")
+    assert error._render_traceback_() == ["InputError: here: found this, expected that. Fix: do so."]
+
+
+def test_paths_are_shown_without_the_machine():
+    assert short_path(ROOT / "runs" / "cpu") == "runs/cpu"
+    assert short_path("/elsewhere") == "/elsewhere"
