@@ -41,7 +41,7 @@ run: model llama-cpp notebooks  ## run the chapters and print one table, with th
 
 open: model llama-cpp notebooks .venv-proof  ## open the chapters in JupyterLab, with choices that suit a laptop
 	@python -m tests.maintain.series --open -f tests/profiles/$(or $(PROFILE),cpu).toml
-	@.venv-proof/bin/jupyter lab runs/open
+	@.venv-proof/bin/jupyter-lab runs/open
 
 regress: $(READY)  ## compare the last run, or PROFILE's, with the recorded outputs, and judge its measures
 	@python -m tests.maintain.regress $(if $(PROFILE),runs/$(PROFILE))

@@ -22,12 +22,7 @@ def as_image(figure: "Figure") -> "Image":
 
 
 def draw_lora(*, out_features: int, in_features: int, rank: int) -> "Image":
-    """A frozen weight and its LoRA detour, edges to scale; thin sides are drawn at least 1/14 of the longest edge.
-
-    Args:
-        out_features, in_features: the shape of the frozen weight.
-        rank: LoRA's r.
-    """
+    """A frozen weight and its LoRA detour, edges to scale; thin sides are drawn at least 1/14 of the longest edge."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 

@@ -194,7 +194,8 @@ def budget(chapter: str, lang: str) -> str:
     figures = taken["chapters"].get(chapter)
     if figures is None:
         return "**输出**：尚未测量。" if lang == "zh" else "**Outputs**: not measured yet."
-    choices = "".join(f", `{name} = {value!r}`" for name, value in taken["choices"].items() if name in SHOWN)
+    given = taken["choices"] | taken["choices"].get(chapter, {})
+    choices = "".join(f", `{name} = {value!r}`" for name, value in given.items() if name in SHOWN)
     if lang == "zh":
         return (
             f"**输出**：{taken['date']} 录于 {taken['device']}{choices}；"

@@ -9,8 +9,8 @@ import pytest
 from helpers.base import ROOT, InputError, short_path
 from helpers.conversations import find_dataset
 from helpers.environment import check_choices, find_model
-from helpers.environment.choices import GGUF_TYPES, RULES, ChoiceError
-from helpers.environment.hub import HubError, require_hub
+from helpers.environment.choices import GGUF_TYPES, RULES
+from helpers.environment.hub import require_hub
 from tests.maintain.smollm2 import prepare_smollm2
 
 SHAREGPT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
@@ -68,7 +68,7 @@ def test_values_that_are_taken(name, value):
 
 @pytest.mark.parametrize(("name", "value"), pairs(REFUSED))
 def test_values_that_are_refused(name, value):
-    with pytest.raises(ChoiceError) as caught:
+    with pytest.raises(InputError) as caught:
         check_choices({name: value})
     said = str(caught.value)
     assert said.startswith(f"{name}: found ") and f", expected {RULES[name].expected}. Fix: " in said
@@ -92,7 +92,7 @@ def test_a_whole_number_has_its_bounds(name, smallest, largest):
     check_choices({name: smallest})
     check_choices({name: largest})
     for value in (smallest - 1, largest + 1):
-        with pytest.raises(ChoiceError, match=f"{name}: found {value}, expected a whole number from {smallest:,} to"):
+        with pytest.raises(InputError, match=f"{name}: found {value}, expected a whole number from {smallest:,} to"):
             check_choices({name: value})
 
 
@@ -102,7 +102,7 @@ def test_names_without_a_rule_are_passed_over_and_choices_that_are_not_there_too
 
 
 def test_of_several_faults_one_is_said():
-    with pytest.raises(ChoiceError, match="^MAX_STEPS: found 0, expected .* Fix: correct MAX_STEPS in Choices.$"):
+    with pytest.raises(InputError, match="^MAX_STEPS: found 0, expected .* Fix: correct MAX_STEPS in Choices.$"):
         check_choices({"PUSH_FORM": 5, "MAX_STEPS": 0, "GGUF": 5})
 
 
@@ -133,7 +133,7 @@ def test_a_real_model_folder_without_weights_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["models/mine/deeper", "~nobody-here/model", "x" * 300])
 def test_a_name_that_is_neither_a_folder_nor_one_of_the_hub_is_one_line(name):
     with pytest.raises(
-        HubError, match=f"MODEL_NAME {name}: found no such folder, expected a folder with a model"
+        InputError, match=f"MODEL_NAME {name}: found no such folder, expected a folder with a model"
     ) as no:
         find_model(name)
     assert "\n" not in str(no.value)
@@ -202,7 +202,7 @@ def test_the_committed_conversations_can_be_used():
 def test_no_hub(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for ask in (find_dataset, lambda name: require_hub(name, setting="DATASET", repo_type="dataset")):
-        with pytest.raises(HubError) as caught:
+        with pytest.raises(InputError) as caught:
             ask(name)
         assert str(caught.value).startswith(f"DATASET {name}: found no ")
         assert ".jsonl file" in str(caught.value)

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.conversations.validate import MEANINGS, SMALLEST, ConversationError, validate_conversations
+from helpers.base import InputError
+from helpers.conversations.validate import MEANINGS, SMALLEST, validate_conversations
 
 
 def sharegpt(*turns: tuple[object, object]) -> dict:
@@ -145,7 +146,7 @@ def test_duplicates_in_another_format_are_found():
 
 
 def test_tokens_are_not_counted_without_a_tokenizer():
-    with pytest.raises(ConversationError, match="pass tokenizer="):
+    with pytest.raises(InputError, match="pass tokenizer="):
         validate_conversations([GOOD], max_tokens=10)
 
 
@@ -229,7 +230,7 @@ def test_dataset_with_both_formats_in_one_column():
 def test_dataset_without_conversations():
     import datasets
 
-    with pytest.raises(ConversationError, match="rename the column"):
+    with pytest.raises(InputError, match="rename the column"):
         validate_conversations(datasets.Dataset.from_dict({"text": ["Hi"]}))
 
 
@@ -264,5 +265,5 @@ def test_conversations_that_suffice_pass(fit, unfit):
 def test_too_few_conversations_are_refused(fit, unfit):
     rows = [sharegpt(("human", f"Hi {number}"), ("gpt", "Hello!")) for number in range(fit)] + [7] * unfit
     said = f"DATASET: found {fit} of {fit + unfit} conversations that can be trained on, expected 5 or more.*MAX_SEQ"
-    with pytest.raises(ConversationError, match=said):
+    with pytest.raises(InputError, match=said):
         validate_conversations(rows).raise_if_failed()

@@ -18,7 +18,6 @@ import pytest
 
 from helpers.base import ROOT, InputError
 from helpers.environment.preflight import (
-    EnvironmentProblem,
     EnvironmentReport,
     Row,
     check_disk,
@@ -31,11 +30,10 @@ from helpers.environment.preflight import (
     check_requirements,
     find_token,
     has_code_for,
-    main,
 )
 from helpers.environment.probes import ProbeResult, run_probe
 from helpers.environment.requirements import read_lock
-from helpers.environment.setup import InstallError, import_names
+from helpers.environment.setup import import_names
 
 PINS = read_lock(ROOT / "requirements-colab.txt")
 T4 = {
@@ -106,7 +104,7 @@ def test_a_sound_environment_passes_and_imports_nothing_heavy(tmp_path):
 
 def test_the_lock_is_looked_for_in_the_repository_and_its_absence_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InstallError, match="no-such-lock.txt: found no such file, expected a requirements file"):
+    with pytest.raises(InputError, match="no-such-lock.txt: found no such file, expected a requirements file"):
         check_environment("gpt2", requirements="no-such-lock.txt")
 
 
@@ -114,7 +112,7 @@ def test_a_report_raises_for_its_first_failure_and_not_for_warnings():
     warn, fail = Row("a", "1", "2", "warn", "x"), Row("b", "3", "4", "fail", "do this")
     EnvironmentReport((warn,)).raise_if_failed()
     assert EnvironmentReport((warn,)).ok and not EnvironmentReport((warn, fail)).ok
-    with pytest.raises(EnvironmentProblem, match="b: found 3, expected 4. Fix: do this."):
+    with pytest.raises(InputError, match="b: found 3, expected 4. Fix: do this."):
         EnvironmentReport((warn, fail)).raise_if_failed()
     assert "do this" in repr(EnvironmentReport((fail,))) and "do this" in EnvironmentReport((fail,))._repr_html_()
     assert "&lt;b&gt;" in EnvironmentReport((Row("x", "<b>", "y"),))._repr_html_()
@@ -441,11 +439,8 @@ def test_the_model_is_looked_for_where_the_choices_say(monkeypatch, tmp_path, ca
         check_environment("owner/model", endpoint="127.0.0.1:9")
 
 
-# The command
-
-
-def test_the_command_fails_for_a_lock_that_is_not_met(tmp_path, capsys):
+def test_a_lock_that_is_none_is_refused(tmp_path):
     lock = tmp_path / "lock.txt"
     lock.write_text("not a lock\n")
-    assert main(["gpt2", "--requirements", str(lock)]) == 2
-    assert "expected name==version" in capsys.readouterr().err
+    with pytest.raises(InputError, match="expected name==version"):
+        check_environment("gpt2", requirements=lock)

@@ -20,7 +20,6 @@ from helpers.base import ROOT, InputError, sha256_of
 from helpers.environment.hub import (
     HUB_SECONDS,
     HUGGING_FACE,
-    HubError,
     base_name,
     choose_hub,
     download_from_modelscope,
@@ -28,7 +27,6 @@ from helpers.environment.hub import (
     model_url,
     models_address,
     read_endpoint,
-    read_switch,
 )
 from helpers.environment.models import find_model
 from helpers.environment.preflight import check_hub
@@ -104,32 +102,16 @@ def test_addresses_that_can_be_used(endpoint, address):
     ],
 )
 def test_addresses_that_are_refused(endpoint, environment):
-    with pytest.raises(HubError) as caught:
+    with pytest.raises(InputError) as caught:
         choose_hub(endpoint)
     assert str(caught.value).startswith(f"HF_ENDPOINT: found {endpoint!r}, expected an address such as {MIRROR}")
     assert "\n" not in str(caught.value) and "HF_ENDPOINT" not in os.environ
 
 
 def test_an_address_with_a_password_is_refused_and_not_shown(environment):
-    with pytest.raises(HubError) as caught:
+    with pytest.raises(InputError) as caught:
         choose_hub("https://me:secret@hf-mirror.com")
     assert "secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize("value", [True, "true", "True", " TRUE "])
-def test_what_is_true(value):
-    assert read_switch(value, where="USE_MODELSCOPE") is True
-
-
-@pytest.mark.parametrize("value", [False, "false", "False", "FALSE"])
-def test_what_is_false(value):
-    assert read_switch(value, where="USE_MODELSCOPE") is False
-
-
-@pytest.mark.parametrize("value", ["", "yes", "on", "0", "1", 0, 1, 1.0, None, "truth"])
-def test_what_is_neither(value, environment):
-    with pytest.raises(HubError, match="USE_MODELSCOPE: found .*, expected True or False. Fix: set USE_MODELSCOPE to"):
-        choose_hub("", modelscope=value)
 
 
 def test_without_a_choice_nothing_is_changed_or_said(environment, capsys):
@@ -137,7 +119,7 @@ def test_without_a_choice_nothing_is_changed_or_said(environment, capsys):
     assert "HF_ENDPOINT" not in os.environ and "UNSLOTH_USE_MODELSCOPE" not in os.environ
     environment.setenv("HF_ENDPOINT", "https://own.example/")
     environment.setenv("UNSLOTH_USE_MODELSCOPE", "1")
-    choose_hub("", modelscope="false")
+    choose_hub("", modelscope=False)
     assert (os.environ["HF_ENDPOINT"], os.environ["UNSLOTH_USE_MODELSCOPE"]) == ("https://own.example/", "1")
     assert capsys.readouterr().out == ""
 
@@ -146,7 +128,7 @@ def test_a_choice_is_set_and_said(environment, capsys):
     choose_hub(MIRROR + "/")
     assert os.environ["HF_ENDPOINT"] == MIRROR
     assert capsys.readouterr().out == f"Models and data sets come from {MIRROR}.\n"
-    choose_hub(MIRROR, modelscope="True")
+    choose_hub(MIRROR, modelscope=True)
     assert os.environ["UNSLOTH_USE_MODELSCOPE"] == "1"
     assert capsys.readouterr().out == f"Models come from ModelScope, data sets from {MIRROR}.\n"
     choose_hub("", modelscope=True)
@@ -361,7 +343,7 @@ def test_a_missing_package_modelscope_is_a_failed_row_also_for_a_model_on_this_m
         [row] = check_hub(model_name)
         assert (row.what, row.found, row.verdict) == ("ModelScope", "no package modelscope", "fail")
         assert "%pip install modelscope" in row.fix
-    with pytest.raises(HubError, match="%pip install modelscope"):
+    with pytest.raises(InputError, match="%pip install modelscope"):
         find_model(NAME)
 
 
@@ -454,14 +436,14 @@ def test_modelscopes_client_downloads_what_is_loaded_and_nothing_else(environmen
         assert names_in(folder) == {"config.json", "tokenizer_config.json"}
         assert find_model(NAME) == folder
         assert names_in(folder) == {"config.json", "tokenizer_config.json", "model.safetensors"}
-        with pytest.raises(HubError, match="MODEL_NAME me/nothing: found no such model on ModelScope") as caught:
+        with pytest.raises(InputError, match="MODEL_NAME me/nothing: found no such model on ModelScope") as caught:
             find_model("me/nothing")
         assert "\n" not in str(caught.value)
     assert find_model(NAME) == folder  # without the server: the copy that is here is whole
     (tmp_path / "cache" / "models" / "me--Tiny-0.1B" / "snapshots" / "master" / "model.safetensors").unlink()
     assert find_model(NAME, weights=False) == folder
     with pytest.raises(
-        HubError, match=rf"found no answer from {modelscope.url} \(.*refused.*expected a model that can"
+        InputError, match=rf"found no answer from {modelscope.url} \(.*refused.*expected a model that can"
     ):
         find_model(NAME)
 
@@ -485,7 +467,7 @@ def test_modelscopes_other_answers_are_one_line_too(status, environment, tmp_pat
     environment.setenv("MODELSCOPE_CACHE", str(tmp_path))
     with serving(Server(Refusing)) as server:
         environment.setenv("MODELSCOPE_ENDPOINT", server.url)
-        with pytest.raises(HubError) as caught:
+        with pytest.raises(InputError) as caught:
             download_from_modelscope(NAME)
     said = "a download that did not come to its end" if status == 500 else "a model that needs a token"
     assert str(caught.value).startswith(f"MODEL_NAME {NAME}: found {said}") and "\n" not in str(caught.value)
@@ -508,8 +490,10 @@ print(json.dumps(said))
 def test_what_a_mirror_does_not_have_is_one_line(tmp_path):
     with serve_hub() as mirror:
         model, data = last_line(run_code(ASK.format(endpoint=mirror.url, name=NAME), folder=tmp_path))
-    assert model.startswith(f"HubError: MODEL_NAME {NAME}: found no such repository at {mirror.url}, expected a model")
-    assert data.startswith(f"HubError: DATASET {NAME}: found no such repository at {mirror.url}, expected a data set")
+    assert model.startswith(
+        f"InputError: MODEL_NAME {NAME}: found no such repository at {mirror.url}, expected a model"
+    )
+    assert data.startswith(f"InputError: DATASET {NAME}: found no such repository at {mirror.url}, expected a data set")
 
 
 def test_a_mirror_that_never_answers_is_one_line_in_time(tmp_path):
@@ -518,10 +502,10 @@ def test_a_mirror_that_never_answers_is_one_line_in_time(tmp_path):
         model, data = last_line(run_code(ASK.format(endpoint=mirror.url, name=NAME), folder=tmp_path))
         assert time.monotonic() - start < 2 * HUB_SECONDS + 20  # the client and its imports
         assert mirror.connections
-    assert model.startswith(f"HubError: MODEL_NAME {NAME}: found no answer from {mirror.url} (")
+    assert model.startswith(f"InputError: MODEL_NAME {NAME}: found no answer from {mirror.url} (")
     fix = "connect to the network, correct HF_ENDPOINT or leave it empty, or set MODEL_NAME to a folder with a model"
     assert model.endswith(f" Fix: {fix}.")
-    assert data.startswith(f"HubError: DATASET {NAME}: found no answer from {mirror.url} (")
+    assert data.startswith(f"InputError: DATASET {NAME}: found no answer from {mirror.url} (")
 
 
 def test_modelscope_that_never_answers_is_one_line_in_time(environment, tmp_path):

@@ -151,7 +151,7 @@ def test_a_failing_install_shows_the_installers_own_message_and_says_what_to_do(
     done = machine.run(set_up_code(lock))
     assert done.returncode == 1
     assert "hash" in done.stdout.lower() and "0" * 64 in done.stdout, "the installer's message is in the output"
-    assert f"InstallError: {machine.installer} install: found exit status 1" in done.stderr
+    assert f"InputError: {machine.installer} install: found exit status 1" in done.stderr
     assert machine.installed() == "None"
 
 

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from helpers.memory.plan import ROWS, BatchOption, PlanError, plan_batch
+from helpers.base import InputError
+from helpers.memory.plan import ROWS, BatchOption, plan_batch
 from helpers.memory.stats import GIB, MemoryStats, Stage, memory_stats, track_memory
 
 
@@ -133,7 +134,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_one_that_does():
     assert not plan.yours.fits and plan.yours not in plan.fitting and plan.fastest.fits
     assert "Yours does not fit. Copy into Choices: " in repr(plan) and "← yours" in repr(plan)
     said = f"MICRO_BATCH and CHECKPOINTING: found {plan.yours.predicted_gib:.1f} GiB needed, expected at most 7.2 GiB"
-    with pytest.raises(PlanError, match=re.escape(f"{said}. Fix: copy into Choices: {plan.fastest}")):
+    with pytest.raises(InputError, match=re.escape(f"{said}. Fix: copy into Choices: {plan.fastest}")):
         plan.raise_if_failed()
 
 

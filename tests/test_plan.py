@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.memory.plan import PlanError, plan_batch, predict_peak
+from helpers.base import InputError
+from helpers.memory.plan import ROWS, plan_batch, predict_peak
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
@@ -92,20 +93,49 @@ def test_what_ran_out_of_memory_was_predicted_to(configs):
     assert all(predicted(row, configs) > 14.748 for row in failed)
 
 
+def planned(config, lengths, *, batch=(2, 4), checkpointing=False, padding_free=True, memory_gib=14.748, **given):
+    batch = dict(zip(("micro_batch", "accumulation"), batch, strict=True))
+    chosen = dict(checkpointing=checkpointing, padding_free=padding_free, lora_rank=16)
+    return plan_batch(config, lengths=lengths, memory_gib=memory_gib, **batch, **chosen, **given)
+
+
 def test_the_plan_keeps_the_effective_batch_and_the_fastest_that_fits(configs):
-    plan = plan_batch(configs["3B"], lengths=[1500] * 480, effective_batch_size=8, lora_rank=16, memory_gib=14.748)
-    assert all(option.micro_batch * option.accumulation == 8 for option in plan.options)
-    assert plan.chosen.fits and plan.chosen.predicted_gib <= plan.limit_gib < 14.748
-    assert plan.chosen.seconds == min(option.seconds for option in plan.options if option.fits)
-    assert not all(option.fits for option in plan.options)
+    plan = planned(configs["3B"], [1500] * 480)
+    assert all(option.micro_batch * option.accumulation == 8 for option in plan.fitting)
+    assert all(option.fits and option.predicted_gib <= plan.limit_gib < 14.748 for option in plan.fitting)
+    assert plan.fastest.seconds == min(option.seconds for option in plan.fitting)
+    assert not any(option.micro_batch == 8 and not option.checkpointing for option in plan.fitting)
 
 
 def test_less_memory_means_a_smaller_micro_batch_or_checkpointing(configs):
-    asked = dict(lengths=[1500] * 100, effective_batch_size=8, lora_rank=16)
-    large, small = (plan_batch(configs["3B"], **asked, memory_gib=gib).chosen for gib in (14.748, 5.5))
+    large, small = (planned(configs["3B"], [1500] * 100, memory_gib=gib).fastest for gib in (14.748, 5.5))
     assert small.predicted_gib <= 4.95 < large.predicted_gib and small.seconds > large.seconds
-    with pytest.raises(PlanError, match="needed for it alone"):
-        plan_batch(configs["3B"], **asked, memory_gib=2.5)
+    with pytest.raises(InputError, match="needed for it alone"):
+        planned(configs["3B"], [1500] * 100, memory_gib=2.5)
+
+
+def test_what_the_reader_chose_is_refused_where_it_does_not_fit_and_what_to_copy_is_said(configs):
+    plan = planned(configs["3B"], [1500] * 100, memory_gib=5.5)
+    assert not plan.yours.fits and plan.yours not in plan.fitting
+    copied = f"MICRO_BATCH = {plan.fastest.micro_batch}, ACCUMULATION = {plan.fastest.accumulation}"
+    with pytest.raises(InputError, match=rf"expected at most 5.0 GiB. Fix: copy into Choices: {copied}, CHECKPOINTING"):
+        plan.raise_if_failed()
+    assert f"Yours does not fit. Copy into Choices: {copied}" in repr(plan) and repr(plan).count("← yours") == 1
+    planned(configs["3B"], [1500] * 100).raise_if_failed()  # the same choice, on a whole T4
+
+
+@pytest.mark.parametrize(
+    ("batch", "memory_gib", "rows"), [((4, 2), 14.6, ROWS), ((2, 4), 14.6, ROWS), ((1, 8), 14.6, ROWS + 1)]
+)
+def test_five_rows_are_shown_and_the_readers_own(configs, conversations, batch, memory_gib, rows):
+    asked = dict(batch=batch, checkpointing=batch == (4, 2), memory_gib=memory_gib, capability=(7, 5))
+    plan = planned(configs["3B"], conversations, **asked)
+    lines = repr(plan).splitlines()
+    assert len(plan.fitting) > ROWS and len(lines) == 2 + rows + 1
+    [own] = [number for number, line in enumerate(lines) if "← yours" in line]
+    assert lines[own].split()[:2] == [str(number) for number in batch]
+    assert ("Nothing that fits is faster than yours." in lines[-1]) == (plan.yours == plan.fastest) == (batch == (4, 2))
+    assert (str(plan.fastest) in lines[-1]) == (batch != (4, 2))
 
 
 @pytest.mark.parametrize(
@@ -113,23 +143,23 @@ def test_less_memory_means_a_smaller_micro_batch_or_checkpointing(configs):
     [
         (dict(lengths=[]), "lengths: found no conversations"),
         (dict(lengths=[512, 0]), "lengths: found a conversation without tokens"),
-        (dict(effective_batch_size=0), "effective_batch_size: found 0"),
+        (dict(batch=(0, 8)), "effective_batch_size: found 0"),
         (dict(memory_gib=0), "memory_gib: found 0"),
         (dict(memory_gib=-3.5), "memory_gib: found -3.5"),
         (dict(memory_gib=float("nan")), "memory_gib: found nan"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(configs, asked, said):
-    with pytest.raises(PlanError) as caught:
-        plan_batch(configs["3B"], **(dict(lengths=[512], effective_batch_size=8, lora_rank=16) | asked))
+    with pytest.raises(InputError) as caught:
+        planned(configs["3B"], **(dict(lengths=[512]) | asked))
     assert str(caught.value).startswith(said)
 
 
 def test_a_model_of_another_kind_is_refused():
     from transformers import GPT2Config
 
-    with pytest.raises(PlanError, match="GPT2Config: found a configuration without intermediate_size, num_key_value"):
-        plan_batch(GPT2Config(), lengths=[512], effective_batch_size=8, lora_rank=16)
+    with pytest.raises(InputError, match="GPT2Config: found a configuration without intermediate_size, num_key_value"):
+        planned(GPT2Config(), [512])
 
 
 @pytest.fixture(scope="module")
@@ -141,54 +171,62 @@ def conversations():
 
 @pytest.mark.parametrize(("shape", "batch", "gib"), [("3B", (4, 2), 12.8), ("1B", (8, 1), 13.1)])
 def test_a_t4_gets_the_plan_that_the_benchmarks_readme_estimates(configs, conversations, shape, batch, gib):
-    asked = dict(lengths=conversations, effective_batch_size=8, lora_rank=16, memory_gib=14.6, capability=(7, 5))
-    plan = plan_batch(configs[shape], **asked)
-    assert (plan.chosen.micro_batch, plan.chosen.accumulation) == batch and plan.chosen.padding_free
-    assert plan.chosen.as_needed
-    assert plan.chosen.predicted_gib == pytest.approx(gib, abs=0.05)
+    fastest = planned(configs[shape], conversations, memory_gib=14.6, capability=(7, 5)).fastest
+    assert (fastest.micro_batch, fastest.accumulation) == batch
+    assert fastest.padding_free and fastest.checkpointing is True
+    assert fastest.predicted_gib == pytest.approx(gib, abs=0.05)
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
-def test_as_many_layers_are_checkpointed_as_a_micro_batch_needs(configs, conversations, capability):
-    """The longest in nearly all layers, one of usual length in hardly any; one layer fewer would not fit."""
-    asked = dict(lengths=conversations, effective_batch_size=8, lora_rank=16, memory_gib=14.748)
-    plan = plan_batch(configs["3B"], **asked, capability=capability)
-    assert plan.chosen.as_needed
-    counts = [plan.checkpointed_layers(tokens) for tokens in range(0, 8 * 1792, 100)]
-    assert counts == sorted(counts) and counts[0] == 0 and 20 <= counts[-1] < 28
+@pytest.mark.parametrize(
+    ("capability", "batch", "padding_free"), [((7, 5), (4, 2), True), ((9, 0), (8, 1), False)], ids=["T4", "H100"]
+)
+def test_as_many_layers_are_checkpointed_as_a_micro_batch_needs(
+    configs, conversations, capability, batch, padding_free
+):
+    """The longest in most layers, one of usual length in hardly any; one layer fewer would not fit."""
+    asked = dict(batch=batch, checkpointing=True, padding_free=padding_free, capability=capability)
+    plan = planned(configs["3B"], conversations, **asked)
+    assert plan.yours == plan.fastest
+    counts = [plan.checkpointed_layers(tokens) for tokens in range(0, max(plan.most_tokens), 100)]
+    assert counts == sorted(counts) and counts[0] == 0 and 20 <= counts[-1] <= 28
     assert plan.checkpointed_layers(4096) <= 1 and plan.checkpointed_layers(10**6) == 28
     for tokens in (5000, 8192, 12_000):
         settings = dict(tokens=tokens, lora_rank=16, use_gradient_checkpointing=True)
         count = plan.checkpointed_layers(tokens)
         assert predict_peak(configs["3B"], **settings, checkpointed_layers=count) <= plan.limit_gib
         assert predict_peak(configs["3B"], **settings, checkpointed_layers=count - 1) > plan.limit_gib
-    found = {(o.micro_batch, o.use_gradient_checkpointing, o.as_needed, o.padding_free): o for o in plan.options}
-    key = (plan.chosen.micro_batch, True, False, plan.chosen.padding_free)
-    assert plan.chosen.seconds < found[key].seconds and plan.chosen.predicted_gib > found[key].predicted_gib
+    offloaded = planned(configs["3B"], conversations, **(asked | dict(checkpointing="unsloth"))).yours
+    assert plan.yours.seconds < offloaded.seconds and plan.yours.predicted_gib > offloaded.predicted_gib
 
 
-@pytest.mark.parametrize(("lengths", "memory_gib", "count"), [([20] * 8, 5.0, 0), ([1200] * 8, 5.2, 28)])
-def test_a_plan_without_choice_checkpoints_no_layer_or_all(configs, lengths, memory_gib, count):
-    plan = plan_batch(configs["3B"], lengths=lengths, effective_batch_size=1, lora_rank=16, memory_gib=memory_gib)
-    assert plan.chosen.as_needed == bool(count) and plan.checkpointed_layers(1200) == count
-    assert plan.settings["gradient_checkpointing"] == bool(count)
+@pytest.mark.parametrize(("checkpointing", "count"), [(False, 0), ("unsloth", 28)])
+def test_without_checkpointing_as_needed_it_is_no_layer_or_all(configs, conversations, checkpointing, count):
+    plan = planned(configs["3B"], conversations, checkpointing=checkpointing)
+    assert [plan.checkpointed_layers(tokens) for tokens in (20, 1200, 10**6)] == [count] * 3
+
+
+@pytest.mark.parametrize(("lengths", "memory_gib", "kept"), [([20] * 8, 5.0, True), ([1200] * 8, 5.2, False)])
+def test_checkpointing_is_left_out_where_all_can_be_kept(configs, lengths, memory_gib, kept):
+    plan = planned(configs["3B"], lengths, batch=(1, 1), checkpointing=True, memory_gib=memory_gib)
+    assert {option.checkpointing for option in plan.fitting} == {"unsloth", not kept}
+    assert plan.checkpointed_layers(lengths[0]) == (0 if kept else 28) and (plan.yours in plan.fitting) == (not kept)
 
 
 def test_padding_where_the_host_is_the_slower_one(configs):
-    asked = dict(lengths=[512] * 100, effective_batch_size=8, lora_rank=16, memory_gib=14.748)
-    assert plan_batch(configs["3B"], **asked, capability=(7, 5)).chosen.padding_free
-    fast = plan_batch(configs["3B"], **asked, capability=(9, 0))
-    assert fast.settings["padding_free"] is False and fast.settings["pad_to_multiple_of"] == 128
+    assert planned(configs["3B"], [512] * 100, capability=(7, 5)).fastest.padding_free
+    assert not planned(configs["3B"], [512] * 100, capability=(9, 0)).fastest.padding_free
 
 
-def test_each_padding_is_among_the_alternatives_and_its_cost_in_sight(configs):
-    lengths = [100] * 96 + [1700, 1000, 600, 300]
-    plan = plan_batch(configs["3B"], lengths=lengths, effective_batch_size=4, lora_rank=16, memory_gib=14.748)
-    found = {(o.micro_batch, (o.use_gradient_checkpointing, o.as_needed), o.padding_free): o for o in plan.options}
-    assert len(found) == len(plan.options) == 3 * 3 * 2 + 1
-    for (micro_batch, mode, padding_free), option in found.items():
-        if padding_free and micro_batch > 1 and not mode[1]:  # padded, the short ones are as wide as the longest
-            assert option.predicted_gib < found[micro_batch, mode, False].predicted_gib
-    text = repr(plan)
-    assert (text.count(" none "), text.count(f" to {plan.padded_to}s ")) == (9, 10)
-    assert text.count(" as needed ") == 1  # where not everything can be kept: 4 × 1, padded
+def test_each_padding_is_among_the_options_and_its_cost_in_sight(configs):
+    plan = planned(configs["3B"], [100] * 96 + [1700, 1000, 600, 300], batch=(2, 2))
+    found = {(option.micro_batch, option.checkpointing, option.padding_free): option for option in plan.fitting}
+    assert len(found) == len(plan.fitting) == 3 * 2 * 2  # not kept and padded, 4 x 1 does not fit: as needed instead
+    assert (4, False, False) not in found and (4, True, False) in found and (4, True, True) not in found
+    for (micro_batch, checkpointing, padding_free), option in found.items():
+        padded = found.get((micro_batch, checkpointing, False))
+        if padding_free and micro_batch > 1 and padded:  # padded, the short ones are as wide as the longest
+            assert option.predicted_gib < padded.predicted_gib
+    one = planned(
+        configs["3B"], [300] * 8, batch=(1, 1)
+    )  # one at a time is as wide as it is long, whatever the padding
+    assert len({option.predicted_gib for option in one.fitting if option.checkpointing is False}) == 1

@@ -15,11 +15,12 @@ from types import SimpleNamespace
 import pytest
 
 from helpers.base import InputError
+from helpers.memory.fit import undo_emulated_bfloat16
 from helpers.training.curves import MEASURES, Curves, CurvesError, draw_curves, duration, live_plot
 from helpers.training.divergence import find_divergence
 from helpers.training.evidence import Evidence, EvidenceError, check_evidence, describe_overfitting
 from helpers.training.held_out import HeldOutLosses, bootstrap_interval, fall_interval, held_out_losses
-from helpers.training.weights import count_changed_adapters, frozen_checksum, undo_emulated_bfloat16
+from helpers.training.weights import count_changed_adapters, frozen_checksum
 from tests.maintain.series import AT_THE_END, with_new_ports
 
 LEARNING_RATE = 1e-4

@@ -20,9 +20,6 @@ class ChatError(InputError):
 def render_prompt(tokenizer: Any, conversation: Sequence[Message]) -> str:
     """The text that the model continues: the conversation as in training, and the opening of an answer.
 
-    Raises:
-        ChatError: the text would begin with two BOS tokens, or with none where training texts begin with one.
-
     Example:
         >>> render_prompt(tokenizer, [{"role": "user", "content": "Hi "}])
         '<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n'
@@ -69,9 +66,6 @@ def trim_conversation(
 
     Returns:
         The conversation that fits, and how many messages were left out.
-
-    Raises:
-        ChatError: the last question alone does not fit.
 
     Example:
         >>> kept, left_out = trim_conversation(tokenizer, long_conversation, max_seq_length=512, max_new_tokens=96)
@@ -207,9 +201,6 @@ def batch_replies(
         conversations: lists of {"role", "content"}, each ending with a user's turn.
         max_new_tokens: the longest reply, in tokens.
         batch_size: conversations generated together; similar lengths are grouped to save padding.
-
-    Returns:
-        The replies in the order of the conversations, without special tokens.
     """
     import torch
 

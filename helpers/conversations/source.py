@@ -14,9 +14,6 @@ EXPECTED = 'rows like {"conversations": [{"from": "human", "value": "…"}, …]
 def find_dataset(name: str) -> str:
     """What `load_dataset` is to read, once it is sure that it can.
 
-    Args:
-        name: a name on the hub, or a .json or .jsonl file of conversations.
-
     Returns:
         The name as given; of a file its absolute path.
 

@@ -37,10 +37,6 @@ MEANINGS = {
 }
 
 
-class ConversationError(InputError):
-    """`validate_conversations` was called with arguments that do not fit together."""
-
-
 class Problem(NamedTuple):
     """One problem of one row; a row may have several."""
 
@@ -71,11 +67,11 @@ class ConversationReport(Table):
         return not self.dropped_rows
 
     def raise_if_failed(self) -> None:
-        """Raises ConversationError where fewer than `SMALLEST` rows are left: none of them could be held out."""
+        """Raises InputError where fewer than `SMALLEST` rows are left: none of them could be held out."""
         if len(self.valid_rows) < SMALLEST:
             found = f"{len(self.valid_rows)} of {self.rows} conversations that can be trained on"
             fix = "correct what the table names, add conversations, or raise MAX_SEQ_LENGTH"
-            raise ConversationError("DATASET", found=found, expected=f"{SMALLEST} or more", fix=fix)
+            raise InputError("DATASET", found=found, expected=f"{SMALLEST} or more", fix=fix)
 
     def _title(self) -> str:
         return f"Conversations: {self.rows:,} rows, {len(self.valid_rows):,} fit, {len(self.dropped_rows):,} to drop"
@@ -101,9 +97,6 @@ def validate_conversations(dataset, *, tokenizer=None, max_tokens: int | None = 
         tokenizer: its special tokens are looked for in the texts; without it whatever looks like `<|word|>` is.
         max_tokens: rows that render to more tokens than this are `too_long`; needs the tokenizer.
 
-    Raises:
-        ConversationError: `max_tokens` without a tokenizer.
-
     Example:
         >>> report = validate_conversations([{"conversations": [{"from": "human", "value": "Hi"}]}])
         >>> report.problems[0]
@@ -115,7 +108,7 @@ def validate_conversations(dataset, *, tokenizer=None, max_tokens: int | None = 
 
     if max_tokens is not None and tokenizer is None:
         expected = "the tokenizer that counts them"
-        raise ConversationError("max_tokens", found="no tokenizer", expected=expected, fix="pass tokenizer=")
+        raise InputError("max_tokens", found="no tokenizer", expected=expected, fix="pass tokenizer=")
     special = _special_pattern(tokenizer)
     found: list[list[tuple[str, str]]] = []  # of each row
     forms: list[str | None] = []
@@ -159,7 +152,7 @@ def _conversations(dataset) -> Iterator[object]:
     if hasattr(dataset, "column_names"):  # a datasets.Dataset: a thousand rows at a time is ten times faster
         column = next((name for name in ("conversations", "messages") if name in dataset.column_names), None)
         if column is None:
-            raise ConversationError(
+            raise InputError(
                 "dataset",
                 found=f"the columns {dataset.column_names}",
                 expected="a column 'conversations' or 'messages'",

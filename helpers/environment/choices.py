@@ -13,10 +13,6 @@ GGUF_TYPES += ("q5_k_m", "q6_k", "q8_0")
 FORMS = ("adapter", "merged", "gguf")
 
 
-class ChoiceError(InputError):
-    """A choice that cannot be used: the value of a *Choices* cell, or of a parameter file."""
-
-
 @dataclass(frozen=True)
 class Rule:
     """What a choice may be, in words and as a test."""
@@ -96,16 +92,13 @@ def check_choices(names: Mapping[str, Any]) -> None:
     Args:
         names: {name: value}, such as `globals()`; names without a rule are passed over.
 
-    Raises:
-        ChoiceError: the first value that its rule refuses.
-
     Example:
         >>> check_choices({"MAX_STEPS": 0})
-        ChoiceError: MAX_STEPS: found 0, expected a whole number from 1 to 1,000,000. Fix: correct MAX_STEPS in
+        InputError: MAX_STEPS: found 0, expected a whole number from 1 to 1,000,000. Fix: correct MAX_STEPS in
         Choices.
     """
     for name, rule in RULES.items():
         if name in names and not rule.holds(names[name]):
             found = repr(names[name])
             found = found if len(found) <= 80 else f"{found[:80]}…"
-            raise ChoiceError(name, found=found, expected=rule.expected, fix=f"correct {name} in Choices")
+            raise InputError(name, found=found, expected=rule.expected, fix=f"correct {name} in Choices")

@@ -24,11 +24,7 @@ OTHER_FORMATS = ("*.gguf", "*.pth")  # the same weights once more, for other pro
 _choices: dict[str, tuple[str, str]] = {}
 
 
-class HubError(InputError):
-    """A hub that cannot be chosen, or that does not give what it is asked for."""
-
-
-def choose_hub(endpoint: str = "", *, modelscope: bool | str = False) -> None:
+def choose_hub(endpoint: str = "", *, modelscope: bool = False) -> None:
     """Set where models and data sets come from; prints one sentence where something is chosen.
 
     A choice that is taken back leaves the environment as it was.
@@ -38,17 +34,14 @@ def choose_hub(endpoint: str = "", *, modelscope: bool | str = False) -> None:
         modelscope: take models from ModelScope; False for what the environment's own UNSLOTH_USE_MODELSCOPE says.
 
     Raises:
-        HubError: no address, neither true nor false, no package `modelscope`, or the Hub's client is loaded and has
+        InputError: no address, no package `modelscope`, or the Hub's client is loaded and has
             read another address.
 
     Example:
         >>> choose_hub("https://hf-mirror.com/")
         Models and data sets come from https://hf-mirror.com.
     """
-    chosen = {
-        ENDPOINT: read_endpoint(endpoint),
-        MODELSCOPE: "1" if read_switch(modelscope, where="USE_MODELSCOPE") else "",
-    }
+    chosen = {ENDPOINT: read_endpoint(endpoint), MODELSCOPE: "1" if modelscope else ""}
     own = {name: _own_value(name) for name in chosen}
     wanted = {name: value or own[name] for name, value in chosen.items()}
     if wanted[MODELSCOPE] == "1":
@@ -72,9 +65,6 @@ def choose_hub(endpoint: str = "", *, modelscope: bool | str = False) -> None:
 def read_endpoint(endpoint: object) -> str:
     """The address of a mirror without the slash at its end; "" for none.
 
-    Raises:
-        HubError: it is not an http or https address with a host, or it holds a user name or a password.
-
     Example: "https://hf-mirror.com/" -> "https://hf-mirror.com"
     """
     address = str("" if endpoint is None else endpoint).strip().rstrip("/")
@@ -85,24 +75,10 @@ def read_endpoint(endpoint: object) -> str:
     except ValueError:  # a port that is no number, half of an IPv6 address
         sound = False
     if address and (not sound or len(address.split()) > 1 or parts.query or parts.fragment):
-        raise HubError(ENDPOINT, found=repr(endpoint), expected=expected, fix=fix)
+        raise InputError(ENDPOINT, found=repr(endpoint), expected=expected, fix=fix)
     if address and "@" in parts.netloc:  # it would be printed
-        raise HubError(ENDPOINT, found="an address with a user name or a password", expected=expected, fix=fix)
+        raise InputError(ENDPOINT, found="an address with a user name or a password", expected=expected, fix=fix)
     return address
-
-
-def read_switch(value: object, *, where: str) -> bool:
-    """A choice between two, also as text: papermill passes on what a command line or a file spells.
-
-    Raises:
-        HubError: it is neither.
-
-    Example: "true" -> True, "False" -> False, 1 -> an error
-    """
-    switches = {"true": True, "false": False}
-    if not isinstance(value, bool | str) or str(value).strip().lower() not in switches:
-        raise HubError(where, found=repr(value), expected="True or False", fix=f"set {where} to one of these")
-    return switches[str(value).strip().lower()]
 
 
 def _own_value(name: str) -> str:
@@ -113,12 +89,12 @@ def _own_value(name: str) -> str:
 
 
 def _check_loaded(endpoint: str) -> None:
-    """Raises HubError where the Hub's client is loaded and has read another address: it never looks again."""
+    """Raises InputError where the Hub's client is loaded and has read another address: it never looks again."""
     wanted = endpoint.rstrip("/") or HUGGING_FACE
     loaded = getattr(sys.modules.get("huggingface_hub.constants"), "ENDPOINT", wanted)
     if loaded != wanted:
         found, expected = f"huggingface_hub loaded with {loaded}", f"{wanted} before it is loaded"
-        raise HubError(ENDPOINT, found=found, expected=expected, fix=RESTART)
+        raise InputError(ENDPOINT, found=found, expected=expected, fix=RESTART)
 
 
 def uses_modelscope() -> bool:
@@ -138,11 +114,11 @@ def missing_modelscope() -> str:
 
 
 def require_modelscope() -> None:
-    """Raises HubError where ModelScope's client cannot be used, with the line that installs it."""
+    """Raises InputError where ModelScope's client cannot be used, with the line that installs it."""
     if line := missing_modelscope():
         found = "a package modelscope that is too old or not whole" if "-U" in line else "no package modelscope"
         fix = f"run `{line}` in a new cell, then this cell again"
-        raise HubError("USE_MODELSCOPE", found=found, expected="ModelScope's client, 1.38 or newer", fix=fix)
+        raise InputError("USE_MODELSCOPE", found=found, expected="ModelScope's client, 1.38 or newer", fix=fix)
 
 
 def models_address() -> str:
@@ -166,12 +142,7 @@ def model_url(name: str) -> str:
 
 
 def no_answer_fix(local: str, *, connect: str = "connect to the network") -> str:
-    """What helps where `models_address` does not answer.
-
-    Args:
-        local: what does without a hub, such as "set MODEL_NAME to a folder with a model".
-        connect: how to get a network here.
-    """
+    """What helps where `models_address` does not answer."""
     if uses_modelscope():
         return f"{connect}, set USE_MODELSCOPE to False, or {local}"
     return f"{connect}, {mirror_fix()}, or {local}"
@@ -183,11 +154,7 @@ def mirror_fix() -> str:
 
 
 def require_hub(repository: str, *, setting: str, repo_type: str = "model") -> None:
-    """Make sure that a Hub repository can be had: it is in the local cache, or the Hub or its mirror says it exists.
-
-    Raises:
-        HubError: no connection, no such repository, or one whose licence this token has not accepted.
-    """
+    """Make sure that a Hub repository can be had: it is in the local cache, or the Hub or its mirror says it exists."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -204,30 +171,27 @@ def require_hub(repository: str, *, setting: str, repo_type: str = "model") -> N
         return
     except HFValidationError:
         expected = f"{local}, or a Hub name such as owner/name"
-        raise HubError(where, found="no such folder", expected=expected, fix="correct the path") from None
+        raise InputError(where, found="no such folder", expected=expected, fix="correct the path") from None
     except (LocalEntryNotFoundError, OSError):
         pass
     try:
         HfApi().repo_info(repository, repo_type=repo_type, timeout=HUB_SECONDS)
     except GatedRepoError:
         fix = f"accept it on the {what}'s page and put a token into HF_TOKEN (on Colab: the key icon, Secrets)"
-        raise HubError(where, found=f"a gated {what}", expected="its licence accepted", fix=fix) from None
+        raise InputError(where, found=f"a gated {what}", expected="its licence accepted", fix=fix) from None
     except RepositoryNotFoundError:
         fix = f"correct the name, or give {local}"
-        raise HubError(
+        raise InputError(
             where, found=f"no such repository at {HfApi().endpoint}", expected=f"a {what}", fix=fix
         ) from None
     except Exception as error:  # the Hub's client raises its own, httpx's and the socket's errors
         fix = f"connect to the network, {mirror_fix()}, or set {setting} to {local}"
         found = f"no answer from {HfApi().endpoint} ({type(error).__name__})"
-        raise HubError(where, found=found, expected=f"a {what} that can be downloaded", fix=fix) from None
+        raise InputError(where, found=found, expected=f"a {what} that can be downloaded", fix=fix) from None
 
 
 def missing_files(folder: Path, *, weights: bool = True) -> list[str]:
     """What a model's folder lacks to be loaded.
-
-    Args:
-        weights: whether the weights count, every file that their index names.
 
     Example: ["tokenizer_config.json", "*.safetensors"]
     """
@@ -250,16 +214,7 @@ def base_name(model: str | Path) -> str:
 
 
 def download_from_modelscope(name: str, *, weights: bool = True) -> str:
-    """The folder into which ModelScope's client has downloaded a model; what is there already is not downloaded again.
-
-    Args:
-        name: such as "unsloth/Llama-3.2-3B-Instruct".
-        weights: False for the tokenizer and the configuration alone.
-
-    Raises:
-        HubError: no package `modelscope`, no answer in `HUB_SECONDS` and no whole copy here, no such model, or a
-            download that does not come to its end.
-    """
+    """The folder into which ModelScope's client has downloaded a model; what is there already stays."""
     require_modelscope()
     from modelscope import snapshot_download
 
@@ -275,25 +230,25 @@ def download_from_modelscope(name: str, *, weights: bool = True) -> str:
         if folder and not missing_files(Path(folder), weights=weights):
             return folder
         found, fix = f"no answer from {models_address()} ({answer.found})", no_answer_fix(local)
-        raise HubError(where, found=found, expected="a model that can be downloaded", fix=fix)
+        raise InputError(where, found=found, expected="a model that can be downloaded", fix=fix)
     try:
         return snapshot_download(name, ignore_patterns=[*OTHER_FORMATS, *(() if weights else WEIGHTS)])
     except Exception as error:  # requests' errors, the client's own and those of the disk
         raise _download_error(error, where=where, local=local) from None
 
 
-def _download_error(error: Exception, *, where: str, local: str) -> HubError:
+def _download_error(error: Exception, *, where: str, local: str) -> InputError:
     """A failed download in one line, by the status that ModelScope answered where it did."""
     status = _status(error) or _status(error.__cause__)
     if status == 404:
         fix = f"correct the name, set USE_MODELSCOPE to False, or {local}"
-        return HubError(where, found="no such model on ModelScope", expected="a model", fix=fix)
+        return InputError(where, found="no such model on ModelScope", expected="a model", fix=fix)
     if status in (401, 403):
         fix = f"accept its licence on ModelScope and put a token into MODELSCOPE_API_TOKEN, or {local}"
-        return HubError(where, found="a model that needs a token", expected="one that is open", fix=fix)
+        return InputError(where, found="a model that needs a token", expected="one that is open", fix=fix)
     found = f"a download that did not come to its end ({type(error).__name__})"
     fix = f"run the cell again, which goes on with it, or {local}"
-    return HubError(where, found=found, expected=f"a model from {models_address()}", fix=fix)
+    return InputError(where, found=found, expected=f"a model from {models_address()}", fix=fix)
 
 
 def _status(error: Any) -> int | None:

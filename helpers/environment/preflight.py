@@ -1,11 +1,6 @@
-"""The preflight: is this machine fit for the series, and if not, what to do about it.
+"""The preflight: is this machine fit for the series, and if not, what to do about it."""
 
-python -m helpers.environment.preflight MODEL [--json]
-"""
-
-import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -19,7 +14,6 @@ from pathlib import Path
 from helpers.base import InputError, Table
 from helpers.environment.hub import (
     HUB_SECONDS,
-    HubError,
     choose_hub,
     model_url,
     models_address,
@@ -48,11 +42,8 @@ PROBE_SECONDS = 60  # for one that hangs: each takes a few seconds, the first ti
 DISK_GIB = {"cpu": 5, "gpu": 25}  # models, checkpoints, the merged model and its GGUF files
 MEMORY_GIB = 6
 GPU_MEMORY_GIB = 10  # training the 3B model as chapter 04 does peaks below this
+WITHOUT_GPU = "a T4, or choices as in tests/profiles/cpu.toml"
 T4_CLICKS = "Runtime > Change runtime type > T4 GPU > Save, then run the notebook from the top"
-
-
-class EnvironmentProblem(InputError):
-    """The environment has a row that failed."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +69,10 @@ class EnvironmentReport(Table):
         return all(row.verdict != "fail" for row in self.rows)
 
     def raise_if_failed(self) -> None:
-        """Raise EnvironmentProblem for the first failed row."""
+        """Raise InputError for the first failed row."""
         for row in self.rows:
             if row.verdict == "fail":
-                raise EnvironmentProblem(row.what, found=row.found, expected=row.expected, fix=row.fix)
+                raise InputError(row.what, found=row.found, expected=row.expected, fix=row.fix)
 
     def _table(self) -> tuple[tuple[str, ...], list[list[str]]]:
         return HEADERS, [_cells(row) for row in self.rows if row.verdict != "ok"]
@@ -173,13 +164,7 @@ def read_driver() -> str | None:
 
 
 def check_gpu(probe: ProbeResult, *, driver: str | None, place: str) -> list[Row]:
-    """The GPU, its memory, its driver's CUDA against torch's, torch's code for it, and the precision to train in.
-
-    Args:
-        probe: what `helpers.environment.probes.probe_gpu` found.
-        driver: what `read_driver` found.
-        place: `colab`, `kaggle` or `local`.
-    """
+    """The GPU, its memory, its driver's CUDA against torch's, torch's code for it, and the precision to train in."""
     if not probe.ok:
         return [Row("torch", str(probe.found), "torch imports", "fail", set_up_again())]
     facts = probe.found
@@ -191,11 +176,11 @@ def check_gpu(probe: ProbeResult, *, driver: str | None, place: str) -> list[Row
             return [*rows, Row("GPU", f"{driver}, but torch cannot use it", "a GPU that torch can use", "fail", fix)]
         if place == "colab":
             kind = "a TPU runtime" if _has_tpu() else "a CPU runtime"
-            return [*rows, Row("runtime type", kind, "T4 GPU (the `cpu` profile runs here)", "warn", T4_CLICKS)]
+            return [*rows, Row("runtime type", kind, WITHOUT_GPU, "warn", T4_CLICKS)]
         if place == "kaggle":
             fix = "Settings > Accelerator > GPU T4 x2"
-            return [*rows, Row("GPU", "none", "a T4 (the `cpu` profile runs here)", "warn", fix)]
-        return [*rows, Row("GPU", "none", "not needed for the `cpu` profile")]
+            return [*rows, Row("GPU", "none", WITHOUT_GPU, "warn", fix)]
+        return [*rows, Row("GPU", "none", "none is needed for small choices")]
     capability = tuple(facts["capability"])
     name = f"{facts['gpu']}, compute capability {_dotted(capability)}"
     rows.append(Row("GPU", name, "7.0 or newer", *_verdict(capability >= (7, 0), "choose a T4 or newer")))
@@ -349,17 +334,13 @@ def find_token() -> str:
 
 
 def check_hub(model_name: str | None) -> list[Row]:
-    """Can the model be had, and does it need a token? Asks the hub that `choose_hub` chose, for at most 5 s.
-
-    Args:
-        model_name: a name on the hub, or None where the model needs no hub.
-    """
+    """Can the model be had, and does it need a token? Asks the hub that `choose_hub` chose, for at most 5 s."""
     modelscope, local = uses_modelscope(), "set MODEL_NAME to a folder with a model"
     what, expected = "ModelScope" if modelscope else "Hub", f"an answer in {HUB_SECONDS} s"
     try:
         if modelscope:
             require_modelscope()  # without it Unsloth does not even load
-    except HubError as error:
+    except InputError as error:
         return [Row(what, error.found, error.expected, "fail", error.fix)]
     if model_name is None:
         return [Row(what, "not asked", "not needed: the model is on this machine")]
@@ -379,12 +360,7 @@ def check_hub(model_name: str | None) -> list[Row]:
 
 
 def check_token(model_name: str, *, status: int | None, gated: bool) -> Row:
-    """Does the model need a token, and is there one?
-
-    Args:
-        status: what the Hub answered for a model that it does not show, else None.
-        gated: whether the model's licence has to be accepted.
-    """
+    """Does the model need a token, and is there one?"""
     token = find_token()
     secret = "accept its licence on the Hub and put a token into HF_TOKEN (Colab: the key icon at the left, Secrets)"
     if status:
@@ -406,24 +382,3 @@ def _dotted(version: Sequence[int]) -> str:
 
 def _has_tpu() -> bool:
     return bool(os.environ.get("COLAB_TPU_ADDR") or os.environ.get("TPU_NAME")) or Path("/dev/accel0").exists()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 where all is well, 1 where a row failed, 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="a name on the hub, or a folder")
-    parser.add_argument("--requirements", default="requirements-colab.txt", help="the lock")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    options = parser.parse_args(arguments)
-    try:
-        report = check_environment(options.model, requirements=options.requirements)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    data = {"ok": report.ok, "rows": [row.__dict__ for row in report.rows]}
-    print(json.dumps(data, indent=1) if options.json else report)
-    return 0 if report.ok else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

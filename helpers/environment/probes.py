@@ -161,7 +161,8 @@ def run_probe(name: str, *arguments: str, seconds: float) -> ProbeResult:
     Example: `run_probe("peft", seconds=20)` -> `ProbeResult(ok=True, found="a LoRA adapter was built and trained")`.
     """
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-    command = [sys.executable, "-m", "helpers.environment.probes", name, *arguments]
+    quiet = ("-W", "ignore::RuntimeWarning:runpy")  # the package's face has loaded this module already
+    command = [sys.executable, *quiet, "-m", "helpers.environment.probes", name, *arguments]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=seconds, env={**os.environ, "PYTHONPATH": path}

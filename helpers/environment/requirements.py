@@ -57,11 +57,7 @@ def public(version: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A text file, with or without a byte order mark.
-
-    Raises:
-        InputError: it is not there, or not UTF-8.
-    """
+    """A text file, with or without a byte order mark."""
     if not path.is_file():
         raise InputError(str(path), found="no such file", expected="a text file", fix="check the path")
     try:
@@ -75,9 +71,6 @@ def read_text(path: Path) -> str:
 def read_lock(path: str | Path) -> list[Pin]:
     """The rows of a requirements file in which every package is pinned; a comment line above a row is its reason
     (less the image's version in parentheses, which `make lock` writes behind it).
-
-    Raises:
-        InputError: a row without `==`, or no row at all.
     """
     pins, reason = [], ""
     for line in read_text(Path(path)).splitlines():

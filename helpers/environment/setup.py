@@ -53,10 +53,6 @@ HARMLESS = {
 _replaced_while_loaded: set[str] = set()
 
 
-class InstallError(InputError):
-    """The lock could not be installed, or the local environment is not there."""
-
-
 @dataclass(frozen=True, repr=False)
 class SetupReport(Table):
     """What the setup cell found and did. `restart`: the packages that this kernel had loaded before they changed."""
@@ -104,17 +100,11 @@ def find_place() -> str:
 
 
 def find_requirements(path: str | Path) -> Path:
-    """The file as given where it exists, else the one of this name in the repository's root.
-
-    Raises:
-        InstallError: neither exists.
-    """
+    """The file as given where it exists, else the one of this name in the repository's root."""
     for candidate in (Path(path), ROOT / path):
         if candidate.is_file():
             return candidate
-    raise InstallError(
-        str(path), found="no such file", expected="a requirements file", fix="clone the repository again"
-    )
+    raise InputError(str(path), found="no such file", expected="a requirements file", fix="clone the repository again")
 
 
 def installed_version(name: str) -> str | None:
@@ -184,14 +174,10 @@ def image_conflicts(requirements: Path, *, pins: Sequence[Pin]) -> list[Conflict
 
 
 def require_image(requirements: Path, *, pins: Sequence[Pin], place: str) -> None:
-    """Refuse an image on which the lock cannot work, before anything is installed.
-
-    Raises:
-        InstallError: what conflicts, and which runtime to choose instead.
-    """
+    """Refuse an image on which the lock cannot work, before anything is installed."""
     conflicts = image_conflicts(requirements, pins=pins)
     if conflicts:
-        raise InstallError(
+        raise InputError(
             f"{PLACES[place]}'s image",
             found=", ".join(f"{requirement_name(c.requires)} {c.found}" for c in conflicts),
             expected=", ".join(f"{c.requires} (for {c.package})" for c in conflicts) + "; nothing was installed",
@@ -218,7 +204,7 @@ def set_up(*, requirements: str | Path = "requirements-colab.txt") -> SetupRepor
       busy process: 23 ms, sleeping 1 ms).
 
     Raises:
-        InstallError: the lock cannot work on this image, the installer failed (its whole output is printed first), or a
+        InputError: the lock cannot work on this image, the installer failed (its whole output is printed first), or a
             package is missing on a local computer, where installing is left to `make setup`.
     """
     start = time.perf_counter()
@@ -249,7 +235,7 @@ def set_up(*, requirements: str | Path = "requirements-colab.txt") -> SetupRepor
     wrong = [pin.name for pin in pins if now[pin.name] is None or not same_version(now[pin.name], pin.version)]
     if done.returncode or wrong:
         print(" ".join(command), done.stdout, sep="\n", flush=True)
-        raise InstallError(
+        raise InputError(
             f"{installer} install",
             found=f"exit status {done.returncode}" + (f", and still not right: {', '.join(wrong)}" if wrong else ""),
             expected=f"the packages of {path.name}",
@@ -268,7 +254,7 @@ def _not_harmless(record: logging.LogRecord) -> bool:
 def _look(pins: Sequence[Pin], *, before: dict[str, str | None], differs: Sequence[Pin], present: int) -> SetupReport:
     missing = [pin.name for pin in differs if before[pin.name] is None and pin.name not in GPU_ONLY]
     if missing:
-        raise InstallError(
+        raise InputError(
             "this Python environment",
             found=f"no {', '.join(missing)} in {sys.prefix}",
             expected="the packages of tests/requirements-local.txt",

@@ -80,11 +80,7 @@ class Run:
     mirror: Path | None = field(default=None, repr=False)
 
     def artefact(self, name: str) -> Path:
-        """The path of a verified artefact, such as "adapter".
-
-        Raises:
-            HandoffError: it is missing or unfinished, a file of it was altered, or it was made for another base model.
-        """
+        """The path of an artefact such as "adapter", where it is whole, unaltered and made for this base model."""
         entry = self.facts(name)
         path = self.path / name
         found = hash_files(path) if path.exists() else {}
@@ -105,14 +101,6 @@ class Run:
             raise _missing(self, name)
         return entry
 
-    def has(self, name: str) -> bool:
-        """Whether an artefact is here and passes verification."""
-        try:
-            self.artefact(name)
-        except HandoffError:
-            return False
-        return True
-
     def keep(self, name: str, *, template: str = "", **facts: Any) -> Path:
         """Take what was written to `RUN_DIR/new/NAME` into the run folder, whole; returns its path there.
 
@@ -120,9 +108,6 @@ class Run:
             name: a folder or a file in `new`.
             template: the chat template's fingerprint, where one matters.
             facts: anything else worth handing on, JSON-serialisable.
-
-        Raises:
-            HandoffError: nothing is there.
         """
         target, new = self.path / name, self.path / "new" / name
         files = hash_files(new) if new.exists() else {}

@@ -78,12 +78,7 @@ def find_faults(
 
 
 def fixes_of(table: TokenBytes, turns: Turns, longest: int, enough: int | None) -> dict[str, tuple[str, str]]:
-    """{cause: (what was expected, what to do)}, in the template's own markers.
-
-    Args:
-        longest: tokens of the longest row.
-        enough: tokens that keep 99 % of the answers whole; None: not known.
-    """
+    """{cause: (what was expected, what to do)}, in the template's own markers."""
     instruction, response = (table.text(mark).strip(" ") for mark in (turns.user_start, turns.answer_start))
     end = table.text(turns.answer_end)
     markers = (

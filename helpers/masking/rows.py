@@ -32,13 +32,6 @@ class Rows:
 def read_rows(dataset, *, ids_below: int) -> Iterator[Rows]:
     """Yield the rows of a `datasets.Dataset`, a list of dicts or a padded batch, about a million tokens at a time.
 
-    Args:
-        dataset: rows with `input_ids`, `labels` and perhaps `attention_mask`.
-        ids_below: the size of the vocabulary.
-
-    Raises:
-        MaskingError: a row cannot be read.
-
     Example: rows of ids [5, 6] and [7] -> `Rows(ids=[5, 6, 7], row_of=[0, 0, 1], starts=[0, 2], lengths=[2, 1], ...)`.
     """
     first_row, waiting, size = 0, [], 0

@@ -12,13 +12,6 @@ from helpers.template.turns import TokenBytes
 def show_masking(row: Mapping, *, tokenizer) -> "MaskView":
     """One row as text, trained tokens apart from masked ones; in a notebook in colour, with ids as tool-tips.
 
-    Args:
-        row: `input_ids` and `labels`, lists of one length; -100 is masked.
-        tokenizer: the one that made the ids.
-
-    Raises:
-        MaskingError: there are no labels, or not as many as ids.
-
     Example:
         >>> print(show_masking(trainer.train_dataset[0], tokenizer=tokenizer))
         30 tokens, 9 trained

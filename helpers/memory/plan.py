@@ -74,7 +74,7 @@ def predict_peak(
     `python tests/benchmarks/planner.py` measures them again; 54 others, measured later, are within 5.8 %.
 
     Raises:
-        PlanError: the configuration is not that of a Llama-like model.
+        InputError: the configuration is not that of a Llama-like model.
 
     Example: 3B, 8 conversations of 1,792 tokens, rank 16, True -> 6.94 (measured: 6.94)
     """
@@ -150,9 +150,9 @@ class BatchPlan(Table):
         return len(self.most_tokens) - 1 if self.yours.checkpointing else 0
 
     def raise_if_failed(self) -> None:
-        """Raises PlanError where the reader's own option does not fit."""
+        """Raises InputError where the reader's own option does not fit."""
         if not self.yours.fits:
-            raise PlanError(
+            raise InputError(
                 "MICRO_BATCH and CHECKPOINTING",
                 found=f"{self.yours.predicted_gib:.1f} GiB needed",
                 expected=f"at most {self.limit_gib:.1f} GiB",
@@ -184,10 +184,6 @@ class BatchPlan(Table):
         if gain < 1.005:
             return [f"{where} Nothing that fits is faster than yours."]
         return [f"{where} {gain:.2f} times as fast as yours, by estimate: {self.fastest}"]
-
-
-class PlanError(InputError):
-    """No batch fits, or the numbers that a plan is asked for make no sense."""
 
 
 def plan_batch(
@@ -228,7 +224,7 @@ def plan_batch(
     what most layers of an ordinary one keep, and those are not computed again. `fit_into_memory` does it.
 
     Raises:
-        PlanError: not even one conversation at a time fits, a number makes no sense, or the configuration is not that
+        InputError: not even one conversation at a time fits, a number makes no sense, or the configuration is not that
             of a Llama-like model.
 
     Example:
@@ -252,7 +248,7 @@ def plan_batch(
     fitting = tuple(option for option in options if option.fits)
     if not fitting:
         smallest = min(options, key=lambda option: option.predicted_gib)
-        raise PlanError(
+        raise InputError(
             f"the longest conversation ({longest[0]} tokens)",
             found=f"{smallest.predicted_gib:.1f} GiB needed for it alone",
             expected=f"at most {costs.limit_gib:.1f} GiB",
@@ -270,7 +266,7 @@ def _check_plan(lengths: Sequence[int], *, effective_batch_size: int, memory_gib
         ("memory_gib", memory_gib is not None and not memory_gib > 0, str(memory_gib), "more than 0"),
     ):
         if wrong:
-            raise PlanError(where, found=found, expected=expected, fix="correct it, or check the data set")
+            raise InputError(where, found=found, expected=expected, fix="correct it, or check the data set")
 
 
 def _device(memory_gib: float | None, capability: tuple[int, int] | None) -> tuple[float, tuple[int, int], str]:
@@ -365,7 +361,7 @@ def _shape(config: Any) -> tuple[int, int, int, int, int, int]:
     """(hidden, intermediate, layers, vocabulary, width of the queries, width of the keys)."""
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     if missing := [name for name in (*needed, "vocab_size") if not getattr(config, name, None)]:
-        raise PlanError(
+        raise InputError(
             type(config).__name__,
             found=f"a configuration without {', '.join(missing)}",
             expected="one of a Llama-like model",

@@ -4,26 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def undo_emulated_bfloat16(model: Any) -> int:
-    """Trained weights in the 32 bits that the rest of the model computes in, on a processor without bfloat16.
-
-    TRL's SFTTrainer turns the trained weights of every 4-bit model into bfloat16. A processor that has no instructions
-    for it emulates them: LoRA's small products then took more than half of a step (8.8 s, now 4 to 5; SmolLM2, 4
-    conversations, an AMD EPYC with AVX2). On a GPU, and where the model computes in 16 bits, nothing is changed.
-
-    Returns:
-        How many weights were turned back.
-    """
-    import torch
-
-    if model.device.type != "cpu" or model.dtype != torch.float32:
-        return 0
-    emulated = [each for each in model.parameters() if each.requires_grad and each.dtype == torch.bfloat16]
-    for parameter in emulated:
-        parameter.data = parameter.data.float()
-    return len(emulated)
-
-
 def frozen_checksum(model: Any) -> int:
     """A checksum over every weight that is not trained: equal before and after training.
 

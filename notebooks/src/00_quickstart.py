@@ -11,15 +11,17 @@
 # - compare its answers with the untouched model's,
 # - use it in other programs.
 #
-# You need Colab with a T4, its free GPU (*Runtime → Change runtime type*). You need no account besides Google's.
+# You need Colab with a T4, its free GPU (*Runtime → Change runtime type*).
 #
 # {{budget}}
 
 # %% [markdown] lang="en"
-# All choices stand here. `MODEL_NAME` is a model of the Hugging Face Hub, where models and data are published. `DATASET`
-# is a data set from there, or a `.jsonl`, `.json` or `.csv` file of yours. `EVAL_ROWS` conversations are held out: the
-# model never trains on them. A *token* is a word or a piece of one, and `MAX_SEQ_LENGTH` is the most that a
-# conversation may have. `OUTPUT_DIR` is where results go. `REQUIREMENTS` lists the packages.
+# All choices stand here. `MODEL_NAME` is a model on the Hugging Face Hub, where models and data are published. `DATASET`
+# is a data set there, or a `.jsonl`, `.json` or `.csv` file of yours. `EVAL_ROWS` conversations are *held out*: the
+# model never trains on them.
+#
+# A *token* is a word or a piece of one, and `MAX_SEQ_LENGTH` the most that a conversation may have. `OUTPUT_DIR` is the
+# folder for the results, `REQUIREMENTS` the list of packages.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -35,14 +37,15 @@ OUTPUT_DIR = "quickstart"  # @param {type:"string"}
 REQUIREMENTS = "https://raw.githubusercontent.com/your-org/llama-3.2-unsloth-t4/v0.1.0/requirements-colab.txt"
 
 # %% [markdown] lang="en"
-# Each package comes in the one version that was tested. Why, and how we know: [chapter 01](01_install.ipynb).
+# Each package comes in the one version that was tested. Nothing is loaded yet, so no restart is needed. Why, and how we
+# know: [chapter 01](01_install.ipynb).
 
 # %%
 # %pip install -q --no-deps -r {REQUIREMENTS}
 
 # %% [markdown] lang="en"
-# A model is made of *weights*, billions of numbers. With 4 bits for each, a T4 has room left for training. Why, and
-# how we know: [chapter 02](02_load_and_lora.ipynb).
+# A model is made of *weights*, billions of numbers. With 4 bits for each (`LOAD_IN_4BIT`), a T4 has room for training.
+# Why, and how we know: [chapter 02](02_load_and_lora.ipynb).
 
 # %%
 from unsloth import FastLanguageModel  # before the other libraries, because it makes them faster
@@ -99,13 +102,13 @@ bos = tokenizer.bos_token if tokenizer("").input_ids else ""  # the tokenizer ad
 
 
 def to_text(row):
-    turns = to_messages(row)
-    text = tokenizer.apply_chat_template(turns, tokenize=False).removeprefix(bos).strip()
-    return {"turns": turns, "text": text, "tokens": len(tokenizer(text).input_ids)}
+    messages = to_messages(row)
+    text = tokenizer.apply_chat_template(messages, tokenize=False).removeprefix(bos).strip()
+    return {"conversations": messages, "text": text, "tokens": len(tokenizer(text).input_ids)}
 
 # %% [markdown] lang="en"
-# A training *step* learns from 8 conversations, so `MAX_STEPS` says how many are needed. Why, and how we know:
-# [chapter 03](03_data.ipynb).
+# A *step* changes the adapter once, after 8 conversations, so `MAX_STEPS` says how many are needed. Why, and how we
+# know: [chapter 03](03_data.ipynb).
 
 # %% tags=["nbval-check-output"]
 from datasets import load_dataset
@@ -115,34 +118,33 @@ rows = load_dataset(kind, data_files=DATASET, split="train") if kind else load_d
 rows = rows.shuffle(seed=3407).select(range(min(len(rows), 8 * MAX_STEPS + EVAL_ROWS)))
 dataset = rows.map(to_text, remove_columns=rows.column_names)
 dataset = dataset.filter(lambda row: row["tokens"] <= MAX_SEQ_LENGTH)  # a longer one would lose its end
-splits = dataset.train_test_split(test_size=EVAL_ROWS, seed=3407)
-train_dataset, eval_dataset = splits["train"], splits["test"]
+train_dataset, eval_dataset = dataset.train_test_split(test_size=EVAL_ROWS, seed=3407).values()
 print(f"{len(train_dataset)} to train on, {len(eval_dataset)} held out, {len(rows) - len(dataset)} too long")
 
 # %% [markdown] lang="en"
-# These settings are the fastest that fit a T4 with 1,024 tokens: about 9 of its 14.7 GiB. The *learning rate* says how
-# far each step goes. Why, and how we know: [chapter 04](04_train.ipynb).
+# These are the fastest settings that fit a T4 with 1,024 tokens: 9 of its 14.7 GiB. `LEARNING_RATE` is how far a step
+# goes. Why, and how we know: [chapter 04](04_train.ipynb).
 
 # %%
 from trl import SFTConfig
+
 settings = SFTConfig(
     output_dir=OUTPUT_DIR,
     max_steps=MAX_STEPS,
     learning_rate=LEARNING_RATE,
     warmup_steps=0.1,  # the first tenth of the steps goes less far
     per_device_train_batch_size=2,  # conversations at once
-    gradient_accumulation_steps=4,  # so often before a step is made: 2 × 4 = 8 conversations
+    gradient_accumulation_steps=4,  # times before a step: 2 × 4 = 8 conversations
     gradient_checkpointing=False,  # keep results in memory instead of computing them twice
     padding_free=True,  # conversations one behind the other, nothing filled up
-    train_sampling_strategy="group_by_length",  # the longest first: what does not fit fails at once
-    max_length=MAX_SEQ_LENGTH,
-    optim="adamw_8bit",  # the usual optimiser, with its notes in 8 bits
-    save_strategy="no",  # nothing in between: the adapter is saved below
+    max_length=MAX_SEQ_LENGTH,  # in tokens
+    optim="adamw_8bit",  # the usual optimiser, with its averages in 8 bits
+    save_strategy="no",  # the adapter is saved below
 )
 
 # %% [markdown] lang="en"
-# The model shall learn to answer, not to ask. Above the line stands what it reads, below it what it learns to write.
-# Why, and how we know: [chapter 04](04_train.ipynb).
+# The model shall learn to answer, not to ask. Above the line is what it reads, below it what it learns to write. Why,
+# and how we know: [chapter 04](04_train.ipynb).
 
 # %% tags=["nbval-check-output"]
 from trl import SFTTrainer
@@ -153,23 +155,21 @@ trainer = SFTTrainer(
 )
 trainer = train_on_responses_only(trainer)
 row = trainer.train_dataset[0]
-print(tokenizer.decode(row["input_ids"]))
-print("—" * 60)
+print("", tokenizer.decode(row["input_ids"]), "—" * 60, sep="\n")
 print(tokenizer.decode([label for label in row["labels"] if label != -100]))
 
 # %% [markdown] lang="en"
-# The *loss* measures how badly the model predicts an answer. On held-out conversations it shows what was learned, not
-# what was memorised. Why, and how we know: [chapter 04](04_train.ipynb).
+# The *loss* says how badly the model predicts an answer. On held-out conversations it shows what was learned, not what
+# was memorised. Why, and how we know: [chapter 04](04_train.ipynb).
 
 # %%
 import torch
 
 before = trainer.evaluate()["eval_loss"]
 seconds = trainer.train().metrics["train_runtime"]
-peak_gib = torch.cuda.max_memory_reserved() / 2**30
 after = trainer.evaluate()["eval_loss"]
 print(f"Held-out loss: {before:.2f} before, {after:.2f} after")
-print(f"Training: {seconds:.0f} s, {peak_gib:.1f} GiB of the GPU's memory at the peak")
+print(f"Training: {seconds:.0f} s, GPU memory at the peak: {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
 
 # %% [markdown] lang="en"
 # The model without its adapter is the untouched model. Both answer two held-out questions. Why, and how we know:
@@ -179,52 +179,52 @@ print(f"Training: {seconds:.0f} s, {peak_gib:.1f} GiB of the GPU's memory at the
 def answer(messages):
     options = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt")
     prompt = tokenizer.apply_chat_template(messages, **options).to(model.device)
-    output = model.generate(**prompt, max_new_tokens=64, do_sample=False)  # always the likeliest word
+    output = model.generate(**prompt, max_new_tokens=64, do_sample=False)  # always the likeliest token
     return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 FastLanguageModel.for_inference(model)
 for row in eval_dataset.select(range(2)):
-    question = row["turns"][:-1]
+    question = row["conversations"][:-1]
     with model.disable_adapter():
-        print(f"Question: {question[-1]['content']}\n\nUntouched: {answer(question)}\n")
-    print(f"Trained: {answer(question)}\n" + "—" * 60)
+        print(f"QUESTION   {question[-1]['content']}\n\nUNTOUCHED  {answer(question)}\n")
+    print(f"TRAINED    {answer(question)}\n" + "—" * 60)
 
 # %% [markdown] lang="en"
 # The adapter is a small file that needs the untouched model beside it. The tokenizer holds the chat template. Why, and
 # how we know: [chapter 06](06_save.ipynb).
 
 # %% tags=["handoff"]
-model.save_pretrained(f"{OUTPUT_DIR}/adapter")
 tokenizer.save_pretrained(f"{OUTPUT_DIR}/adapter")
+model.save_pretrained(f"{OUTPUT_DIR}/adapter")
 
 # %% [markdown] lang="en"
-# GGUF is one whole file for programs such as Ollama. The adapter joins the unrounded 16-bit weights, and the result is
-# rounded once. Why, and how we know: [chapter 06](06_save.ipynb).
+# A GGUF file is the whole model for programs such as Ollama. Rounded once is better than twice, so the adapter joins
+# weights of 16 bits. Why, and how we know: [chapter 06](06_save.ipynb).
 
 # %% tags=["handoff"]
 import gc
 
-del model, trainer  # make room
+del model, trainer  # make room for the larger weights
 gc.collect()
 torch.cuda.empty_cache()
 model, tokenizer = FastLanguageModel.from_pretrained(
     model_name=f"{OUTPUT_DIR}/adapter", max_seq_length=MAX_SEQ_LENGTH, load_in_4bit=False
 )
-exported = model.save_pretrained_gguf(f"{OUTPUT_DIR}/model", tokenizer, quantization_method="q4_k_m")
+model.save_pretrained_gguf(f"{OUTPUT_DIR}/model", tokenizer, quantization_method="q4_k_m");
 
 # %% [markdown] lang="en"
-# Other programs take it from here. Transformers and PEFT load the adapter, in any Python:
+# Any Python loads the adapter:
 # ```python
 # from peft import AutoPeftModelForCausalLM
-# model = AutoPeftModelForCausalLM.from_pretrained("quickstart/adapter", device_map="auto")
+# model = AutoPeftModelForCausalLM.from_pretrained("quickstart/adapter")
 # ```
-# Ollama runs the GGUF file, with the `Modelfile` that Unsloth writes beside it for Llama:
+# Ollama runs the GGUF file, with the `Modelfile` that Unsloth writes for a Llama:
 # ```
 # ollama create my-model -f Modelfile
 # ollama run my-model
 # ```
-# Every client of OpenAI can ask it there:
+# OpenAI's client asks Ollama:
 # ```python
 # from openai import OpenAI
 # client = OpenAI(base_url="http://localhost:11434/v1", api_key="none")
@@ -233,13 +233,15 @@ exported = model.save_pretrained_gguf(f"{OUTPUT_DIR}/model", tokenizer, quantiza
 # Why, and how we know: [chapter 06](06_save.ipynb).
 
 # %%
-print("To take with you:", *exported["gguf_files"])
-print(f"Result: held-out loss {before:.2f} → {after:.2f}, {seconds:.0f} s of training")
+from pathlib import Path
+
+print(*Path(OUTPUT_DIR).rglob("*.gguf"))
+print(f"Result: held-out loss {before:.2f} → {after:.2f} in {seconds:.0f} s of training")
 
 # %% [markdown] lang="en"
-# You have an adapter, a GGUF file and two losses that say what training changed.
+# You have an adapter, a GGUF file, and two losses that say what training changed.
 #
-# On your own: put twenty conversations of yours into a `.jsonl` file, upload it with the folder icon, name it in
-# `DATASET` and set `EVAL_ROWS` to 4. Then set `LEARNING_RATE` to 1e-5 and see how little changes.
+# On your own: write twenty conversations into a `.jsonl` file, upload it with the folder icon, and name it in
+# `DATASET`, with `EVAL_ROWS` at 4.
 #
 # {{next}}

@@ -207,7 +207,7 @@ plt.show()
 # at random, at most a fifth held out.
 
 # %%
-if "split" in dataset.column_names:
+if "split" in dataset.column_names and {"train", "held_out"} == set(dataset["split"]):
     train_dataset = dataset.filter(lambda row: row["split"] == "train")
     eval_dataset = dataset.filter(lambda row: row["split"] == "held_out")
     eval_dataset = eval_dataset.select(range(min(EVAL_ROWS, len(eval_dataset))))
@@ -234,7 +234,8 @@ tokenizer.save_pretrained(f"{RUN_DIR}/new/dataset/tokenizer")
 # %% tags=["handoff"]
 from helpers.handoff import fingerprint
 
-run.keep("dataset", dataset=os.path.basename(DATASET), template=fingerprint(tokenizer.chat_template))
+name = os.path.basename(DATASET) if os.path.isfile(DATASET) else DATASET
+run.keep("dataset", dataset=name, template=fingerprint(tokenizer.chat_template))
 run.record("03_data", train_rows=len(train_dataset), eval_rows=len(eval_dataset), longest_tokens=max(lengths))
 
 # %%

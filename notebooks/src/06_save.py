@@ -95,11 +95,14 @@ print(f"Loaded as {model.dtype}")
 
 # %%
 from datasets import load_from_disk
+
+conversations = load_from_disk(f"{RUN_DIR}/dataset")["held_out"]["conversations"][:8]
+
+# %%
 from helpers.export import probe_model
 from helpers.template import check_template
 
 check_template(tokenizer, model=model, expected=run.facts("adapter")["template"]).raise_if_failed()
-conversations = load_from_disk(f"{RUN_DIR}/dataset")["held_out"]["conversations"][:8]
 in_memory = probe_model(model, tokenizer, conversations)
 print(f"{conversations[0][-2]['content']}\n\n{in_memory.replies[0]}\n\nPerplexity: {in_memory.perplexity:.4f}")
 

@@ -6,6 +6,7 @@ Both download from the package index. pip compiles bytecode as it installs, uv l
 how the setup cell uses them.
 """
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def seconds_to_install(installer: str) -> float:
         return time.perf_counter() - start
 
 
-def main(rounds: int = 3) -> None:
+def main(rounds: int) -> None:
     """Print each installer's times in turn, their medians, and the ratio."""
     times: dict[str, list[float]] = {"uv": [], "pip": []}
     for _ in range(rounds):
@@ -47,4 +48,6 @@ def main(rounds: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rounds", nargs="?", type=int, default=3)
+    main(parser.parse_args().rounds)

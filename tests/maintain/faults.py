@@ -162,7 +162,12 @@ def make_good(work: Path) -> Path:
 def write_choices(parameters: Path, folder: Path, **given: Any) -> Path:
     """A parameter file of the same name in another folder, with other choices (-p takes only the chapter's own)."""
     choices = read_parameter_file(parameters) | given
-    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in choices.items()]
+    tables = {name: value for name, value in choices.items() if isinstance(value, dict)}  # of single chapters
+    lines = [
+        f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in choices.items() if name not in tables
+    ]
+    for table, own in tables.items():
+        lines += [f"[{table}]\n", *(f"{name} = {json.dumps(value)}\n" for name, value in own.items())]
     unlinked(folder / parameters.name).write_text("".join(lines), encoding="utf-8")
     return folder / parameters.name
 

@@ -56,7 +56,7 @@ def train_one_step() -> None:
     from unsloth import FastLanguageModel, is_bfloat16_supported  # before transformers, peft and trl
     from unsloth.chat_templates import train_on_responses_only
 
-    from helpers.training.weights import undo_emulated_bfloat16
+    from helpers.memory.fit import undo_emulated_bfloat16
     from tests.maintain.smollm2 import prepare_smollm2
 
     folder = str(prepare_smollm2())

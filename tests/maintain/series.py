@@ -78,9 +78,20 @@ def chapter_parameters(chapter: str) -> set[str]:
 def check_parameters(chapters: Iterable[str], parameters: Mapping[str, Any]) -> None:
     """Raises SeriesError for a parameter that no chapter has (papermill would only warn and run without it)."""
     known = set().union(*(chapter_parameters(chapter) for chapter in chapters))
-    for name in parameters:
-        if name not in known:
+    for name, value in parameters.items():
+        if isinstance(value, dict) and name in CHAPTER_NAMES:
+            check_parameters([name], value)
+        elif name not in known:
             raise SeriesError("parameter", found=name, expected=f"one of {', '.join(sorted(known))}", fix="correct it")
+
+
+def of_chapter(chapter: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What one chapter takes of the series' parameters; a table that bears its name goes before the rest.
+
+    Example: {"MAX_STEPS": 72, "00_quickstart": {"MAX_STEPS": 12}} -> {"MAX_STEPS": 12} for 00_quickstart
+    """
+    known, own = chapter_parameters(chapter), parameters.get(chapter, {})
+    return {name: value for name, value in {**parameters, **own}.items() if name in known}
 
 
 def run_chapter(chapter: str, *, executed_dir: str | Path, parameters: Mapping[str, Any] | None = None) -> ChapterRun:
@@ -96,11 +107,10 @@ def run_chapter(chapter: str, *, executed_dir: str | Path, parameters: Mapping[s
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    known = chapter_parameters(chapter)
+    given = of_chapter(chapter, parameters or {})
     source = NOTEBOOKS / f"{chapter}.ipynb"
     executed = Path(executed_dir) / source.name
     executed.parent.mkdir(parents=True, exist_ok=True)
-    given = {name: value for name, value in (parameters or {}).items() if name in known}
     start, failure = time.perf_counter(), ""
     with peak_of_children() as peak:
         try:
@@ -221,8 +231,7 @@ def prepare_chapters(chapters: Iterable[str], *, folder: Path, parameters: Mappi
     given, paths = resolved(parameters), []
     folder.mkdir(parents=True, exist_ok=True)
     for chapter in chapters:
-        known = chapter_parameters(chapter)
-        values = {name: value for name, value in given.items() if name in known}
+        values = of_chapter(chapter, given)
         paths.append(folder / f"{chapter}.ipynb")
         source = NOTEBOOKS / paths[-1].name
         notebook = papermill.execute_notebook(source, None, values, prepare_only=True, progress_bar=False)
@@ -272,7 +281,7 @@ def read_value(text: str) -> Any:
 
 
 def read_parameter_file(path: str | Path) -> dict[str, Any]:
-    """The parameters in a TOML file: one `NAME = value` a line.
+    """The parameters in a TOML file: one `NAME = value` a line, and tables for single chapters, such as [05_infer].
 
     Raises:
         SeriesError: no such file, not TOML, or a value that holds several.
@@ -287,9 +296,14 @@ def read_parameter_file(path: str | Path) -> dict[str, Any]:
     except ValueError as error:  # not TOML, or not UTF-8
         raise SeriesError(where, found=str(error), expected=f"TOML, {expected}", fix="correct that line") from None
     for name, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name not in CHAPTER_NAMES:
             raise SeriesError(f"{where}, {name}", found=repr(value), expected=expected, fix="write it so")
     return values
+
+
+def without(value: Any, typed: Mapping[str, Any]) -> Any:
+    """A chapter's table without what was typed, which goes before it; any other value as it is."""
+    return {name: own for name, own in value.items() if name not in typed} if isinstance(value, dict) else value
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -305,7 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_parameters(CHAPTER_NAMES, parameters)  # a file is for the series, whatever part of it runs now
         typed = {name: read_value(value) for name, value in options.p}
         check_parameters(options.chapters, typed)
-        parameters |= typed
+        parameters = {name: without(value, typed) for name, value in parameters.items()} | typed
         check_choices(parameters)
         if options.open:
             paths = prepare_chapters(options.chapters, folder=ROOT / "runs" / "open", parameters=parameters)
