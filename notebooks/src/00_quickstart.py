@@ -16,9 +16,8 @@
 # {{budget}}
 
 # %% [markdown] lang="en"
-# All choices stand here. `MODEL_NAME` is a model on the Hugging Face Hub, where models and data are published. `DATASET`
-# is a data set there, or a `.jsonl`, `.json` or `.csv` file of yours. `EVAL_ROWS` conversations are *held out*: the
-# model never trains on them.
+# `MODEL_NAME` is a model on the Hugging Face Hub, where models and data are published. `DATASET` is a data set there, or
+# a `.jsonl`, `.json` or `.csv` file of yours. `EVAL_ROWS` conversations are *held out*: the model never trains on them.
 #
 # A *token* is a word or a piece of one, and `MAX_SEQ_LENGTH` the most that a conversation may have. `OUTPUT_DIR` is the
 # folder for the results, `REQUIREMENTS` the list of packages.
@@ -37,8 +36,8 @@ OUTPUT_DIR = "quickstart"  # @param {type:"string"}
 REQUIREMENTS = "https://raw.githubusercontent.com/your-org/llama-3.2-unsloth-t4/v0.1.0/requirements-colab.txt"
 
 # %% [markdown] lang="en"
-# Each package comes in the one version that was tested. Nothing is loaded yet, so no restart is needed. Why, and how we
-# know: [chapter 01](01_install.ipynb).
+# Each package comes in the one version that was tested. No restart is needed. Why, and how we know:
+# [chapter 01](01_install.ipynb).
 
 # %%
 # %pip install -q --no-deps -r {REQUIREMENTS}
@@ -85,9 +84,8 @@ def to_messages(row):
     turns = [{"role": "system", "content": row.get("system")}, *turns]
     pairs = [(turn.get("role") or turn["from"], turn.get("content") or turn.get("value") or "") for turn in turns]
     messages = [{"role": ROLES.get(role, role), "content": text.strip()} for role, text in pairs if text.strip()]
-    if not {"user", "assistant"} <= {message["role"] for message in messages} <= {"system", "user", "assistant"}:
-        raise ValueError(f"Found {str(row)[:200]}, expected conversations, messages, or a question and an answer")
-    return messages
+    roles = {message["role"] for message in messages}
+    return messages if {"user", "assistant"} <= roles <= {"system", "user", "assistant"} else []
 
 # %% [markdown] lang="en"
 # A *chat template* writes a conversation as one text, with marks around each turn. An empty `CHAT_TEMPLATE` keeps the
@@ -103,12 +101,12 @@ bos = tokenizer.bos_token if tokenizer("").input_ids else ""  # the tokenizer ad
 
 def to_text(row):
     messages = to_messages(row)
-    text = tokenizer.apply_chat_template(messages, tokenize=False).removeprefix(bos).strip()
+    text = tokenizer.apply_chat_template(messages, tokenize=False).removeprefix(bos).strip() if messages else ""
     return {"conversations": messages, "text": text, "tokens": len(tokenizer(text).input_ids)}
 
 # %% [markdown] lang="en"
-# A *step* changes the adapter once, after 8 conversations, so `MAX_STEPS` says how many are needed. Why, and how we
-# know: [chapter 03](03_data.ipynb).
+# A *step* changes the adapter once, after 8 conversations, so `MAX_STEPS` says how many are needed. Rows that are too
+# long or lack an answer are left out. Why, and how we know: [chapter 03](03_data.ipynb).
 
 # %% tags=["nbval-check-output"]
 from datasets import load_dataset
@@ -117,13 +115,15 @@ kind = {"jsonl": "json", "json": "json", "csv": "csv"}.get(DATASET.rpartition(".
 rows = load_dataset(kind, data_files=DATASET, split="train") if kind else load_dataset(DATASET, split="train")
 rows = rows.shuffle(seed=3407).select(range(min(len(rows), 8 * MAX_STEPS + EVAL_ROWS)))
 dataset = rows.map(to_text, remove_columns=rows.column_names)
-dataset = dataset.filter(lambda row: row["tokens"] <= MAX_SEQ_LENGTH)  # a longer one would lose its end
+dataset = dataset.filter(lambda row: row["conversations"] and row["tokens"] <= MAX_SEQ_LENGTH)
+if len(dataset) <= EVAL_ROWS:
+    raise ValueError(f"Found {len(dataset)} usable rows, expected over {EVAL_ROWS}. A row is {str(rows[0])[:200]}")
 train_dataset, eval_dataset = dataset.train_test_split(test_size=EVAL_ROWS, seed=3407).values()
-print(f"{len(train_dataset)} to train on, {len(eval_dataset)} held out, {len(rows) - len(dataset)} too long")
+print(f"{len(train_dataset)} to train on, {len(eval_dataset)} held out, {len(rows) - len(dataset)} left out")
 
 # %% [markdown] lang="en"
-# These are the fastest settings that fit a T4 with 1,024 tokens: 9 of its 14.7 GiB. `LEARNING_RATE` is how far a step
-# goes. Why, and how we know: [chapter 04](04_train.ipynb).
+# These settings fit a T4: with 1,024 tokens they need about 9 of its 14.7 GiB, by calculation. `LEARNING_RATE` is how
+# far a step goes. Why, and how we know: [chapter 04](04_train.ipynb).
 
 # %%
 from trl import SFTConfig
@@ -159,8 +159,8 @@ print("", tokenizer.decode(row["input_ids"]), "—" * 60, sep="\n")
 print(tokenizer.decode([label for label in row["labels"] if label != -100]))
 
 # %% [markdown] lang="en"
-# The *loss* says how badly the model predicts an answer. On held-out conversations it shows what was learned, not what
-# was memorised. Why, and how we know: [chapter 04](04_train.ipynb).
+# The *loss* says how badly the model predicts the held-out answers. With FineTome expect a small fall: Llama
+# answers such questions already. Without a GPU, its memory reads 0.0. Why, and how we know: [chapter 04](04_train.ipynb).
 
 # %%
 import torch
@@ -177,9 +177,8 @@ print(f"Training: {seconds:.0f} s, GPU memory at the peak: {torch.cuda.max_memor
 
 # %%
 def answer(messages):
-    options = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    prompt = tokenizer.apply_chat_template(messages, **options).to(model.device)
-    output = model.generate(**prompt, max_new_tokens=64, do_sample=False)  # always the likeliest token
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    output = model.generate(**prompt.to(model.device), max_new_tokens=64, do_sample=False)  # the likeliest tokens
     return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -191,16 +190,16 @@ for row in eval_dataset.select(range(2)):
     print(f"TRAINED    {answer(question)}\n" + "—" * 60)
 
 # %% [markdown] lang="en"
-# The adapter is a small file that needs the untouched model beside it. The tokenizer holds the chat template. Why, and
-# how we know: [chapter 06](06_save.ipynb).
+# The adapter is a small file that needs the untouched model beside it. Why, and how we know:
+# [chapter 06](06_save.ipynb).
 
 # %% tags=["handoff"]
 tokenizer.save_pretrained(f"{OUTPUT_DIR}/adapter")
 model.save_pretrained(f"{OUTPUT_DIR}/adapter")
 
 # %% [markdown] lang="en"
-# A GGUF file is the whole model for programs such as Ollama. Rounded once is better than twice, so the adapter joins
-# weights of 16 bits. Why, and how we know: [chapter 06](06_save.ipynb).
+# A GGUF file is the whole model for programs such as Ollama. The adapter joins weights of 16 bits, a download of 6 GB,
+# so that nothing is rounded twice. Why, and how we know: [chapter 06](06_save.ipynb).
 
 # %% tags=["handoff"]
 import gc
@@ -239,7 +238,7 @@ print(*Path(OUTPUT_DIR).rglob("*.gguf"))
 print(f"Result: held-out loss {before:.2f} → {after:.2f} in {seconds:.0f} s of training")
 
 # %% [markdown] lang="en"
-# You have an adapter, a GGUF file, and two losses that say what training changed.
+# You have an adapter and a GGUF file.
 #
 # On your own: write twenty conversations into a `.jsonl` file, upload it with the folder icon, and name it in
 # `DATASET`, with `EVAL_ROWS` at 4.

@@ -190,6 +190,7 @@ def run_chapters(
     """Run chapters in order, with a line when each starts and ends; stops after the first that fails."""
     chapters, runs, parameters = list(chapters), [], resolved(parameters or {})
     find_llama_cpp()  # the quickstart has no line for it
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `set_up`, which the quickstart does not call
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else each kernel start prints four lines about it
     before = os.environ.get("HEADLESS")
     os.environ["HEADLESS"] = "1"  # Colab's kernel does not know that nobody reads along
