@@ -20,7 +20,6 @@ import re
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -135,7 +134,7 @@ def title(source: Path, lang: str = "en") -> str:
     return next(cells).splitlines()[0].removeprefix("# ")
 
 
-def readme(recorded: Iterable[NotebookNode]) -> str:
+def readme(trained: NotebookNode) -> str:
     """The README with its chapter table made anew between its two markers."""
     taken = measured()
     rows = [f"| chapter | Colab | minutes ({taken['device']}) | peak GiB |", "|---|---|---|---|"]
@@ -148,7 +147,7 @@ def readme(recorded: Iterable[NotebookNode]) -> str:
     table = "\n".join([TABLE_START, *rows, TABLE_END])
     text = README.read_text(encoding="utf-8")
     text = between(text, TABLE_START, TABLE_END, table)
-    return between(text, RUN_START, RUN_END, "\n".join([RUN_START, *run_lines(recorded), RUN_END]))
+    return between(text, RUN_START, RUN_END, "\n".join([RUN_START, *run_lines(trained), RUN_END]))
 
 
 def between(text: str, start: str, end: str, replacement: str) -> str:
@@ -157,9 +156,9 @@ def between(text: str, start: str, end: str, replacement: str) -> str:
     return before + replacement + rest.split(end)[1]
 
 
-def run_lines(recorded: Iterable[NotebookNode]) -> list[str]:
+def run_lines(trained: NotebookNode) -> list[str]:
     """What the recorded run of chapter 04 showed: one question before and after, and its result."""
-    outputs = (output for notebook in recorded for cell in notebook.cells for output in cell.get("outputs", []))
+    outputs = (output for cell in trained.cells for output in cell.get("outputs", []))
     shown = "\n".join(output.text for output in outputs if output.output_type == "stream")
     exchange = re.search(r"^QUESTION +(.+?)\n\nBEFORE +(.+?)\n\nAFTER +(.+?)\n—", shown, re.DOTALL | re.MULTILINE)
     result = re.search(r"^Result: (held-out loss .+)$", shown, re.MULTILINE)
@@ -289,7 +288,7 @@ def main() -> int:
             keep_outputs(notebook, read_notebook(donor))
         notebooks[path] = notebook
         made[path] = (nbformat.writes(notebook) + "\n").encode()
-    made[README] = readme(notebooks.values()).encode()
+    made[README] = readme(notebooks[PICTURED]).encode()
     if picture := first_picture(notebooks[PICTURED]):
         made[PICTURE] = picture
     for path, content in made.items():

@@ -237,7 +237,7 @@ button.
 
 
 def test_the_readme_shows_one_question_of_the_recorded_run_and_its_result(taken):
-    lines = build.run_lines([shown(printed("Result: 5 steps")), shown(printed(f"{RUN}\nResult: held-out loss 3 → 2"))])
+    lines = build.run_lines(shown(printed(f"{RUN}\nResult: held-out loss 3 → 2")))
     assert lines[2:5] == [
         "| asked | Why &#124; how? |",
         "| before | It is broken. |",
@@ -248,7 +248,7 @@ def test_the_readme_shows_one_question_of_the_recorded_run_and_its_result(taken)
 
 @pytest.mark.parametrize("text", ["", RUN, "Result: held-out loss 3 → 2"])
 def test_the_readme_says_so_where_half_of_it_or_nothing_is_recorded(text):
-    assert build.run_lines([shown(printed(text))]) == ["Nothing is recorded yet."]
+    assert build.run_lines(shown(printed(text))) == ["Nothing is recorded yet."]
 
 
 def test_what_stands_between_two_marks_is_replaced():
