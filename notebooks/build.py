@@ -43,7 +43,15 @@ METADATA = {
 }
 CELL_METADATA = ("tags", "lang", "cellView")
 INCLUDE = "# include: "
-SHOWN = ("MODEL_NAME", "MAX_SEQ_LENGTH", "MAX_STEPS", "MICRO_BATCH", "LEARNING_RATE")  # of the recorded run's choices
+SHOWN = (
+    "MODEL_NAME",
+    "MAX_SEQ_LENGTH",
+    "MAX_STEPS",
+    "MICRO_BATCH",
+    "PADDING_FREE",
+    "EVAL_ROWS",
+    "LEARNING_RATE",
+)  # of the recorded run's choices
 BUDGET, NEXT = "{{budget}}", "{{next}}"  # in a source, for what the build writes
 
 
@@ -194,7 +202,8 @@ def budget(chapter: str, lang: str) -> str:
     if figures is None:
         return "**输出**：尚未测量。" if lang == "zh" else "**Outputs**: not measured yet."
     given = taken["choices"] | taken["choices"].get(chapter, {})
-    choices = "".join(f", `{name} = {value!r}`" for name, value in given.items() if name in SHOWN)
+    shown = choice_names(chapter).intersection(SHOWN)
+    choices = "".join(f", `{name} = {value!r}`" for name, value in given.items() if name in shown)
     if lang == "zh":
         return (
             f"**输出**：{taken['date']} 录于 {taken['device']}{choices}；"
@@ -204,6 +213,16 @@ def budget(chapter: str, lang: str) -> str:
         f"**Outputs**: recorded on {taken['date']} with {taken['device']} and no GPU{choices}. That took "
         f"{figures['minutes']} minutes and {figures['peak_gib']} GiB of memory. On a T4: not measured."
     )
+
+
+def choice_names(chapter: str) -> set[str]:
+    """The names that a chapter's parameters cell sets."""
+    cells = (
+        cell
+        for cell in read_cells(NOTEBOOKS / "src" / f"{chapter}.py")
+        if "parameters" in cell.metadata.get("tags", ())
+    )
+    return {name for cell in cells for name in re.findall(r"^([A-Z_]+) = ", cell.source, re.MULTILINE)}
 
 
 def next_line(chapter: str, lang: str) -> str:

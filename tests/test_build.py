@@ -207,10 +207,10 @@ def taken(monkeypatch):
 
 def test_the_line_on_outputs_says_when_where_and_with_which_choices_they_were_recorded(taken):
     assert build.budget("03_data", "en") == (
-        "**Outputs**: recorded on 2026-11-28 with 2 CPU cores and no GPU, `MODEL_NAME = 'Small'`, "
-        "`LEARNING_RATE = 0.004`. That took 0.6 minutes and 1.3 GiB of memory. On a T4: not measured."
+        "**Outputs**: recorded on 2026-11-28 with 2 CPU cores and no GPU, `MODEL_NAME = 'Small'`. "
+        "That took 0.6 minutes and 1.3 GiB of memory. On a T4: not measured."
     )
-    assert "`LEARNING_RATE = 0.004`；0.6 分钟" in build.budget("03_data", "zh")
+    assert "`MODEL_NAME = 'Small'`；0.6 分钟" in build.budget("03_data", "zh")
     assert build.budget("04_train", "en") == "**Outputs**: not measured yet."
 
 

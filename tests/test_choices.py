@@ -149,6 +149,8 @@ def test_a_name_that_is_neither_a_folder_nor_one_of_the_hub_is_one_line(name):
         (b'{"conversations": "caf\xe9"}', "a byte that is not UTF-8, at 22"),
         ("hello", "not JSON"),
         ('{"conversations": [', "not JSON"),
+        (f"\n{json.dumps(SHAREGPT)}\n\nnot json\n", "line 4: found not JSON (Expecting value): not json, expected"),
+        ('[\n{"conversations": []},\n{oops}\n]', "line 3: found not JSON"),
         ('{"text": "hello"}', "row 1"),
         ('{"conversations": "hello"}', "row 1"),
         ('{"conversations": []}', "row 1"),

@@ -29,27 +29,36 @@ def find_dataset(name: str) -> str:
     if not os.path.isfile(file):  # where Path raises, for a name that is too long
         fix = "correct the path; on Colab, upload the file (the folder icon) and copy its path"
         raise InputError(where, found="no such file", expected="a .json or .jsonl file", fix=fix)
-    rows = _rows(file, where=where, fix=fix)
+    rows = _rows(file, where=where)
     if not rows:
         raise InputError(where, found="an empty file", expected="conversations", fix=fix)
     for number, row in enumerate(rows, 1):
         turns = row.get("conversations") if isinstance(row, dict) else None
         if not (isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)):
             found = json.dumps(row, ensure_ascii=False)[:80]
-            raise InputError(f"{where}, row {number}", found=found, expected=EXPECTED, fix=fix)
+            raise InputError(f"{where}, row {number}", found=found, expected=EXPECTED, fix="write every row so")
     return str(file)
 
 
-def _rows(file: Path, *, where: str, fix: str) -> list[Any]:
+def _rows(file: Path, *, where: str) -> list[Any]:
     try:
-        text = file.read_text(encoding="utf-8").strip()
+        text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         found = f"a byte that is not UTF-8, at {error.start}"
         raise InputError(where, found=found, expected="text in UTF-8", fix="save the file as UTF-8") from None
+    if text.lstrip().startswith("["):
+        return _parse(text, where=where, line=1)
+    # splitlines would also split at U+2028 and U+0085, which may stand inside a text
+    lines = enumerate(text.split("\n"), 1)
+    return [_parse(content, where=where, line=line) for line, content in lines if content.strip()]
+
+
+def _parse(text: str, *, where: str, line: int) -> Any:
+    """The JSON in a text that begins in this line of the file."""
     try:
-        if text.startswith("["):
-            return json.loads(text)
-        # splitlines would also split at U+2028 and U+0085, which may stand inside a text
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+        return json.loads(text)
     except ValueError as error:
-        raise InputError(where, found=f"not JSON ({error})", expected="JSON or JSON Lines", fix=fix) from None
+        within = getattr(error, "lineno", 1) - 1  # a number of too many digits has none
+        found = f"not JSON ({getattr(error, 'msg', error)}): {text.split(chr(10))[within].strip()[:60]}"
+        fix = "correct or delete that line"
+        raise InputError(f"{where}, line {line + within}", found=found, expected="JSON", fix=fix) from None

@@ -17,7 +17,7 @@
 
 # %% [markdown] lang="en"
 # `MODEL_NAME` is a model on the Hugging Face Hub, where models and data are published. `DATASET` is a data set there, or
-# a `.jsonl`, `.json` or `.csv` file of yours. `EVAL_ROWS` conversations are *held out*: the model never trains on them.
+# a `.jsonl`, `.json` or `.csv` file of yours. `EVAL_ROWS`, a fifth of yours at most, are *held out*: never trained on.
 #
 # A *token* is a word or a piece of one, and `MAX_SEQ_LENGTH` the most that a conversation may have. `OUTPUT_DIR` is the
 # folder for the results, `REQUIREMENTS` the list of packages.
@@ -238,7 +238,7 @@ print(*Path(OUTPUT_DIR).rglob("*.gguf"))
 print(f"Result: held-out loss {before:.2f} → {after:.2f} in {seconds:.0f} s of training")
 
 # %% [markdown] lang="en"
-# You have an adapter and a GGUF file.
+# Download both now: Colab takes its machines back.
 #
 # On your own: write twenty conversations into a `.jsonl` file, upload it with the folder icon, and name it in
 # `DATASET`, with `EVAL_ROWS` at 4.

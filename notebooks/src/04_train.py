@@ -11,8 +11,8 @@
 # - read memory and time of a run,
 # - tell learning from a falling training loss.
 #
-# You need `dataset/` from chapter 03, in the run folder or in `DRIVE_DIR`. Where it is in neither, the message says
-# which line makes it here.
+# You need `dataset/` from chapter 03, in the run folder or in `DRIVE_DIR`. Where it is in neither, a message prints the
+# command that makes it here.
 #
 # {{budget}}
 
@@ -20,9 +20,10 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# `MAX_STEPS` is how often the weights are changed, and `LEARNING_RATE` how far each change goes. `MICRO_BATCH`
-# conversations go through the model at once, `ACCUMULATION` times a step. `CHECKPOINTING` and `PADDING_FREE` are
-# explained by the plan below. `REPLY_ROWS` held-out questions are asked before and after.
+# `MAX_STEPS` is how often the weights are changed; one to three times through the data is usual. `LEARNING_RATE` is how
+# far each change goes: keep 2e-4 for Llama, small models need more. A step learns from `MICRO_BATCH` × `ACCUMULATION`
+# conversations. `CHECKPOINTING` and `PADDING_FREE` are explained by the plan below. `REPLY_ROWS` held-out questions are
+# asked before and after.
 #
 # `START_AFRESH` begins anew where a training run was interrupted, instead of going on with it. `RUN_DIR` and `DRIVE_DIR`
 # are as in chapter 03, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` as in chapter 02.
@@ -79,9 +80,9 @@ print(f"{len(train_dataset)} conversations, each trained about {times:.1f} times
 # all at once, a large *micro-batch*, or in turns whose gradients add up, *accumulation*. The result is the same; memory
 # and time are not.
 #
-# *Checkpointing* keeps less in memory and computes it again: `True` in as many blocks as necessary, `"unsloth"` in all
-# of them, with the rest moved to the computer's main memory. *Padding-free* lays the conversations of a batch end to
-# end, instead of filling the shorter ones up.
+# *Checkpointing* keeps less in memory and computes it again. `False` keeps all, `True` drops what does not fit, and
+# `"unsloth"` drops all and moves the rest to the computer's main memory. *Padding-free* lays the conversations of a
+# batch end to end, instead of filling the shorter ones up: less to compute, and more single calls.
 #
 # `plan_batch` predicts memory and time of every combination from the longest conversations of these data. The five
 # fastest that fit are shown, and yours. Without a GPU the figures are a T4's.
@@ -198,7 +199,7 @@ trainer = SFTTrainer(
 # ## Train on the answers only
 #
 # Without this line the model would also learn to write the customer's questions. Each token of a row has a *label*, the
-# token that should have been predicted in its place. `train_on_responses_only` finds the answers by the template's own
+# token that is right in its place. `train_on_responses_only` finds the answers by the template's own
 # markers and sets every other label to −100, which the loss ignores.
 
 # %%
@@ -208,8 +209,8 @@ trainer = train_on_responses_only(trainer)
 print(f"{len(train_dataset) - len(trainer.train_dataset)} rows dropped because nothing in them would be trained")
 
 # %% [markdown] lang="en"
-# One row, decoded: first all that the model reads, then only what it is trained to write. Where a text does not end
-# with the end token, the trainer adds one; it follows no answer and is not trained.
+# One row, decoded: first all that the model reads, then only what it is trained to write. SmolLM2's template ends with
+# a line break, so the trainer adds an end token; it follows no answer and is not trained.
 
 # %% tags=["nbval-check-output"]
 row = trainer.train_dataset[0]
@@ -243,8 +244,9 @@ show_masking(unmasked, tokenizer=tokenizer)
 # ## Measure before training
 #
 # This is the loss on the held-out answers. A token's loss is −ln of the probability that the model gave to it: 0 if it
-# was certain. *Perplexity* is e to the mean loss: between how many equally likely tokens the model wavers. The interval
-# says how much the mean might differ had other conversations been held out.
+# was certain. *Perplexity* is e to the mean loss: at 128 the model is as unsure as between 128 equally likely tokens.
+#
+# Had other conversations been held out, the mean would lie in the interval 95 times of 100.
 
 # %%
 from helpers.training import held_out_losses
@@ -257,7 +259,9 @@ held_out_before
 #
 # The picture grows with each step. The training loss jumps from batch to batch; the held-out loss is what counts.
 #
-# Four helpers stand by. `Checkpoints` saves the run every five minutes and when you press Stop, also to `DRIVE_DIR`; run
+# Cells without `helpers` stand alone; here your own line would be `trainer.train()`. Four helpers stand by it.
+#
+# `Checkpoints` saves the run every five minutes and when you press Stop, also to `DRIVE_DIR`; run
 # the chapter again, and it goes on where it was. `stop_on_divergence` ends a run whose loss explodes. `fit_into_memory`
 # tries the longest conversations first, so that a run that is too large fails now. `track_memory` measures.
 
@@ -306,7 +310,7 @@ evidence
 
 # %% [markdown] lang="en"
 # The same questions as before training. Only the last turn of each is shown; the model also read the turns before it,
-# where the product may be named.
+# where the product may be named. Read what they advise: form is learned before help.
 
 # %%
 replies_after = ask(questions)
@@ -360,8 +364,8 @@ report = write_report(
 )
 
 # %% [markdown] lang="en"
-# A claim that does not hold stands in the report, and stops the chapter here. The adapter is saved either way. From
-# here on, running this chapter again trains a new one.
+# A claim that does not hold stops the chapter here. The report names it, and the adapter is saved either way. From here
+# on, running this chapter again trains a new one.
 
 # %%
 checkpoints.hand_over()

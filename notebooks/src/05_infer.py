@@ -12,8 +12,8 @@
 # - ask the base model and the tuned model the same question without loading two models,
 # - hold a conversation that does not outgrow the model, in a chat box.
 #
-# You need `adapter/` from chapter 04, in the run folder or in `DRIVE_DIR`. Where it is in neither, the message says
-# which line makes it here.
+# You need `adapter/` from chapter 04, in the run folder or in `DRIVE_DIR`. Where it is in neither, a message
+# prints the command that makes it here.
 #
 # {{budget}}
 

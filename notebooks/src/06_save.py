@@ -13,7 +13,7 @@
 # - use it from other programs, and publish it if you want to.
 #
 # You need `dataset/`, `adapter/` and `report.json` from chapters 03 and 04, in the run folder or in `DRIVE_DIR`. Where
-# they are in neither, the message says which line makes them here.
+# they are in neither, a message prints the command that makes them here.
 #
 # {{budget}}
 
