@@ -5,6 +5,7 @@ python browser_session.py lab|classic SERVER TOKEN CHROMIUM SCREENSHOTS NOTEBOOK
 
 import contextlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -84,10 +85,12 @@ def run_all(page, front_end):
             page.wait_for_function(f"css => ({PROMPTS})(css).some(text => /[0-9]/.test(text))", arg=css, timeout=5000)
         if any(page.evaluate(PROMPTS, css)):
             break  # else the page connected to its kernel just then, and the request was lost: press again
-    # Seldom: a look takes time that the kernel could have on a machine with few cores.
+    # Seldom: a look takes time that the kernel could have on a machine with few cores. Between two cells there is a
+    # moment in which none waits: the last cell's number tells, or an error, after which no more cells run.
+    error = page.locator(css["error"], has_text=re.compile("Traceback|Fix:"))
     wait_until(
-        lambda: page.evaluate(PROMPTS, css),
-        lambda now: now[0] not in ("", "*") and "*" not in now,
+        lambda: (page.evaluate(PROMPTS, css), error.count()),
+        lambda now: "*" not in now[0] and now[0][0] and (now[0][-1] or now[1]),
         "run all",
         pause=0.5,
     )
