@@ -86,7 +86,7 @@ FAULTS = {
     "second code cell, and only it": lambda n: code(n, 1).metadata.pop("tags"),
     "first code cell is the setup cell": lambda n: code(n, 0).update(source="import helpers"),
     "16 lines": lambda n: code(n, 2).update(source="x = 1\n" * 16),
-    "over 115 characters": lambda n: code(n, 2).update(source="x = '" + "y" * 120 + "'"),
+    "over 120 characters": lambda n: code(n, 2).update(source="x = '" + "y" * 120 + "'"),
     "dead or hidden code in `if": lambda n: code(n, 2).update(source="if False:\n    save()"),
     "dead or hidden code in `%%": lambda n: code(n, 2).update(source="%%capture\n!pip install x"),
     "not recorded from one run": lambda n: code(n, 3).update(execution_count=99),

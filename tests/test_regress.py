@@ -16,7 +16,7 @@ from helpers.base import ROOT, InputError
 from helpers.chapters import CHAPTER_NAMES
 from tests.maintain import regress
 from tests.maintain.regress import MOVED, NOT_JUDGED, Metrics, band, collect_metrics, judge, main, make_baseline
-from tests.maintain.series import read_parameter_file, resolved
+from tests.maintain.series import of_chapter, read_parameter_file, resolved
 from tests.maintain.shown import SANITIZER, compare_notebook
 
 OF = {"profile": "cpu", "device": "AVX512 CPU", "model": "SmolLM2-135M-Instruct", "steps": 8}
@@ -429,7 +429,7 @@ def test_nbval_itself_executes_a_chapter_and_notices_another_output(tmp_path):
 
     choices = read_parameter_file(ROOT / "tests/profiles/cpu.toml") | {"RUN_DIR": str(tmp_path / "run")}
     notebook = load_notebook_node(str(ROOT / "notebooks" / "03_data.ipynb"))
-    notebook = parameterize_notebook(notebook, resolved(choices))
+    notebook = parameterize_notebook(notebook, of_chapter("03_data", resolved(choices)))
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     spoilt = next(number for number, cell in enumerate(code) if "nbval-check-output" in cell.metadata.tags)
     code[spoilt].outputs = [text("another template")]

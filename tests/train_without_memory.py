@@ -16,7 +16,7 @@ from train_once import digest_of, make_chapter_trainer
 from transformers import AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from helpers.memory.fit import DoesNotFit, fit_into_memory
+from helpers.memory.fit import DoesNotFit, fit_into_memory, undo_emulated_bfloat16
 from helpers.memory.stats import GIB
 from tests.maintain.smollm2 import prepare_smollm2
 
@@ -28,6 +28,7 @@ def train(folder, tokenizer, *, most, from_step=0, checkpointed_layers=None, mos
     gradient checkpointing, in which no more than `most_spared` fit without; what each micro-batch did is recorded.
     """
     trainer = make_chapter_trainer(folder, tokenizer, checkpointing=checkpointed_layers is not None)
+    undo_emulated_bfloat16(trainer.model)  # as inside the block, so that the two can be compared
     layers = [module for module in trainer.model.modules() if isinstance(module, GradientCheckpointingLayer)]
     batches = []  # [tokens, [how often each layer was computed]]
 
