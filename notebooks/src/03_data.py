@@ -96,8 +96,8 @@ template_report.raise_if_failed()
 template_report
 
 # %% [markdown] lang="en"
-# Try it on a mistake: the template of another family. `get_chat_template` takes it without a complaint. Read the rows
-# that say *problem*: an id that the model knows by one name now has another.
+# Try it on a mistake: the template of another family. `get_chat_template` takes it; at most it remarks which token it
+# makes the end. Read the rows that say *problem*: an id that the model knows by one name now has another.
 
 # %% tags=["nbval-check-output"]
 foreign = get_chat_template(AutoTokenizer.from_pretrained(MODEL_NAME), chat_template="gemma")
