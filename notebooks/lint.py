@@ -78,7 +78,7 @@ def first_line(cell: NotebookNode) -> str:
 
 
 def parameter_names(notebook: NotebookNode) -> list[str]:
-    """The names that the parameters cell sets. Example: `PROFILE = "auto"` -> `["PROFILE"]`."""
+    """The names that the parameters cell sets. Example: `MAX_STEPS = 60` -> `["MAX_STEPS"]`."""
     cells = [cell for cell in code_cells(notebook) if "parameters" in tags_of(cell)]
     nodes = [node for cell in cells for node in ast.parse(cell.source).body]
     return [node.targets[0].id for node in nodes if isinstance(node, ast.Assign)]

@@ -143,7 +143,7 @@ def test_five_rows_are_shown_and_the_readers_own(configs, conversations, batch, 
     [
         (dict(lengths=[]), "lengths: found no conversations"),
         (dict(lengths=[512, 0]), "lengths: found a conversation without tokens"),
-        (dict(batch=(0, 8)), "effective_batch_size: found 0"),
+        (dict(batch=(0, 8)), "MICRO_BATCH × ACCUMULATION: found 0"),
         (dict(memory_gib=0), "memory_gib: found 0"),
         (dict(memory_gib=-3.5), "memory_gib: found -3.5"),
         (dict(memory_gib=float("nan")), "memory_gib: found nan"),

@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 
 import nbclient
@@ -187,8 +188,9 @@ def test_what_is_sent_is_parametrised_and_whole(world, archive):
     bundle = base64.b64decode(re.match(r'BUNDLE = "(\S+)"\n', sent.cells[0].source)[1])
     with tarfile.open(fileobj=io.BytesIO(bundle)) as opened:
         job = json.load(opened.extractfile("job.json"))
-    assert job["chapters"] == ["04_train"] and job["parameters"] == {**T4, "MAX_STEPS": 5}
-    assert job["profile"] == "t4"
+        choices = tomllib.loads(opened.extractfile("t4.toml").read().decode())
+    assert (job["chapters"], job["profile"]) == (["04_train"], "t4")
+    assert choices == {**T4, "MAX_STEPS": 5, "RUN_DIR": "run"}
     assert all(output == [] for output in (cell.outputs for cell in sent.cells))
 
 

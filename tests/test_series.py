@@ -9,7 +9,7 @@ import jupyter_client.connect
 import nbformat
 import pytest
 
-from helpers.base import ROOT
+from helpers.base import ROOT, InputError
 from helpers.environment import check_choices
 from helpers.handoff.run import open_run
 from tests.maintain import series
@@ -345,3 +345,32 @@ def test_chapters_are_prepared_to_be_opened_with_the_choices_and_without_outputs
     assert main(["03_data", "--open", "-p", "MAX_STEPS", "9"]) == 0
     [prepared] = (tmp_path / "runs" / "open").iterdir()
     assert "Prepared: " in capsys.readouterr().out and "MAX_STEPS = 9" in prepared.read_text(encoding="utf-8")
+
+
+TABLED = {"MAX_STEPS": 72, "DATASET": "a.jsonl", "GGUF": ["q8_0"], "00_quickstart": {"MAX_STEPS": 16}}
+
+
+def test_a_chapters_own_table_goes_before_the_rest_and_what_is_typed_before_both(tmp_path):
+    file = tmp_path / "choices.toml"
+    file.write_text(series.as_toml(TABLED), encoding="utf-8")
+    choices = series.read_choices(file, [])
+    assert choices == TABLED
+    assert series.of_chapter("00_quickstart", choices) == {"MAX_STEPS": 16, "DATASET": "a.jsonl"}
+    assert series.of_chapter("04_train", choices) == {"MAX_STEPS": 72}
+    typed = series.read_choices(file, [("MAX_STEPS", "5")])
+    assert series.of_chapter("00_quickstart", typed)["MAX_STEPS"] == 5 == typed["MAX_STEPS"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[00_quickstart]\nMAX_STEPS = 0\n", "MAX_STEPS: found 0"),
+        ("[00_quickstart]\nGGUF = []\n", "parameter: found GGUF"),
+        ("[07_other]\nMAX_STEPS = 5\n", "07_other"),
+    ],
+)
+def test_a_table_is_checked_like_the_rest(tmp_path, text, said):
+    file = tmp_path / "choices.toml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=said):
+        series.read_choices(file, [])

@@ -262,7 +262,7 @@ def _check_plan(lengths: Sequence[int], *, effective_batch_size: int, memory_gib
     for where, wrong, found, expected in (
         ("lengths", not lengths, "no conversations", "at least one"),
         ("lengths", min(lengths, default=1) < 1, "a conversation without tokens", "1 token or more in each"),
-        ("effective_batch_size", effective_batch_size < 1, str(effective_batch_size), "1 or more"),
+        ("MICRO_BATCH × ACCUMULATION", effective_batch_size < 1, str(effective_batch_size), "1 or more"),
         ("memory_gib", memory_gib is not None and not memory_gib > 0, str(memory_gib), "more than 0"),
     ):
         if wrong:

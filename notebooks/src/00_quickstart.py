@@ -160,7 +160,7 @@ print(tokenizer.decode([label for label in row["labels"] if label != -100]))
 
 # %% [markdown] lang="en"
 # The *loss* says how badly the model predicts the held-out answers. With FineTome expect a small fall: Llama
-# answers such questions already. Without a GPU, its memory reads 0.0. Why, and how we know: [chapter 04](04_train.ipynb).
+# answers such questions already. Without a GPU, the memory reads 0.0. Why, and how we know: [chapter 04](04_train.ipynb).
 
 # %%
 import torch
@@ -218,15 +218,15 @@ model.save_pretrained_gguf(f"{OUTPUT_DIR}/model", tokenizer, quantization_method
 # from peft import AutoPeftModelForCausalLM
 # model = AutoPeftModelForCausalLM.from_pretrained("quickstart/adapter")
 # ```
-# Ollama runs the GGUF file, with the `Modelfile` that Unsloth writes for a Llama:
+# Ollama runs the GGUF file, with Unsloth's `Modelfile`:
 # ```
 # ollama create my-model -f Modelfile
 # ollama run my-model
 # ```
-# OpenAI's client asks Ollama:
+# OpenAI's client asks Ollama, at its port 11434, path `/v1`:
 # ```python
 # from openai import OpenAI
-# client = OpenAI(base_url="http://localhost:11434/v1", api_key="none")
+# client = OpenAI(base_url=OLLAMA, api_key="none")
 # client.chat.completions.create(model="my-model", messages=[{"role": "user", "content": "Hello!"}])
 # ```
 # Why, and how we know: [chapter 06](06_save.ipynb).

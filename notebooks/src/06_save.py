@@ -207,7 +207,7 @@ else:
 # ## Use it elsewhere
 #
 # **Ollama.** Bring the folder `gguf` to a computer with Ollama; there type `ollama create my-model -f Modelfile`, then
-# `ollama run my-model`. Any program that speaks to OpenAI can ask it, at `http://localhost:11434/v1`.
+# `ollama run my-model`. Any program that speaks to OpenAI can ask it, at port 11434 of that computer, path `/v1`.
 #
 # **Train on.** `FastLanguageModel.from_pretrained("adapter")`, as in chapter 05, and then chapter 04's trainer.
 #

@@ -37,7 +37,7 @@ from helpers.chapters import CHAPTER_NAMES
 from helpers.handoff.run import fingerprint, library_versions
 from tests.maintain.regress import BASELINES, Metrics, baseline_path, collect_metrics, judge, make_baseline
 from tests.maintain.repeat import code_fingerprint, heading
-from tests.maintain.series import read_parameter_file
+from tests.maintain.series import as_toml, read_parameter_file
 from tests.maintain.shown import compare_notebook
 
 WORK = ROOT / "runs" / "faults"
@@ -162,13 +162,7 @@ def make_good(work: Path) -> Path:
 def write_choices(parameters: Path, folder: Path, **given: Any) -> Path:
     """A parameter file of the same name in another folder, with other choices (-p takes only the chapter's own)."""
     choices = read_parameter_file(parameters) | given
-    tables = {name: value for name, value in choices.items() if isinstance(value, dict)}  # of single chapters
-    lines = [
-        f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in choices.items() if name not in tables
-    ]
-    for table, own in tables.items():
-        lines += [f"[{table}]\n", *(f"{name} = {json.dumps(value)}\n" for name, value in own.items())]
-    unlinked(folder / parameters.name).write_text("".join(lines), encoding="utf-8")
+    unlinked(folder / parameters.name).write_text(as_toml(choices), encoding="utf-8")
     return folder / parameters.name
 
 

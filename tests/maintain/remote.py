@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.base import ROOT, InputError, text_table
 from helpers.chapters import CHAPTER_NAMES
-from helpers.environment import check_choices
-from tests.maintain.series import check_parameters, read_parameter_file, read_result, read_value
+from tests.maintain.series import as_toml, read_choices, read_result
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -52,7 +51,7 @@ SLUG = "llama-series-on-a-t4"
 MOST_HOURS, POLL_SECONDS, KAGGLE_LIMIT = 3, 60, 2**20
 COMMANDS = {"kaggle": "kaggle==2.2.5", "colab": "google-colab-cli==0.7.5"}
 PROGRAMS = Path(__file__).with_name("on_a_t4")  # what runs there: a cell each
-JOB = "job.json"  # in the bundle: what to run, with which parameters
+JOB = "job.json"  # in the bundle: what to run
 
 
 class RemoteError(InputError):
@@ -60,18 +59,18 @@ class RemoteError(InputError):
 
 
 def make_bundle(chapters: Sequence[str], parameters: Mapping[str, Any], *, profile: str = "t4") -> bytes:
-    """The job, and the files of `SENT` as they are now, as a tar.xz; notebooks without their outputs.
+    """The job, its choices, and the files of `SENT` as they are now, as a tar.xz; notebooks without their outputs.
 
     Args:
         profile: the name under which the run's measures are judged.
     """
-    buffer, job = io.BytesIO(), {"chapters": list(chapters), "parameters": dict(parameters)}
-    job |= {"profile": profile, "archive": ARCHIVE}
+    buffer, job = io.BytesIO(), {"chapters": list(chapters), "profile": profile, "archive": ARCHIVE}
     with tarfile.open(fileobj=buffer, mode="w:xz") as bundle:
         for path in sorted(path for pattern in SENT for path in ROOT.glob(pattern) if path.is_file()):
             content = _without_outputs(path) if path.suffix == ".ipynb" else path.read_bytes()
             _add(bundle, path.relative_to(ROOT).as_posix(), content)
         _add(bundle, JOB, json.dumps(job, ensure_ascii=False).encode())
+        _add(bundle, f"{profile}.toml", as_toml({**parameters, "RUN_DIR": "run"}).encode())  # beside the job
     return buffer.getvalue()
 
 
@@ -252,12 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     chapters, owner = options.chapters or list(CHAPTER_NAMES), os.environ.get("KAGGLE_USERNAME", "")
     try:
-        parameters = read_parameter_file(options.f)
-        check_parameters(CHAPTER_NAMES, parameters)  # a file is for the series, whatever part of it runs now
-        typed = {name: read_value(value) for name, value in options.p}
-        check_parameters(chapters, typed)
-        parameters |= typed
-        check_choices(parameters)
+        parameters = read_choices(options.f, options.p, chapters=chapters)
         if options.service == "kaggle" and not owner:
             fix = "set it to your account's name"
             raise RemoteError("KAGGLE_USERNAME", found="nothing", expected="the account to run as", fix=fix)

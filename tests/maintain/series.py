@@ -302,6 +302,33 @@ def read_parameter_file(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def read_choices(
+    file: Path | None, typed: Iterable[tuple[str, str]], *, chapters: Iterable[str] = CHAPTER_NAMES
+) -> dict[str, Any]:
+    """The choices of a parameter file and of a command line, which goes before it; all of them checked.
+
+    Raises:
+        InputError: the file cannot be read, no chapter has such a name, or a choice cannot be used.
+    """
+    parameters = read_parameter_file(file) if file else {}
+    check_parameters(CHAPTER_NAMES, parameters)  # a file is for the series, whatever part of it runs now
+    values = {name: read_value(value) for name, value in typed}
+    check_parameters(chapters, values)
+    parameters = {name: without(value, values) for name, value in parameters.items()} | values
+    for choices in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        check_choices(choices)
+    return parameters
+
+
+def as_toml(parameters: Mapping[str, Any]) -> str:
+    """A parameter file's text, tables of single chapters last. Example: {"MAX_STEPS": 5} -> `MAX_STEPS = 5`."""
+    tables = {name: value for name, value in parameters.items() if isinstance(value, dict)}
+    lines = [
+        f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in parameters.items() if name not in tables
+    ]
+    return "\n".join(lines) + "\n" + "".join(f"[{name}]\n{as_toml(table)}" for name, table in tables.items())
+
+
 def without(value: Any, typed: Mapping[str, Any]) -> Any:
     """A chapter's table without what was typed, which goes before it; any other value as it is."""
     return {name: own for name, own in value.items() if name not in typed} if isinstance(value, dict) else value
@@ -316,12 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--open", action="store_true", help="write the chapters with the choices in them, run nothing")
     options = parser.parse_args(arguments)
     try:
-        parameters = read_parameter_file(options.f) if options.f else {}
-        check_parameters(CHAPTER_NAMES, parameters)  # a file is for the series, whatever part of it runs now
-        typed = {name: read_value(value) for name, value in options.p}
-        check_parameters(options.chapters, typed)
-        parameters = {name: without(value, typed) for name, value in parameters.items()} | typed
-        check_choices(parameters)
+        parameters = read_choices(options.f, options.p, chapters=options.chapters)
         if options.open:
             paths = prepare_chapters(options.chapters, folder=ROOT / "runs" / "open", parameters=parameters)
             print(f"Prepared: {', '.join(map(short_path, paths))}")

@@ -18,9 +18,6 @@ def run(*command, check=True):
 
 
 job = json.loads((place / "job.json").read_text(encoding="utf-8"))  # noqa: F821 (the cell before this one)
-parameters = {**job["parameters"], "RUN_DIR": str(place / "run")}  # noqa: F821
-lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in parameters.items()]
-(place / f"{job['profile']}.toml").write_text("\n".join(lines), encoding="utf-8")  # noqa: F821
 try:
     run("nvidia-smi")
     run(sys.executable, "-c", "from helpers.environment import set_up; print(set_up())")
