@@ -70,7 +70,7 @@ def test_markup_is_shown_and_not_executed(box):
 
 
 def test_the_transcript_is_a_data_set(box, tmp_path):
-    from helpers.conversations import find_dataset
+    from helpers.conversations import read_conversations
 
     box.system = "Be kind."
     box.exchanges.append(Exchange("Grüße?", {"tuned": "你好", "base": ""}))
@@ -78,7 +78,8 @@ def test_the_transcript_is_a_data_set(box, tmp_path):
     turns = [("system", "Be kind."), ("human", "Grüße?"), ("gpt", "你好")]
     row = {"model": "tuned", "conversations": [{"from": who, "value": text} for who, text in turns]}
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [row]
-    assert find_dataset(str(path)) == str(path)
+    dataset, _ = read_conversations(path)
+    assert [turn["content"] for turn in dataset[0]["conversations"]] == [text for _, text in turns]
 
 
 def test_headless_it_asks_the_script(box, capsys):

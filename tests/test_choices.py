@@ -1,19 +1,17 @@
 """The reader's choices, models and data sets: what is taken, and what is refused in one line that says what to do."""
 
-import json
 import math
 import shutil
 
 import pytest
 
 from helpers.base import ROOT, InputError, short_path
-from helpers.conversations import find_dataset
+from helpers.conversations import read_conversations
 from helpers.environment import check_choices, find_model
 from helpers.environment.choices import GGUF_TYPES, RULES
 from helpers.environment.hub import require_hub
 from tests.maintain.smollm2 import prepare_smollm2
 
-SHAREGPT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
 COUNTS = ("ROWS", "EVAL_ROWS", "REPLY_ROWS", "MAX_SEQ_LENGTH", "MAX_STEPS", "MICRO_BATCH", "ACCUMULATION")
 COUNTS += ("MAX_NEW_TOKENS",)
 SWITCHES = ("PADDING_FREE", "START_AFRESH", "USE_MODELSCOPE")
@@ -23,6 +21,7 @@ TAKEN = {
     **dict.fromkeys(SWITCHES, [False, True]),
     "MODEL_NAME": ["unsloth/Llama-3.2-3B-Instruct", "gpt2", "models/mine", "/data/模型 1", "C:\\models\\mine"],
     "CHAT_TEMPLATE": ["llama-3.1", ""],
+    "COLUMNS": ["", "messages", "question, answer"],
     "DATASET": ["mlabonne/FineTome-100k", "my rows.jsonl", "~/rows.json"],
     "CHECKPOINTING": [False, True, "unsloth"],
     "LEARNING_RATE": [2e-4, 1e-12, 1, 1.0],
@@ -41,6 +40,7 @@ REFUSED = {
     **dict.fromkeys(SWITCHES, NO_SWITCH),
     "MODEL_NAME": ["", " gpt2", "gpt2\n", "gp\0t2", 5, None, True, ["gpt2"]],
     "CHAT_TEMPLATE": [" ", None, False, 5, "llama\n"],
+    "COLUMNS": [" question", "a\0b", None, ["question", "answer"]],
     "DATASET": ["", " ", "rows\0.jsonl", None, ["a.jsonl", "b.jsonl"], 5],
     "CHECKPOINTING": [0, 1, "true", "Unsloth", "", None],
     "LEARNING_RATE": [0, -1e-4, 1.1, 10**400, math.nan, math.inf, "2e-4", True, None],
@@ -139,75 +139,14 @@ def test_a_name_that_is_neither_a_folder_nor_one_of_the_hub_is_one_line(name):
     assert "\n" not in str(no.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (None, "no such file"),
-        ("", "an empty file"),
-        ("  \n", "an empty file"),
-        ("[ ]", "an empty file"),
-        (b'{"conversations": "caf\xe9"}', "a byte that is not UTF-8, at 22"),
-        ("hello", "not JSON"),
-        ('{"conversations": [', "not JSON"),
-        (f"\n{json.dumps(SHAREGPT)}\n\nnot json\n", "line 4: found not JSON (Expecting value): not json, expected"),
-        ('[\n{"conversations": []},\n{oops}\n]', "line 3: found not JSON"),
-        ('{"text": "hello"}', "row 1"),
-        ('{"conversations": "hello"}', "row 1"),
-        ('{"conversations": []}', "row 1"),
-        (json.dumps(SHAREGPT) + '\n{"conversations": ["hello"]}', 'row 2: found {"conversations": ["hello"]}'),
-        ("[1, 2]", "row 1"),
-    ],
-)
-def test_data_files_that_cannot_be_used(tmp_path, content, said):
-    file = tmp_path / "data.jsonl"
-    if content is not None:
-        file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError) as caught:
-        find_dataset(str(file))
-    assert said in str(caught.value)
-    assert str(caught.value).startswith(f"DATASET {file}")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["folder.jsonl", "~nobody-here/data.jsonl", "x" * 300 + ".json"])
-def test_what_is_no_file_at_all_is_one_line_too(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(InputError, match=f"^DATASET {name}: found no such file, expected .* Fix: correct the path"):
-        find_dataset(name)
-
-
-def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
-    file = tmp_path / "transcript.jsonl"
-    row = {"conversations": [{"from": "human", "value": "one\u2028two\u0085three"}]}
-    file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")  # as the chat box writes it
-    assert find_dataset(str(file)) == str(file)
-
-
-@pytest.mark.parametrize("text", [json.dumps(SHAREGPT), json.dumps([SHAREGPT, SHAREGPT])], ids=["lines", "array"])
-def test_a_data_file_that_can_be_used_is_found_from_here(tmp_path, monkeypatch, text):
-    (tmp_path / "data.json").write_text(text)
-    monkeypatch.chdir(tmp_path)
-    from datasets import load_dataset
-
-    file = find_dataset("data.json")
-    assert file == str(tmp_path / "data.json")
-    loaded = load_dataset("json", data_files=file, split="train", cache_dir=tmp_path / "cache")
-    assert loaded[0]["conversations"] == SHAREGPT["conversations"]
-
-
-def test_the_committed_conversations_can_be_used():
-    assert find_dataset(str(ROOT / "notebooks/data/support_conversations.jsonl"))
-
-
 @pytest.mark.parametrize("name", ["nobody/nothing", "not a name/at all"])
 def test_no_hub(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for ask in (find_dataset, lambda name: require_hub(name, setting="DATASET", repo_type="dataset")):
+    for ask in (read_conversations, lambda name: require_hub(name, setting="DATASET", repo_type="dataset")):
         with pytest.raises(InputError) as caught:
             ask(name)
         assert str(caught.value).startswith(f"DATASET {name}: found no ")
-        assert ".jsonl file" in str(caught.value)
+        assert ".jsonl" in str(caught.value)
 
 
 def test_notebooks_show_one_line_instead_of_a_traceback():

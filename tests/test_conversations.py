@@ -1,11 +1,12 @@
-"""`validate_conversations`: a failing input for each problem, both formats, and no row lost whatever is in it."""
+"""What is wrong with a row: a failing input for each problem, and no row lost whatever is in it."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.base import InputError
-from helpers.conversations.validate import MEANINGS, SMALLEST, validate_conversations
+from helpers.conversations import validate_conversations
+from helpers.conversations.validate import MEANINGS, SMALLEST
 
 
 def sharegpt(*turns: tuple[object, object]) -> dict:
@@ -22,23 +23,28 @@ PROBLEMS = {
         None,
         7,
         "Hi",
-        [],
         {},
         {"conversations": None},
         {"conversations": "Hi"},
         {"conversations": {"from": "human", "value": "Hi"}},
         {"conversations": [[{"from": "human", "value": "Hi"}]]},
-        {"conversations": ["Hi", "Hello!"]},
+        {"conversations": ["Hi", 7]},
         {"conversations": [None]},
         {"text": "Hi"},
     ],
-    "empty_conversation": [{"conversations": []}],
+    "empty_conversation": [{"conversations": []}, []],
     "unknown_role": [
         sharegpt(("human", "Hi"), ("robot", "Hello!")),
         sharegpt(("human", "Hi"), (None, "Hello!")),
         sharegpt(("human", "Hi"), (3, "Hello!")),
-        sharegpt(("human", "Hi"), ("tool", "{}"), ("gpt", "Hello!")),
     ],
+    "tool_call": [
+        sharegpt(("human", "Hi"), ("tool", "{}"), ("gpt", "Hello!")),
+        sharegpt(("human", "Hi"), ("function_call", "{}"), ("observation", "{}"), ("gpt", "Hello!")),
+        {"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+        {**plain(("user", "Hi"), ("assistant", "Good evening!")), "tools": '[{"name": "weather"}]'},
+    ],
+    "two_systems": [{"system": "Be kind.", **sharegpt(("system", "Be brief."), ("human", "Hi?"), ("gpt", "Ho!"))}],
     "missing_content": [
         sharegpt(("human", "Hi"), ("gpt", None)),
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt"}]},
@@ -46,7 +52,7 @@ PROBLEMS = {
     ],
     "content_not_text": [
         sharegpt(("human", "Hi"), ("gpt", 5)),
-        sharegpt(("human", "Hi"), ("gpt", [{"type": "text", "text": "Hello!"}])),
+        sharegpt(("human", "Hi"), ("gpt", [{"type": "image_url", "image_url": {"url": "x"}}])),
         sharegpt(("human", "Hi"), ("gpt", float("nan"))),
     ],
     "empty_content": [sharegpt(("human", "Hi"), ("gpt", "")), sharegpt(("human", " \n"), ("gpt", "Hello!"))],
@@ -62,10 +68,6 @@ PROBLEMS = {
     "ends_with_user": [sharegpt(("human", "Hi"), ("gpt", "Hello!"), ("human", "Bye"))],
     "no_answer": [sharegpt(("human", "Hi")), sharegpt(("system", "Be brief."))],
     "duplicate": [GOOD],
-    "mixed_format": [
-        plain(("user", "Hi"), ("assistant", "Good morning!")),
-        {"conversations": [{"from": "human", "value": "Hi"}, {"role": "assistant", "content": "Good day!"}]},
-    ],
 }
 
 
@@ -84,6 +86,7 @@ def test_each_problem_is_found_in_its_row(code, bad):
 
 def test_every_code_has_a_failing_input():
     tested_below = {"too_long", "refused"}  # they need a tokenizer
+    tested_below |= {"unreadable"}  # a line of a file
     assert set(PROBLEMS) | tested_below == set(MEANINGS)
 
 
@@ -116,13 +119,6 @@ def test_good_rows_have_no_problems(row):
     assert report.valid_rows == (0,)
 
 
-def test_the_rarer_format_is_the_mixed_one():
-    rows = [plain(("user", "Hi"), ("assistant", "Hello!"))]
-    rows += [sharegpt(("human", f"Hi {i}"), ("gpt", "Hello!")) for i in range(3)]
-    report = validate_conversations(rows)
-    assert [(problem.row, problem.code) for problem in report.problems] == [(0, "mixed_format")]
-
-
 def test_all_problems_of_a_row_are_told():
     row = sharegpt(("gpt", ""), ("human", None), ("human", "Hi <|eot_id|>"))
     found = {problem.code for problem in validate_conversations([row]).problems}
@@ -142,7 +138,7 @@ def test_duplicates_in_another_format_are_found():
     report = validate_conversations(
         [sharegpt(("human", "Hi"), ("gpt", "Hello!")), plain(("user", "Hi"), ("assistant", "Hello!"))]
     )
-    assert {problem.code for problem in report.problems} == {"duplicate", "mixed_format"}
+    assert {problem.code for problem in report.problems} == {"duplicate"}
 
 
 def test_tokens_are_not_counted_without_a_tokenizer():
@@ -154,12 +150,17 @@ def test_printed_report():
     report = validate_conversations([GOOD, GOOD, 7, sharegpt(("human", "Hi"))])
     assert repr(report).splitlines() == [
         "Conversations: 4 rows, 1 fit, 3 to drop",
-        "problem           rows    which  what it means",
+        "problem           rows  which    what it means",
         "--------------  ------  -------  -----------------------------------------",
-        "wrong_nesting        1        2  not a list of messages",
-        "ends_with_user       1        3  a last question without an answer",
-        "no_answer            1        3  nothing to train on",
-        "duplicate            1        1  the same conversation as an earlier row's",
+        "wrong_nesting        1  row 2    not a list of messages",
+        "ends_with_user       1  row 3    a last question without an answer",
+        "no_answer            1  row 3    nothing to train on",
+        "duplicate            1  row 1    the same conversation as an earlier row's",
+        "row 1: the same as row 0.",
+        "row 2: 7 in place of a conversation.",
+        "row 3: the last message is a question.",
+        "row 3: there is no assistant message.",
+        "Read as ShareGPT (`from`, `value`): `conversations`.",
     ]
     assert "<table>" in report._repr_html_()
 
@@ -191,9 +192,8 @@ def test_rows_longer_than_the_limit(shared_tokenizer):
     rows = [sharegpt(("human", "Hi"), ("gpt", "word " * 50))]
     assert validate_conversations(rows, tokenizer=tokenizer, max_tokens=length).ok
     report = validate_conversations(rows, tokenizer=tokenizer, max_tokens=length - 1)
-    assert [tuple(problem) for problem in report.problems] == [
-        (0, "too_long", f"{length} tokens, 1 more than {length - 1}")
-    ]
+    [problem] = report.problems
+    assert tuple(problem) == (0, "too_long", f"{length} tokens, 1 more than {length - 1}", "row 0")
 
 
 def test_rows_that_the_template_refuses(shared_tokenizer):
@@ -201,7 +201,7 @@ def test_rows_that_the_template_refuses(shared_tokenizer):
 
     tokenizer = copy.deepcopy(shared_tokenizer("chatml"))
     tokenizer.chat_template = "{{ raise_exception('No system messages!') if messages[0].role == 'system' }}"
-    report = validate_conversations([GOOD], tokenizer=tokenizer, max_tokens=10)
+    report = validate_conversations([GOOD], tokenizer=tokenizer)
     assert [problem.code for problem in report.problems] == ["refused"]
     assert "No system messages!" in report.problems[0].message
 
@@ -223,14 +223,13 @@ def test_dataset_with_both_formats_in_one_column():
     import datasets
 
     rows = [GOOD, sharegpt(("human", "Hi"), ("gpt", "Yes?")), plain(("user", "Hi"), ("assistant", "No."))]
-    report = validate_conversations(datasets.Dataset.from_list(rows))
-    assert [(problem.row, problem.code) for problem in report.problems] == [(2, "mixed_format")]
+    assert validate_conversations(datasets.Dataset.from_list(rows)).valid_rows == (0, 1, 2)
 
 
 def test_dataset_without_conversations():
     import datasets
 
-    with pytest.raises(InputError, match="rename the column"):
+    with pytest.raises(InputError, match="no column for the question among `text`"):
         validate_conversations(datasets.Dataset.from_dict({"text": ["Hi"]}))
 
 
@@ -239,7 +238,13 @@ ANYTHING = st.recursive(
     SCALARS,
     lambda inner: (
         st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["conversations", "from", "value", "role", "content"]), inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["conversations", "messages", "from", "value", "role", "content", "id", "question", "answer", "system"]
+            ),
+            inner,
+            max_size=3,
+        )
     ),
     max_leaves=20,
 )
@@ -248,7 +253,10 @@ ANYTHING = st.recursive(
 @settings(max_examples=200, deadline=None, database=None, derandomize=True)
 @given(st.lists(ANYTHING | st.builds(lambda value: {"conversations": value}, ANYTHING), max_size=6))
 def test_no_row_is_lost(rows):
-    report = validate_conversations(rows)
+    try:
+        report = validate_conversations(rows)
+    except InputError:  # none of them looks like a conversation, or they are several at once
+        return
     assert sorted(report.valid_rows + report.dropped_rows) == list(range(len(rows)))
     assert report.rows == len(rows)
     assert {problem.row for problem in report.problems} == set(report.dropped_rows)
@@ -261,9 +269,44 @@ def test_conversations_that_suffice_pass(fit, unfit):
     validate_conversations(rows).raise_if_failed()
 
 
-@pytest.mark.parametrize(("fit", "unfit"), [(SMALLEST - 1, 0), (SMALLEST - 1, 3), (0, 0), (0, 9)])
-def test_too_few_conversations_are_refused(fit, unfit):
-    rows = [sharegpt(("human", f"Hi {number}"), ("gpt", "Hello!")) for number in range(fit)] + [7] * unfit
-    said = f"DATASET: found {fit} of {fit + unfit} conversations that can be trained on, expected 5 or more.*MAX_SEQ"
+@pytest.mark.parametrize(
+    ("fit", "unfit", "fix"),
+    [
+        (SMALLEST - 1, [], "add conversations"),
+        (SMALLEST - 1, [7] * 3, "correct what the table names"),
+        (
+            0,
+            [sharegpt(("human", "Hi"), ("tool", "{}"), ("gpt", "Ho"))] * 9,
+            "take conversations without function calls",
+        ),
+        (1, [sharegpt(("human", "Hi"), ("Bob", "Ho"))] * 9, "rename the roles to user and assistant"),
+    ],
+)
+def test_too_few_conversations_are_refused(fit, unfit, fix, capsys):
+    rows = [sharegpt(("human", f"Hi {number}"), ("gpt", "Hello!")) for number in range(fit)] + unfit
+    said = f"DATASET: found {fit} of {len(rows)} conversations that can be trained on, expected 5 or more. Fix: {fix}"
     with pytest.raises(InputError, match=said):
         validate_conversations(rows).raise_if_failed()
+    assert f"{len(rows)} rows, {fit} fit" in capsys.readouterr().out  # the table comes first
+
+
+def test_only_special_tokens_open_or_end_a_turn(changed_chatml):
+    rows = [sharegpt(("human", f"{n}+1?"), ("gpt", f"<think>add</think>{n + 1}")) for n in range(6)]
+    assert validate_conversations(rows, tokenizer=changed_chatml(special=False)).ok
+    assert len(validate_conversations(rows, tokenizer=changed_chatml(special=True)).dropped_rows) == 6
+
+
+@pytest.fixture
+def changed_chatml(shared_tokenizer):
+    import copy
+
+    from tokenizers import AddedToken
+
+    def make(*, special):
+        tokenizer = copy.deepcopy(shared_tokenizer("chatml"))
+        tokenizer.add_tokens(
+            [AddedToken(token, special=special, normalized=False) for token in ("<think>", "</think>")]
+        )
+        return tokenizer
+
+    return make

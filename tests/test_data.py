@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.conversations.validate import validate_conversations
+from helpers.conversations import validate_conversations
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 DATA = NOTEBOOKS / "data"

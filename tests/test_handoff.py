@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers.base import ROOT, replace_file, set_aside
+from helpers.base import ROOT, replace_file, set_aside, sha256_of
 from helpers.handoff.run import (
     MANIFEST,
     HandoffError,
@@ -158,6 +158,23 @@ def test_an_altered_artefact_is_refused_and_never_replaced(tmp_path, damage):
     with pytest.raises(HandoffError, match=f"{file}: found .* Fix: run chapter 04_train .again. with this RUN_DIR"):
         open_run(run.path, needs=("adapter",), drive=tmp_path / "drive")
     assert (file.read_text() if file.exists() else "gone") == ("mine" if damage == "altered" else "gone")
+
+
+def test_a_file_that_has_changed_since_it_was_read_is_noticed(run, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("old")
+    for name in ("dataset", "adapter"):
+        with run.write(name, source={str(rows): sha256_of(rows)} if name == "dataset" else {}) as folder:
+            folder.mkdir()
+            (folder / "part").write_text("rows")
+    open_run(run.path, needs=("dataset",))
+    rows.write_text("corrected")
+    with pytest.raises(HandoffError, match="rows.jsonl: found .* has changed .* run chapter 03_data again"):
+        open_run(run.path, needs=("dataset",))
+    open_run(run.path, needs=("dataset", "adapter"))  # what was trained is there and can be used
+    assert "rows.jsonl has changed since" in capsys.readouterr().out
+    rows.unlink()  # another machine, where it never was
+    open_run(run.path, needs=("dataset",))
 
 
 def test_folder_without_entry_is_refused(run):

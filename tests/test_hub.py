@@ -391,10 +391,8 @@ ROWS = """
 import json
 from helpers.environment.hub import choose_hub
 choose_hub({endpoint!r})
-from helpers.conversations import find_dataset
-name = find_dataset("me/rows")
-from datasets import load_dataset
-print(json.dumps(load_dataset(name, split="train[:3]")["conversations"]))
+from helpers.conversations import read_conversations
+print(json.dumps(read_conversations("me/rows", rows=3)[0]["conversations"][:]))
 """
 
 
@@ -405,7 +403,8 @@ def test_a_mirror_gives_a_data_set(tmp_path):
     (tmp_path / "rows" / "train.jsonl").write_text("".join(lines), encoding="utf-8")
     with serve_hub({"datasets/me/rows": tmp_path / "rows"}) as mirror:
         done = run_code(ROWS.format(endpoint=mirror.url), folder=tmp_path, HTTPS_PROXY="http://127.0.0.1:9")
-    assert last_line(done) == rows[:3]
+    answer = {"role": "assistant", "content": "A number."}
+    assert last_line(done) == [[{"role": "user", "content": f"What is {n}?"}, answer] for n in range(3)]
 
 
 @pytest.mark.slow
@@ -475,10 +474,10 @@ def test_modelscopes_other_answers_are_one_line_too(status, environment, tmp_pat
 
 ASK = """
 import json
-from helpers.conversations import find_dataset
+from helpers.conversations import read_conversations
 from helpers.environment import find_model
 said = []
-for ask in (lambda name: find_model(name, endpoint={endpoint!r}), find_dataset):
+for ask in (lambda name: find_model(name, endpoint={endpoint!r}), read_conversations):
     try:
         said.append(ask({name!r}))
     except ValueError as error:

@@ -132,7 +132,9 @@ cells, choices, folder = json.load(open(sys.argv[1])), json.loads(sys.argv[2]), 
 from unsloth import FastLanguageModel
 model, tokenizer = FastLanguageModel.from_pretrained(choices["MODEL_NAME"], max_seq_length=256, load_in_4bit=True)
 from datasets import load_dataset
-dataset = load_dataset("json", data_files=choices["DATASET"], split="train[:40]")
+from unsloth.chat_templates import standardize_sharegpt
+# with roles, as templates want it: a plain notebook reads its own rows in its own way
+dataset = standardize_sharegpt(load_dataset("json", data_files=choices["DATASET"], split="train[:40]"))
 names = {"model": model, "tokenizer": tokenizer, "dataset": dataset, "display": print}
 plain = []
 for chapter, number, source in cells:

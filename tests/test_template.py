@@ -113,6 +113,44 @@ def test_model_says_what_generation_stops_on(shared_tokenizer):
     assert check_template(tokenizer, model=tiny_model(len(tokenizer), eos=0)).problems == ("wrong_stop",)
 
 
+def test_the_config_beside_the_tokenizer_says_what_generation_stops_on(changed, tmp_path):
+    from transformers import GenerationConfig
+
+    GenerationConfig(eos_token_id=[0, 2]).save_pretrained(tmp_path)
+    tokenizer = changed("smollm2", eos_token="<|endoftext|>", name_or_path=str(tmp_path))  # id 0
+    assert "wrong_stop" not in check_template(tokenizer).problems
+    for other in (0, 2):  # not the end of an answer; not the EOS token
+        GenerationConfig(eos_token_id=other).save_pretrained(tmp_path)
+        assert "wrong_stop" in check_template(tokenizer).problems
+
+
+def test_the_fix_of_a_wrong_stop_is_the_true_one(changed):
+    def fix(original):
+        [problem] = [check for check in check_template(llama, original=original).details if check.code == "wrong_stop"]
+        return problem.fix
+
+    llama = changed("llama-3.1", eos_token="<|end_of_text|>")
+    own = changed("llama-3.1", eos_token="<|end_of_text|>")
+    assert fix(own).startswith("set tokenizer.eos_token = '<|eot_id|>'")
+    own.chat_template = "{{ another }}"
+    assert fix(own).startswith("set CHAT_TEMPLATE to ''")
+    own.chat_template = None
+    assert fix(own).startswith("take the chat model")
+
+
+@pytest.mark.parametrize(
+    ("name", "eos", "fix"),
+    [
+        ("chatml", "<|im_end|>", 'set CHAT_TEMPLATE to "chatml"'),
+        ("llama-3.1", "<|eot_id|>", 'set CHAT_TEMPLATE to "llama-3.1"'),
+        ("llama-3.1", "<|end_of_text|>", "take the chat model"),
+    ],
+)
+def test_a_tokenizer_without_a_template_is_told_which_fits(changed, name, eos, fix):
+    [problem] = check_template(changed(name, chat_template=None, eos_token=eos)).details[:1]
+    assert problem.code == "unreadable" and problem.fix.startswith(fix)
+
+
 def test_token_that_the_model_does_not_have(changed):
     tokenizer = changed("smollm2")
     model = tiny_model(len(tokenizer), eos=2)

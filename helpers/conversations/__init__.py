@@ -1,4 +1,3 @@
-"""Conversations before they are rendered: found and checked."""
+"""Conversations before they are rendered: read from any common form, and checked row by row."""
 
-from helpers.conversations.source import find_dataset
-from helpers.conversations.validate import validate_conversations
+from helpers.conversations.read import read_conversations, validate_conversations

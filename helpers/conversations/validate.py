@@ -3,27 +3,27 @@
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from helpers.base import InputError, Table
+from helpers.conversations.forms import Turn, quoted
 
-# the names that Unsloth's standardize_sharegpt knows; it ignores case and spaces around them
-_ROLES = {"system": "system", "user": "user", "human": "user", "input": "user"}
-_ROLES |= {"assistant": "assistant", "gpt": "assistant", "output": "assistant"}
-_FORMATS = {"ShareGPT": ("from", "value"), "role/content": ("role", "content")}
 _SPECIAL = re.compile(r"<\|\w+\|>")
 SMALLEST = 5  # conversations: of fewer, none can be held out
+SHOWN = 5  # rows that a report quotes
 
 MEANINGS = {
+    "unreadable": "a line that cannot be read",
     "wrong_nesting": "not a list of messages",
     "empty_conversation": "no messages",
-    "mixed_format": "ShareGPT and role/content in one dataset",
+    "tool_call": "functions that are offered or called: only text is trained",
+    "two_systems": "one system prompt in a column, another in the conversation",
     "unknown_role": "a role that is none of system, user (human), assistant (gpt)",
     "missing_content": "a message without text",
     "content_not_text": "text that is a number, a list or anything else",
     "empty_content": "text that is empty or white space",
-    "invalid_unicode": "half a character (a lone surrogate)",
+    "invalid_unicode": "a byte that is not UTF-8, or half a character",
     "special_token": "a special token in the text, which would begin or end a turn",
     "late_system": "a system message behind the first message",
     "starts_with_assistant": "an answer before the first question",
@@ -35,31 +35,46 @@ MEANINGS = {
     "refused": "the chat template does not accept it",
     "too_long": "more tokens than max_tokens",
 }
+# What helps where most rows are dropped for one of these; "": where none is dropped.
+FIXES = {
+    "": "add conversations",
+    "too_long": "raise MAX_SEQ_LENGTH, or shorten the conversations",
+    "tool_call": "take conversations without function calls",
+    "unknown_role": "rename the roles to user and assistant",
+    "refused": "change what the template does not accept, or take another CHAT_TEMPLATE",
+    "duplicate": "add conversations that differ",
+}
+USUAL_FIX = "correct what the table names"
 
 
 class Problem(NamedTuple):
-    """One problem of one row; a row may have several."""
+    """One problem of one row; a row may have several. `place` is where it stands: "line 4" of a file, or "row 3"."""
 
     row: int
     code: str
     message: str
+    place: str
 
 
 @dataclass(frozen=True, repr=False)
 class ConversationReport(Table):
-    """What `validate_conversations` found; `rows` is always `len(valid_rows) + len(dropped_rows)`.
+    """What became of every row; `rows` is always `len(valid_rows) + len(dropped_rows)`.
 
     Attributes:
         rows: how many rows were read.
         problems: every problem of every row, in the order of the rows.
-        valid_rows: the numbers of the rows to keep: `dataset.select(report.valid_rows)`.
+        valid_rows: the numbers of the rows that are kept, from 0.
         dropped_rows: the numbers of the others.
+        notes: how the rows were read, in sentences.
+        source: {path: sha256} of the file or the files that were read; of others nothing.
     """
 
     rows: int
     problems: tuple[Problem, ...]
     valid_rows: tuple[int, ...]
     dropped_rows: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+    source: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -67,159 +82,58 @@ class ConversationReport(Table):
         return not self.dropped_rows
 
     def raise_if_failed(self) -> None:
-        """Raises InputError where fewer than `SMALLEST` rows are left: none of them could be held out."""
+        """Raises InputError, below the table, where fewer than `SMALLEST` rows are left: none could be held out."""
         if len(self.valid_rows) < SMALLEST:
+            print(self, flush=True)
             found = f"{len(self.valid_rows)} of {self.rows} conversations that can be trained on"
-            fix = "correct what the table names, add conversations, or raise MAX_SEQ_LENGTH"
-            raise InputError("DATASET", found=found, expected=f"{SMALLEST} or more", fix=fix)
+            codes = [problem.code for problem in self.problems]
+            usual = max(codes, key=codes.count, default="")
+            raise InputError("DATASET", found=found, expected=f"{SMALLEST} or more", fix=FIXES.get(usual, USUAL_FIX))
 
     def _title(self) -> str:
         return f"Conversations: {self.rows:,} rows, {len(self.valid_rows):,} fit, {len(self.dropped_rows):,} to drop"
 
     def _table(self) -> tuple[list[str], list[list[object]]]:
-        found: dict[str, list[int]] = {}
-        for row, code, _ in self.problems:
-            found.setdefault(code, []).append(row)
+        places: dict[str, dict[str, None]] = {}  # of each code, in order and once
+        for problem in self.problems:
+            places.setdefault(problem.code, {})[problem.place] = None
         table = []
-        for code in sorted(found, key=list(MEANINGS).index):
-            rows = list(dict.fromkeys(found[code]))
-            first = ", ".join(map(str, rows[:3])) + (", …" if len(rows) > 3 else "")
-            table.append([code, f"{len(rows):,}", first, MEANINGS[code]])
+        for code in sorted(places, key=list(MEANINGS).index):
+            first = ", ".join(list(places[code])[:3]) + (", …" if len(places[code]) > 3 else "")
+            table.append([code, f"{len(places[code]):,}", first, MEANINGS[code]])
         return ["problem", "rows", "which", "what it means"], table
 
-
-def validate_conversations(dataset, *, tokenizer=None, max_tokens: int | None = None) -> ConversationReport:
-    """Read every conversation and say what is wrong with it.
-
-    Args:
-        dataset: a `datasets.Dataset` or a list of dicts with a column `conversations` (or `messages`): lists of
-            `{"from": "human", "value": "Hi"}` (ShareGPT) or of `{"role": "user", "content": "Hi"}`.
-        tokenizer: its special tokens are looked for in the texts; without it whatever looks like `<|word|>` is.
-        max_tokens: rows that render to more tokens than this are `too_long`; needs the tokenizer.
-
-    Example:
-        >>> report = validate_conversations([{"conversations": [{"from": "human", "value": "Hi"}]}])
-        >>> report.problems[0]
-        Problem(row=0, code='ends_with_user', message='the last message is a question')
-        >>> report.valid_rows
-        ()
-    """
-    from tqdm import tqdm
-
-    if max_tokens is not None and tokenizer is None:
-        expected = "the tokenizer that counts them"
-        raise InputError("max_tokens", found="no tokenizer", expected=expected, fix="pass tokenizer=")
-    special = _special_pattern(tokenizer)
-    found: list[list[tuple[str, str]]] = []  # of each row
-    forms: list[str | None] = []
-    seen: dict[bytes, int] = {}
-    # nothing is shown for what takes less than two seconds, so that recorded outputs stay as they are
-    rows = tqdm(_conversations(dataset), total=len(dataset), desc="Validating", unit=" rows", delay=2, leave=False)
-    for row, conversation in enumerate(rows):
-        problems = list(_problems(conversation, special))
-        messages = _plain(conversation)
-        forms.append(_form_of_all(conversation) if messages else None)
-        if messages:
-            first_row = seen.setdefault(_digest(messages), row)
-            if first_row != row:
-                problems.append(("duplicate", f"the same as row {first_row}"))
-            if max_tokens is not None and not problems:
-                problems += _length_problems(messages, tokenizer, max_tokens)
-        found.append(problems)
-    usual = max(_FORMATS, key=forms.count)
-    for problems, form in zip(found, forms, strict=True):
-        if form not in (None, usual):
-            problems.append(("mixed_format", f"{form}, where most rows are {usual}"))
-    dropped = tuple(row for row, problems in enumerate(found) if problems)
-    return ConversationReport(
-        rows=len(found),
-        problems=tuple(Problem(row, *problem) for row, problems in enumerate(found) for problem in problems),
-        valid_rows=tuple(sorted(set(range(len(found))) - set(dropped))),
-        dropped_rows=dropped,
-    )
+    def _notes(self) -> list[str]:
+        firsts: dict[str, Problem] = {}
+        for problem in self.problems:
+            firsts.setdefault(problem.code, problem)
+        shown = list(firsts.values())[:SHOWN]
+        return [*(f"{problem.place}: {problem.message}." for problem in shown), *self.notes]
 
 
-def _special_pattern(tokenizer) -> re.Pattern:
+def special_pattern(tokenizer) -> re.Pattern:
     if tokenizer is None:
         return _SPECIAL
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    added = tokenizer.added_tokens_decoder.values()  # one that is not special, such as Qwen's <think>, is text
+    tokens = [token.content for token in added if token.special and token.content.strip()]
     # longest first; with no special tokens at all nothing matches
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
-def _conversations(dataset) -> Iterator[object]:
-    """Each row's conversation, whatever it is; a row that is no dict comes as a text, which is no conversation."""
-    if hasattr(dataset, "column_names"):  # a datasets.Dataset: a thousand rows at a time is ten times faster
-        column = next((name for name in ("conversations", "messages") if name in dataset.column_names), None)
-        if column is None:
-            raise InputError(
-                "dataset",
-                found=f"the columns {dataset.column_names}",
-                expected="a column 'conversations' or 'messages'",
-                fix="rename the column that holds the conversations",
-            )
-        for first in range(0, len(dataset), 1000):
-            yield from dataset[first : first + 1000][column]
-    else:
-        for row in dataset:
-            if isinstance(row, Mapping):
-                yield row["conversations"] if "conversations" in row else row.get("messages")
-            else:
-                yield _quote(row)
-
-
-def _format_of(message: Mapping) -> str | None:
-    """Which of the two forms a message has; Arrow gives absent keys as None."""
-    return next((name for name, keys in _FORMATS.items() if any(message.get(key) is not None for key in keys)), None)
-
-
-def _plain(conversation: object) -> list[dict] | None:
-    """The conversation as role and content; None where that cannot be done."""
-    if not isinstance(conversation, Sequence) or not conversation:
-        return None
-    messages = []
-    for message in conversation:
-        form = _format_of(message) if isinstance(message, Mapping) else None
-        if form is None:
-            return None
-        role_key, text_key = _FORMATS[form]
-        role, text = message.get(role_key), message.get(text_key)
-        role = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
-        if role is None or not isinstance(text, str):
-            return None
-        messages.append({"role": role, "content": text})
-    return messages
-
-
-def _problems(conversation: object, special: re.Pattern) -> Iterator[tuple[str, str]]:
-    """What is wrong with a conversation by itself."""
-    if not isinstance(conversation, Sequence) or isinstance(conversation, str | bytes):
-        yield "wrong_nesting", f"{_quote(conversation)} in place of a list of messages"
-        return
-    if not conversation:
-        yield "empty_conversation", "the list of messages is empty"
-        return
-    roles = []
-    for number, message in enumerate(conversation):
-        if not isinstance(message, Mapping):
-            yield "wrong_nesting", f"message {number} is {_quote(message)}"
-            return
-        form = _format_of(message)
-        role_key, text_key = _FORMATS[form or "role/content"]
-        role, text = message.get(role_key), message.get(text_key)
-        known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
-        roles.append(known)
-        if known is None:
-            yield "unknown_role", f"message {number} has the role {_quote(role)}"
-        yield from ((code, f"message {number} {what}") for code, what in _text_problems(text, special))
-    yield from _order_problems(roles)
+def problems_of(turns: Sequence[Turn], special: re.Pattern) -> Iterator[tuple[str, str]]:
+    """(code, message) of what is wrong with one conversation by itself."""
+    for turn in turns:
+        if turn.role is None:
+            yield "unknown_role", f"{turn.name} has the role {quoted(turn.said)}"
+        yield from ((code, f"{turn.name} {what}") for code, what in _text_problems(turn.text, special))
+    yield from _order_problems([turn.role for turn in turns])
 
 
 def _text_problems(text: object, special: re.Pattern) -> Iterator[tuple[str, str]]:
     if text is None:
         yield "missing_content", "has no text"
     elif not isinstance(text, str):
-        yield "content_not_text", f"holds {_quote(text)}"
+        yield "content_not_text", f"holds {quoted(text)}"
     elif not text or text.isspace():
         yield "empty_content", f"is {text!r}"
     else:
@@ -247,28 +161,25 @@ def _order_problems(roles: list[str | None]) -> Iterator[tuple[str, str]]:
         yield "no_answer", "there is no assistant message"
 
 
-def _form_of_all(conversation: Sequence[Mapping]) -> str:
-    return " and ".join(sorted({_format_of(message) for message in conversation}))
-
-
-def _digest(messages: list[dict]) -> bytes:
+def digest(messages: Sequence[Mapping[str, str]]) -> bytes:
+    """Equal for equal conversations."""
     text = "\0".join(f"{message['role']}\1{message['content']}" for message in messages)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _length_problems(messages: list[dict], tokenizer, max_tokens: int) -> Iterator[tuple[str, str]]:
+def template_problems(messages: list[dict], tokenizer: Any, max_tokens: int | None) -> Iterator[tuple[str, str]]:
+    """What the chat template, where there is one, and the tokenizer say to a conversation."""
     from helpers.template.check import training_text
 
+    if not tokenizer.chat_template:
+        return
     try:
         text = training_text(tokenizer, messages)
     except Exception as error:  # a template raises whatever it likes
         yield "refused", f"the chat template says {type(error).__name__}: {error}"
         return
+    if max_tokens is None or len(text.encode()) + 2 <= max_tokens:  # a token but BOS and EOS holds a byte
+        return
     tokens = len(tokenizer(text).input_ids)
     if tokens > max_tokens:
         yield "too_long", f"{tokens:,} tokens, {tokens - max_tokens:,} more than {max_tokens:,}"
-
-
-def _quote(value: object, width: int = 40) -> str:
-    text = ascii(value)
-    return text if len(text) <= width else text[:width] + "…"

@@ -55,7 +55,8 @@ def _is_folder(value: Any) -> bool:
 RULES: dict[str, Rule] = {
     "MODEL_NAME": Rule("a name on the hub, such as 'unsloth/Llama-3.2-3B-Instruct', or a folder", _is_name),
     "CHAT_TEMPLATE": Rule("a name that Unsloth knows, such as 'llama-3.1', or '' for the model's own", _is_text),
-    "DATASET": Rule("a name on the hub, such as 'mlabonne/FineTome-100k', or a .json or .jsonl file", _is_name),
+    "DATASET": Rule("a name on the hub, such as 'mlabonne/FineTome-100k', or a file", _is_name),
+    "COLUMNS": Rule("names of columns, such as 'question, answer', or ''", _is_text),
     "ROWS": _whole(5, 10_000_000),
     "EVAL_ROWS": _whole(1, 100_000),
     "REPLY_ROWS": _whole(1, 1_000),

@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from helpers.base import InputError, hash_files, replace_file, short_path
+from helpers.base import InputError, hash_files, replace_file, sha256_of, short_path
 from helpers.chapters import producer_of
 from helpers.environment.hub import base_name
 
@@ -192,7 +192,8 @@ def open_run(path: str | Path, *, base_model: str = "", needs: tuple[str, ...] =
 
     Raises:
         HandoffError: the folder lies on Google Drive or cannot be written; or an artefact is missing, and then the
-            message names the command that makes it; or one was altered or belongs to another model.
+            message names the command that makes it; or one was altered or belongs to another model; or a file that
+            one was made from has changed, and nothing is trained yet.
     """
     folder = Path(path).expanduser().resolve()
     if is_on_drive(folder):
@@ -212,7 +213,19 @@ def open_run(path: str | Path, *, base_model: str = "", needs: tuple[str, ...] =
     print(f"Run folder: {short_path(folder)}")
     for name in needs:
         print(f"  {name}: {_fetch(run, name)}")
+        if changed := changed_source(run.facts(name)):
+            found, expected = "a file that has changed since it was read", "the rows that were read"
+            fix = f"run chapter {producer_of(name).name} again, which reads it as it is now"
+            if "adapter" not in needs:  # else it was trained on already, and judged on the rows as they were
+                raise HandoffError(changed, found=found, expected=expected, fix=fix)
+            print(f"    {short_path(changed)} has changed since; the adapter was trained on it as it was")
     return run
+
+
+def changed_source(entry: Mapping[str, Any]) -> str:
+    """The first file, of those that an artefact was made from and that are still there, that has changed; else ""."""
+    sources = ((Path(name), sha256) for name, sha256 in entry.get("source", {}).items())
+    return next((str(path) for path, sha256 in sources if path.is_file() and sha256_of(path) != sha256), "")
 
 
 def _fetch(run: Run, name: str) -> str:

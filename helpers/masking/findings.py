@@ -96,7 +96,7 @@ def fixes_of(table: TokenBytes, turns: Turns, longest: int, enough: int | None) 
         "leaked": ("everything outside an answer masked", markers),
         "only_last": ("every answer trained", f"leave out last_response_only; if it is not set: {merged}"),
         "fully_masked": ("at least one answer trained", merged),
-        "no_answer": ("an answer in each row", "keep the valid rows of validate_conversations only"),
+        "no_answer": ("an answer in each row", "keep only the rows that read_conversations gives"),
         "missed": ("the whole answer trained", merged),
         "missing_end": (f"each answer's {end!r} in the text and trained", merged),
         "pad_trained": ("padding masked", "label padding with -100, and pad with a token that is not the EOS token"),

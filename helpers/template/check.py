@@ -6,7 +6,7 @@ from typing import Any
 
 from helpers.base import InputError, Table
 from helpers.handoff.run import fingerprint
-from helpers.template.turns import TokenBytes, Turns, TurnsError, joined, read_turns, render
+from helpers.template.turns import CHAT_MODEL, TokenBytes, Turns, TurnsError, joined, read_turns, render
 
 # What a server hands to a template, with values as they may be: llama-server does (common/chat.cpp), and so do others.
 SERVER_VARIABLES = {
@@ -95,7 +95,7 @@ def check_template(tokenizer, *, model=None, original=None, expected: str = "") 
     Args:
         tokenizer: the one to train with, its chat template set.
         model: where given, its generation config says what `generate` stops on, and its embedding what ids exist;
-            else the tokenizer's EOS token and vocabulary do.
+            else the generation config beside the tokenizer, or its EOS token, and its vocabulary do.
         original: the tokenizer as it was loaded, before `get_chat_template` (a `copy.deepcopy` of it). Without it a
             silent re-mapping of special tokens shows only with `model`, and only where it moved the end-of-turn token.
         expected: where given, the fingerprint of the template that the model was trained with.
@@ -117,7 +117,11 @@ def check_template(tokenizer, *, model=None, original=None, expected: str = "") 
         ("before an answer", repr(table.text(turns.answer_start))),
         ("end of an answer", repr(table.text(turns.answer_end))),
     ]
-    problems += [*_stop(tokenizer, turns, model), *_bos(tokenizer), *_generation_prompt(tokenizer, table, turns)]
+    problems += [
+        *_stop(tokenizer, turns, model, original),
+        *_bos(tokenizer),
+        *_generation_prompt(tokenizer, table, turns),
+    ]
     if len({render(tokenizer, _QUESTION + _ANSWER) for _ in range(20)}) == 1:
         problems += _server_variables(tokenizer)
     else:
@@ -142,10 +146,20 @@ def _named(tokenizer, name: str) -> str:
 
 
 def _stops(tokenizer, model) -> list[int]:
-    """The ids that `generate` stops on."""
-    ids = model.generation_config.eos_token_id if model is not None else None
-    ids = tokenizer.eos_token_id if ids is None else ids
+    """The ids that `generate` stops on: those of the generation config, the model's or the one saved beside it."""
+    config = model.generation_config if model is not None else _saved_config(tokenizer.name_or_path)
+    ids = tokenizer.eos_token_id if config is None or config.eos_token_id is None else config.eos_token_id
     return ids if isinstance(ids, list) else [ids]
+
+
+def _saved_config(name: str) -> Any:
+    """The generation config of the model from whose folder or repository a tokenizer was loaded; None without one."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(name) if name else None
+    except (OSError, ValueError):  # no such file, no network, or not JSON
+        return None
 
 
 def _another(tokenizer, expected: str) -> Iterator[TemplateCheck]:
@@ -190,18 +204,27 @@ def _special_tokens(tokenizer, model, original) -> Iterator[TemplateCheck]:
             )
 
 
-def _stop(tokenizer, turns: Turns, model) -> Iterator[TemplateCheck]:
+def _stop(tokenizer, turns: Turns, model, original) -> Iterator[TemplateCheck]:
     stops = _stops(tokenizer, model)
+    names = ", ".join(f"{tokenizer.convert_ids_to_tokens(i) if i is not None else None} (id {i})" for i in stops)
     if turns.end_token_id not in stops:
         end = tokenizer.convert_ids_to_tokens(turns.end_token_id)
-        stop_names = ", ".join(
-            f"{tokenizer.convert_ids_to_tokens(i) if i is not None else None} (id {i})" for i in stops
-        )
-        yield TemplateCheck(
-            "wrong_stop",
-            f"answers end with {end} (id {turns.end_token_id}), but generate stops on {stop_names}",
-            "use the model's own template, or add the id to model.generation_config.eos_token_id",
-        )
+        sentence = f"answers end with {end} (id {turns.end_token_id}), but generate stops on {names}"
+        yield TemplateCheck("wrong_stop", sentence, _stop_fix(tokenizer, original, end))
+    elif model is None and tokenizer.eos_token_id not in stops:  # it ends the rows of training, and goes into exports
+        sentence = f"the EOS token is {_named(tokenizer, 'eos')}, but generate stops on {names}"
+        fix = f"set tokenizer.eos_token = {tokenizer.convert_ids_to_tokens(turns.end_token_id)!r}"
+        yield TemplateCheck("wrong_stop", sentence, fix)
+
+
+def _stop_fix(tokenizer, original, end: str) -> str:
+    """Where the template is another than the model's own, its own; of a base model, which has none, the chat model."""
+    own = tokenizer.chat_template if original is None else original.chat_template
+    if own is None:
+        return CHAT_MODEL
+    if own not in tokenizer.chat_template:  # chapter 03 writes a date in front of it
+        return "set CHAT_TEMPLATE to '', which keeps the model's own template"
+    return f"set tokenizer.eos_token = {end!r}, and add its id to model.generation_config.eos_token_id"
 
 
 def _bos(tokenizer) -> Iterator[TemplateCheck]:

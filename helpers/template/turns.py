@@ -16,6 +16,9 @@ from helpers.base import InputError
 
 ROW_END = b"\xff\xff"  # between rows, and in place of padding
 _CODE_LENGTH = 7  # one byte 0xFF and six digits of base 7, 0xF8 to 0xFE
+# Unsloth's name for the template whose turns end with this token.
+TEMPLATE_OF_END = {"<|eot_id|>": "llama-3.1", "<|im_end|>": "chatml", "<end_of_turn>": "gemma"}
+CHAT_MODEL = "take the chat model, whose name often ends in -Instruct: a base model has learned no template"
 FIXED_DATE = datetime.date(2024, 7, 26)  # Llama 3's templates print this one unless they are told another
 
 
@@ -187,7 +190,7 @@ def read_turns(tokenizer, table: TokenBytes) -> Turns:
         TurnsError: the template is missing, drops or changes content, or ends an answer without a special token.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise _unreadable("no chat template", "load the tokenizer of a chat model, or set one with get_chat_template")
+        raise _unreadable("no chat template", _fitting_template(tokenizer))
     probes = {shape: _probe(tokenizer, table, shape) for shape in ("uauaua", "suaua", "ua", "aua", "saua", "uaaua")}
     if probes["uauaua"] is None:
         raise _unreadable(
@@ -235,6 +238,13 @@ def read_turns(tokenizer, table: TokenBytes) -> Turns:
         if probes[shape] is not None:
             _prove(tokenizer, table, turns, shape)
     return turns
+
+
+def _fitting_template(tokenizer) -> str:
+    """What to do about a tokenizer without a template: its end token tells whether its model learned one."""
+    if tokenizer.eos_token in TEMPLATE_OF_END:
+        return f'set CHAT_TEMPLATE to "{TEMPLATE_OF_END[tokenizer.eos_token]}"'
+    return CHAT_MODEL
 
 
 def _messages(shape: str) -> list[dict]:

@@ -7,7 +7,7 @@
 #
 # You can
 # - read a chat template and say which tokens open and end a turn,
-# - convert ShareGPT (`from`/`value`) to `role`/`content`,
+# - read conversations of any common form,
 # - find broken conversations before they cost you a training run,
 # - choose a sequence length from the data instead of guessing it.
 #
@@ -20,11 +20,11 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# `DATASET` is a file of your own, or the name of a data set on the Hub. The default is a file of 528 short support
-# conversations of an invented company. On them you will *see* what training does: every answer has the same three
-# lines. `"mlabonne/FineTome-100k"`, general questions and answers, is another choice.
+# `DATASET` is a file of your own, a folder, or the name of a data set on the Hub. The default is a file of 528 short
+# support conversations of an invented company. On them you will *see* what training does: every answer has the same
+# three lines. `"mlabonne/FineTome-100k"`, general questions and answers, is another choice.
 #
-# `ROWS` conversations are read, and `EVAL_ROWS` of them held out. `CHAT_TEMPLATE` is a name that Unsloth knows; empty
+# `COLUMNS` stays empty until a message asks for it. `ROWS` conversations are read, and `EVAL_ROWS` of them held out. `CHAT_TEMPLATE` is a name that Unsloth knows; empty
 # means the model's own. `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` are as in chapter 02.
 #
 # `RUN_DIR` is the folder through which chapters hand their results on. It ends with a Colab machine, unless
@@ -35,6 +35,7 @@
 MODEL_NAME = "unsloth/Llama-3.2-3B-Instruct"  # @param {type:"string"}
 CHAT_TEMPLATE = "llama-3.1"  # @param {type:"string"}
 DATASET = "notebooks/data/support_conversations.jsonl"  # @param {type:"string"}
+COLUMNS = ""  # @param {type:"string"}
 ROWS = 2000  # @param {type:"integer"}
 EVAL_ROWS = 48  # @param {type:"integer"}
 MAX_SEQ_LENGTH = 2048  # @param {type:"integer"}
@@ -44,13 +45,11 @@ HF_ENDPOINT = ""  # @param {type:"string"}
 USE_MODELSCOPE = False  # @param {type:"boolean"}
 
 # %%
-from helpers.conversations import find_dataset
 from helpers.environment import check_choices, find_model
 from helpers.handoff import open_run
 
 check_choices(globals())
 MODEL_NAME = find_model(MODEL_NAME, endpoint=HF_ENDPOINT, modelscope=USE_MODELSCOPE, weights=False)
-DATASET = find_dataset(DATASET)
 run = open_run(RUN_DIR, base_model=MODEL_NAME, drive=DRIVE_DIR)
 
 # %% [markdown] lang="en"
@@ -64,7 +63,7 @@ run = open_run(RUN_DIR, base_model=MODEL_NAME, drive=DRIVE_DIR)
 # prints, so that the model is later asked as it was trained.
 
 # %%
-from unsloth.chat_templates import get_chat_template, standardize_sharegpt  # before transformers: it patches it
+from unsloth.chat_templates import get_chat_template  # before transformers: it patches it
 from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL_NAME)
@@ -104,45 +103,56 @@ foreign = get_chat_template(AutoTokenizer.from_pretrained(MODEL_NAME), chat_temp
 check_template(foreign, original=untouched)
 
 # %% [markdown] lang="en"
-# ## Load the conversations
+# ## Read the conversations
 #
-# `load_dataset` reads a file of your own and a data set on the Hub alike. The slice in `split` leaves the other rows
-# alone.
+# Rows may have any of these forms:
+#
+# | form | a row |
+# |---|---|
+# | ShareGPT | `{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}` |
+# | messages | `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}` |
+# | Alpaca | `{"instruction": "…", "input": "…", "output": "…"}` |
+# | table | two columns, such as `question` and `answer` |
+# | one turn a row | `{"conversation_id": 7, "role": "user", "content": "…"}` |
 
 # %%
-from datasets import load_dataset
+import os
 
-split = f"train[:{ROWS}]"
-if DATASET.endswith((".json", ".jsonl")):
-    raw_dataset = load_dataset("json", data_files=DATASET, split=split)
-else:
-    raw_dataset = load_dataset(DATASET, split=split)
-raw_dataset
+if os.path.isfile(DATASET):  # the first line, as it stands in the file
+    with open(DATASET, encoding="utf-8", errors="replace") as file:
+        print(file.readline()[:500])
 
 # %% [markdown] lang="en"
-# One conversation as it comes. This is *ShareGPT*: a list of turns, each with `from` (`human` or `gpt`) and `value`.
-
-# %% tags=["nbval-check-output"]
-raw_dataset[0]["conversations"]
-
-# %% [markdown] lang="en"
-# ## Check every conversation
+# `read_conversations` finds the form by looking, and says which. Files may be `.jsonl`, `.json`, `.csv`, `.tsv`
+# or `.parquet`. Every row becomes a list of turns with `role` and `content`.
 #
 # Some rows would teach nothing, or something wrong: an empty answer, two questions in a row, a special token inside a
 # text, a copy of an earlier row. A row of more than `MAX_SEQ_LENGTH` tokens would lose its end, and teach answers that
-# never end. All of these are counted and left out.
+# never end. All are counted and left out.
 
 # %% tags=["nbval-check-output"]
-from helpers.conversations import validate_conversations
+from helpers.conversations import read_conversations
 
-conversation_report = validate_conversations(raw_dataset, tokenizer=tokenizer, max_tokens=MAX_SEQ_LENGTH)
+dataset, conversation_report = read_conversations(
+    DATASET,
+    columns=COLUMNS,
+    keep_columns=["split", "product", "right_help"],  # what the support conversations bring besides
+    rows=ROWS,
+    tokenizer=tokenizer,
+    max_tokens=MAX_SEQ_LENGTH,
+)
 conversation_report.raise_if_failed()
-raw_dataset = raw_dataset.select(conversation_report.valid_rows)
 conversation_report
 
 # %% [markdown] lang="en"
-# Try it on a mistake. Somebody swapped the roles of the second row, and the third has no answer. Rows are counted from
-# 0. Change them, run the cell again, and see what it finds.
+# One conversation, as read:
+
+# %% tags=["nbval-check-output"]
+dataset[0]["conversations"]
+
+# %% [markdown] lang="en"
+# Try it on a mistake. Somebody swapped the roles of the second row, and the third has no answer. Change them, run the
+# cell again, and see what it finds.
 
 # %% tags=["nbval-check-output"]
 broken = [
@@ -150,17 +160,8 @@ broken = [
     {"conversations": [{"from": "gpt", "value": "Hello"}, {"from": "human", "value": "Hello! How can I help?"}]},
     {"conversations": [{"from": "human", "value": "Is anybody there?"}, {"from": "gpt", "value": ""}]},
 ]
-validate_conversations(broken)
-
-# %% [markdown] lang="en"
-# ## From ShareGPT to roles
-#
-# Templates want `role` (`user`, `assistant`) and `content`. `standardize_sharegpt` renames them and touches nothing
-# else.
-
-# %% tags=["nbval-check-output"]
-dataset = standardize_sharegpt(raw_dataset, num_proc=1)  # one process is enough for so few rows
-dataset[0]["conversations"]
+_, broken_report = read_conversations(broken)
+broken_report
 
 # %% [markdown] lang="en"
 # ## From roles to text
@@ -235,7 +236,8 @@ tokenizer.save_pretrained(f"{RUN_DIR}/new/dataset/tokenizer")
 from helpers.handoff import fingerprint
 
 name = os.path.basename(DATASET) if os.path.isfile(DATASET) else DATASET
-run.keep("dataset", dataset=name, template=fingerprint(tokenizer.chat_template))
+source = conversation_report.source  # a checksum of the file: chapter 04 notices where you changed it since
+run.keep("dataset", dataset=name, template=fingerprint(tokenizer.chat_template), source=source)
 run.record("03_data", train_rows=len(train_dataset), eval_rows=len(eval_dataset), longest_tokens=max(lengths))
 
 # %%
@@ -246,9 +248,8 @@ print(f"Result: {len(train_dataset)} + {len(eval_dataset)} conversations, longes
 #
 # You have `dataset/` in the run folder: two sets of checked conversations as text, and the tokenizer.
 #
-# On your own: put ten conversations into a `.jsonl` file and give its path as `DATASET`. A line of it is
-# `{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}`. Set `MAX_SEQ_LENGTH` to 96 and
-# see how many rows no longer fit.
+# On your own: write ten questions and answers into a table, save it as `.csv` with the columns `question` and `answer`,
+# and give its path as `DATASET`. Set `MAX_SEQ_LENGTH` to 96 and see how many rows no longer fit.
 #
 # In practice: how many conversations are enough depends on how much they differ. A fixed form, as here, is learned
 # from a few hundred; new knowledge is not.

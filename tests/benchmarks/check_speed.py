@@ -71,7 +71,7 @@ def main() -> int:
     import datasets
     from transformers import AutoTokenizer
 
-    from helpers.conversations.validate import validate_conversations
+    from helpers.conversations import validate_conversations
     from helpers.masking.check import check_masking
     from tests.maintain.smollm2 import prepare_smollm2
 
