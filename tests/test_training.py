@@ -18,7 +18,7 @@ from helpers.base import InputError
 from helpers.memory.fit import undo_emulated_bfloat16
 from helpers.training.curves import MEASURES, Curves, CurvesError, draw_curves, duration, live_plot
 from helpers.training.divergence import find_divergence
-from helpers.training.evidence import Evidence, EvidenceError, check_evidence, describe_overfitting
+from helpers.training.evidence import Evidence, EvidenceError, check_evidence, describe_overfitting, likely_cause
 from helpers.training.held_out import HeldOutLosses, bootstrap_interval, fall_interval, held_out_losses
 from helpers.training.weights import count_changed_adapters, frozen_checksum
 from tests.maintain.series import AT_THE_END, with_new_ports
@@ -322,6 +322,22 @@ def test_a_good_run(model):
     assert repr(evidence).count("True") == 5 and not any(digit in repr(evidence) for digit in "0123456789")
     assert "2.040 -&gt; 1.013, a fall of 1.027 (95 % interval" in evidence._repr_html_()
     assert "perplexity 7.69 -&gt; 2.75" in evidence._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("passes", "rows", "said"),
+    [(36, 2, "seen 36 times.*2 held-out rows"), (36, 4, "seen 36 times"), (1, 3, "3 held-out rows")],
+)
+def test_a_loss_that_did_not_fall_names_the_likely_cause(model, passes, rows, said):
+    log = [entry | {"epoch": passes} for entry in LOG]
+    few = HeldOutLosses(BEFORE.sums[:rows], TOKENS[:rows])
+    worse = HeldOutLosses(tuple(2 * each for each in few.sums), few.tokens)
+    with pytest.raises(EvidenceError, match=said):
+        evidence_of(model, log, before=few, after=worse).raise_if_failed()
+
+
+def test_no_cause_is_named_where_the_numbers_show_none():
+    assert likely_cause(1.2, 48) == ""
 
 
 def test_an_adapter_that_was_not_trained_is_found(model):

@@ -11,6 +11,8 @@ from helpers.training.held_out import HeldOutLosses, fall_interval
 from helpers.training.weights import count_changed_adapters
 
 OVERFIT_TOLERANCE = 0.01  # of the best held-out loss; the trainer's average depends this much on how rows are batched
+OFTEN, FEW = 10, 10  # passes over the data that small sets are learned by heart in; held-out rows that tell little
+FELL = "held-out loss fell by more than its uncertainty"
 RATE_TOLERANCE = 1e-6  # of the learning rate; a schedule's factor is exactly 1 at its peak
 
 
@@ -20,10 +22,14 @@ class EvidenceError(InputError):
 
 @dataclass(frozen=True, repr=False)
 class Evidence(Table):
-    """Claims about a training run and whether each holds: rows of (claim, what was seen, holds), and a warning."""
+    """Claims about a training run and whether each holds: rows of (claim, what was seen, holds), and a warning.
+
+    `cause` is what the run's numbers make the likely cause of a held-out loss that did not fall, or "".
+    """
 
     rows: tuple[tuple[str, str, bool], ...]
     warning: str = ""
+    cause: str = ""
 
     @property
     def ok(self) -> bool:
@@ -35,6 +41,7 @@ class Evidence(Table):
         for claim, seen, holds in self.rows:
             if not holds:
                 fix = "do not use this adapter; check the learning rate, the mask and the target modules"
+                fix = self.cause if claim == FELL and self.cause else fix
                 raise EvidenceError("training", found=seen, expected=claim, fix=fix)
 
     def _table(self) -> tuple[list[str], list[list[object]]]:
@@ -82,7 +89,21 @@ def check_evidence(trainer: Any, *, before: HeldOutLosses, after: HeldOutLosses,
         ("the base weights are untouched", "checksum over all frozen weights", untouched),
         _fall(before, after),
     ]
-    return Evidence(tuple(rows), describe_overfitting(log))
+    passes = max((entry.get("epoch") or 0 for entry in log), default=0)
+    return Evidence(tuple(rows), describe_overfitting(log), likely_cause(passes, len(after.sums)))
+
+
+def likely_cause(passes: float, held_out: int) -> str:
+    """What to do about a held-out loss that did not fall, from how often each row was seen and how many were held out.
+
+    Example: (36, 2) -> "train for fewer steps or on more conversations (each row was seen 36 times); hold back …"
+    """
+    causes = []
+    if passes >= OFTEN:
+        causes.append(f"train for fewer steps or on more conversations (each row was seen {passes:.0f} times)")
+    if held_out < FEW:
+        causes.append(f"hold back {2 * FEW} or more ({held_out} held-out rows can tell little)")
+    return "; ".join(causes)
 
 
 def _norms(log: Sequence[Mapping[str, Any]], *, float16: bool) -> tuple[str, bool]:
@@ -112,7 +133,7 @@ def _fall(before: HeldOutLosses, after: HeldOutLosses) -> tuple[str, str, bool]:
         f"{before.loss:.3f} -> {after.loss:.3f}, a fall of {before.loss - after.loss:.3f} (95 % interval {low:.3f} to "
         f"{high:.3f}, {len(before.sums)} conversations); perplexity {before.perplexity:.2f} -> {after.perplexity:.2f}"
     )
-    return "held-out loss fell by more than its uncertainty", seen, low > 0
+    return FELL, seen, low > 0
 
 
 def describe_overfitting(log: Sequence[Mapping[str, Any]]) -> str:
