@@ -241,7 +241,8 @@ run.keep("dataset", dataset=name, template=fingerprint(tokenizer.chat_template),
 run.record("03_data", train_rows=len(train_dataset), eval_rows=len(eval_dataset), longest_tokens=max(lengths))
 
 # %%
-print(f"Result: {len(train_dataset)} + {len(eval_dataset)} conversations, longest {max(lengths)} tokens")
+dropped = len(conversation_report.dropped_rows)
+print(f"Result: {len(train_dataset)} + {len(eval_dataset)} conversations, {dropped} dropped, longest {max(lengths)} tokens")
 
 # %% [markdown] lang="en"
 # ## Where you are
