@@ -241,8 +241,7 @@ run.keep("dataset", dataset=name, template=fingerprint(tokenizer.chat_template),
 run.record("03_data", train_rows=len(train_dataset), eval_rows=len(eval_dataset), longest_tokens=max(lengths))
 
 # %%
-rows = f"{len(train_dataset)} + {len(eval_dataset)} conversations, {len(conversation_report.dropped_rows)} dropped"
-print(f"Result: {rows}, longest {max(lengths)} tokens")
+print(f"Result: {len(train_dataset)} + {len(eval_dataset)} conversations, longest {max(lengths)} tokens")
 
 # %% [markdown] lang="en"
 # ## Where you are
