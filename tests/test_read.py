@@ -231,6 +231,20 @@ def test_a_bad_line_is_dropped_and_named_and_the_others_stay(line, code, said, t
     assert "line 8" in repr(report)
 
 
+def test_one_conversation_alone_in_a_file_is_a_row(tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps({"dialogue": turns("speaker", "text")[0]}, indent=2))
+    assert read(tmp_path / "one.json")[0] == TALKS[:1]
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
+    row = json.dumps({"question": "one\u2028two\u0085three", "answer": "A"}, ensure_ascii=False)
+    lines = [row, json.dumps({"question": "Q", "answer": "B"}), "{"]  # the last one: so that lines are read one by one
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    talks, report = read(tmp_path / "rows.jsonl")
+    assert talks[0] == [("user", "one\u2028two\u0085three"), ("assistant", "A")]
+    assert [problem.place for problem in report.problems] == ["line 3"]
+
+
 def test_bad_rows_of_a_table(tmp_path):
     (tmp_path / "rows.csv").write_text('question,answer\nQ,A\nQ2,A2,more\nonly one\n\n"two\nlines",A3\n')
     talks, report = read(tmp_path / "rows.csv")

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from helpers.base import InputError
-from helpers.conversations.source import Row, Unreadable
+from helpers.conversations.source import ROLE_KEYS, Row, Unreadable
 
 ROLES = {"system": "system", "developer": "system"}
 ROLES |= dict.fromkeys(["user", "human", "input", "prompter", "customer", "instruction"], "user")
 ROLES |= dict.fromkeys(["assistant", "gpt", "output", "chatgpt", "bot", "chatbot", "ai", "model", "agent"], "assistant")
 TOOL_ROLES = {"tool", "function", "function_call", "function_response", "observation", "tool_call", "tool_response"}
 TOOL_ROLES |= {"ipython", "function-call", "function-response"}
-ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
 TEXT_KEYS = ("content", "value", "text", "message", "utterance")
 # Names of columns, in lower case, with _ for spaces and hyphens.
 CONVERSATIONS = ("conversations", "messages", "conversation", "dialogue", "dialog", "turns", "chat")

@@ -17,6 +17,7 @@ from helpers.environment.hub import require_hub
 
 ENDINGS = ".json, .jsonl, .ndjson, .csv, .tsv or .parquet, also with .gz"
 OTHER_FILES = {".xlsx": "save it as .csv, in UTF-8", ".xls": "save it as .csv, in UTF-8", ".zip": "unpack it"}
+ROLE_KEYS = ("role", "from", "speaker", "author", "sender")  # of a turn, in lower case
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w.-]+))?")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _TRAIN = re.compile(r"(^|[^a-z])train([^a-z]|$)")
@@ -147,7 +148,7 @@ def _unwrapped(value: Any) -> list[Any]:
         [inner] = value.values()
         if isinstance(inner, list) and inner and all(isinstance(row, dict) for row in inner):
             keys = {str(key).lower() for row in inner for key in row}
-            return [value] if keys & {"role", "from"} else inner
+            return [value] if keys & set(ROLE_KEYS) else inner
     return value if isinstance(value, list) else [value]
 
 

@@ -24,8 +24,8 @@
 # support conversations of an invented company. On them you will *see* what training does: every answer has the same
 # three lines. `"mlabonne/FineTome-100k"`, general questions and answers, is another choice.
 #
-# `COLUMNS` stays empty until a message asks for it. `ROWS` conversations are read, and `EVAL_ROWS` of them held out. `CHAT_TEMPLATE` is a name that Unsloth knows; empty
-# means the model's own. `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` are as in chapter 02.
+# `COLUMNS` stays empty until a message asks for it. `ROWS` conversations are read, and `EVAL_ROWS` of them held out.
+# `CHAT_TEMPLATE` is a name that Unsloth knows; empty means the model's own. `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` are as in chapter 02.
 #
 # `RUN_DIR` is the folder through which chapters hand their results on. It ends with a Colab machine, unless
 # `DRIVE_DIR` names a folder on your Google Drive that gets a copy.
