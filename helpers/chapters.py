@@ -38,6 +38,7 @@ CHAPTERS = (
         needs=("dataset", "adapter", "report.json"),
         writes=("merged", "gguf", "README.md"),
     ),
+    Chapter("07_when_it_goes_wrong", "Read a run that did not work"),
 )
 CHAPTER_NAMES = tuple(chapter.name for chapter in CHAPTERS)
 

@@ -170,7 +170,7 @@ def of_code(notebook: NotebookNode, chapter: Chapter) -> list[str]:
     if helped and len([line for line in setup.splitlines() if line and not line.startswith("#")]) > MOST_SETUP_LINES:
         found.append(f"a setup cell of more than {MOST_SETUP_LINES} lines")
     for cell in cells:
-        lines = cell.source.splitlines()
+        lines = [line for line in cell.source.splitlines() if not line.startswith("# @title")]  # a heading on Colab
         if len(lines) > MOST_LINES and not is_one_call(cell.source):
             found.append(f"{len(lines)} lines, more than {MOST_LINES}, in `{first_line(cell)}`")
         if max(map(len, lines), default=0) > MOST_CHARACTERS:

@@ -12,9 +12,9 @@ from helpers.environment.choices import GGUF_TYPES, RULES
 from helpers.environment.hub import require_hub
 from tests.maintain.smollm2 import prepare_smollm2
 
-COUNTS = ("ROWS", "EVAL_ROWS", "REPLY_ROWS", "MAX_SEQ_LENGTH", "MAX_STEPS", "MICRO_BATCH", "ACCUMULATION")
+COUNTS = ("ROWS", "EVAL_ROWS", "MAX_SEQ_LENGTH", "MAX_STEPS", "MICRO_BATCH", "ACCUMULATION")
 COUNTS += ("MAX_NEW_TOKENS",)
-SWITCHES = ("PADDING_FREE", "START_AFRESH", "USE_MODELSCOPE")
+SWITCHES = ("KEEP_BEST", "PADDING_FREE", "START_AFRESH", "USE_MODELSCOPE")
 
 TAKEN = {
     **dict.fromkeys(COUNTS, [16, 100]),
@@ -25,6 +25,8 @@ TAKEN = {
     "DATASET": ["mlabonne/FineTome-100k", "my rows.jsonl", "~/rows.json"],
     "CHECKPOINTING": [False, True, "unsloth"],
     "LEARNING_RATE": [2e-4, 1e-12, 1, 1.0],
+    "EPOCHS": [0, 0.5, 3, 1000],
+    "GENERAL": ["rows.jsonl"],
     "HF_ENDPOINT": ["https://hf-mirror.com", ""],
     "RUN_DIR": ["runs/llama", "/content/my run", "~/run", "läuft", "5", "."],
     "DRIVE_DIR": ["", "/content/drive/MyDrive/llama"],
@@ -43,6 +45,8 @@ REFUSED = {
     "COLUMNS": [" question", "a\0b", None, ["question", "answer"]],
     "DATASET": ["", " ", "rows\0.jsonl", None, ["a.jsonl", "b.jsonl"], 5],
     "CHECKPOINTING": [0, 1, "true", "Unsloth", "", None],
+    "EPOCHS": [-1, 1001, math.nan, math.inf, "1", True, None],
+    "GENERAL": ["", " rows.jsonl", None],
     "LEARNING_RATE": [0, -1e-4, 1.1, 10**400, math.nan, math.inf, "2e-4", True, None],
     "HF_ENDPOINT": [None, " https://hf-mirror.com", 5, False],
     "RUN_DIR": [*NO_FOLDER, ""],
@@ -80,7 +84,6 @@ def test_values_that_are_refused(name, value):
     [
         ("ROWS", 5, 10_000_000),
         ("EVAL_ROWS", 1, 100_000),
-        ("REPLY_ROWS", 1, 1_000),
         ("MAX_SEQ_LENGTH", 16, 131_072),
         ("MAX_STEPS", 1, 1_000_000),
         ("MICRO_BATCH", 1, 1_024),

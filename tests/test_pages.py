@@ -169,7 +169,7 @@ def test_most_cells_run_in_a_plain_notebook(tmp_path):
         "DATASET": str(ROOT / "notebooks/data/support_conversations.jsonl"),
         "ROWS": 528,
         "EVAL_ROWS": 2,
-        "REPLY_ROWS": 2,
+        "GENERAL": str(ROOT / "notebooks/data/general_questions.jsonl"),
         "MAX_SEQ_LENGTH": 256,
         "MAX_STEPS": 2,
         "LEARNING_RATE": 0.05,  # so that two steps change the replies

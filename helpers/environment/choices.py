@@ -39,6 +39,10 @@ def _is_rate(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
+def _is_epochs(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1000
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable() and value == value.strip()
 
@@ -57,11 +61,13 @@ RULES: dict[str, Rule] = {
     "CHAT_TEMPLATE": Rule("a name that Unsloth knows, such as 'llama-3.1', or '' for the model's own", _is_text),
     "DATASET": Rule("a name on the hub, such as 'mlabonne/FineTome-100k', or a file", _is_name),
     "COLUMNS": Rule("names of columns, such as 'question, answer', or ''", _is_text),
+    "GENERAL": Rule("a file of questions and answers", _is_name),
     "ROWS": _whole(5, 10_000_000),
     "EVAL_ROWS": _whole(1, 100_000),
-    "REPLY_ROWS": _whole(1, 1_000),
     "MAX_SEQ_LENGTH": _whole(16, 131_072),
     "MAX_STEPS": _whole(1, 1_000_000),
+    "EPOCHS": Rule("a number from 0 to 1,000", _is_epochs),
+    "KEEP_BEST": _one_of(False, True),
     "MICRO_BATCH": _whole(1, 1_024),
     "ACCUMULATION": _whole(1, 1_024),
     "CHECKPOINTING": _one_of(False, True, "unsloth"),

@@ -1,5 +1,6 @@
 """Around the trainer: curves, checkpoints, and evidence that the model learned."""
 
+from helpers.training.best import keep_best
 from helpers.training.checkpoints import Checkpoints
 from helpers.training.curves import live_plot
 from helpers.training.divergence import stop_on_divergence

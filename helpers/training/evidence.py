@@ -13,6 +13,8 @@ from helpers.training.weights import count_changed_adapters
 OVERFIT_TOLERANCE = 0.01  # of the best held-out loss; the trainer's average depends this much on how rows are batched
 OFTEN, FEW = 10, 10  # passes over the data that small sets are learned by heart in; held-out rows that tell little
 FELL = "held-out loss fell by more than its uncertainty"
+RESTORED = "restored_step"  # in the log of a run that went back to its best weights
+ROSE, HARDLY_MOVED, FELL_FAR = 1.1, 0.02, 0.5  # shares of the first training losses, see `likely_cause`
 RATE_TOLERANCE = 1e-6  # of the learning rate; a schedule's factor is exactly 1 at its peak
 
 
@@ -48,7 +50,9 @@ class Evidence(Table):
         return ["claim", "seen", "holds"], [list(row) for row in self.rows]
 
     def _notes(self) -> list[str]:
-        return [f"Warning: {self.warning}"] if self.warning else []
+        notes = [f"Warning: {self.warning}"] if self.warning else []
+        fell = all(holds for claim, _, holds in self.rows if claim == FELL)
+        return notes if fell or not self.cause else [*notes, f"Likely fix: {self.cause}"]
 
     def __repr__(self) -> str:
         """The claims alone: what was seen differs from run to run."""
@@ -90,15 +94,31 @@ def check_evidence(trainer: Any, *, before: HeldOutLosses, after: HeldOutLosses,
         _fall(before, after),
     ]
     passes = max((entry.get("epoch") or 0 for entry in log), default=0)
-    return Evidence(tuple(rows), describe_overfitting(log), likely_cause(passes, len(after.sums)))
+    losses = [float(entry["loss"]) for entry in log if "loss" in entry]
+    return Evidence(tuple(rows), describe_overfitting(log), likely_cause(passes, len(after.sums), losses))
 
 
-def likely_cause(passes: float, held_out: int) -> str:
-    """What to do about a held-out loss that did not fall, from how often each row was seen and how many were held out.
+def likely_cause(passes: float, held_out: int, losses: Sequence[float] = ()) -> str:
+    """What to do about a held-out loss that did not fall, from the run's own numbers.
+
+    Args:
+        passes: how often each row was seen.
+        held_out: how many rows were held out.
+        losses: the training losses, in order. The means of their first and last fifth are compared.
 
     Example: (36, 2) -> "train for fewer steps or on more conversations (each row was seen 36 times); hold back …"
     """
     causes = []
+    if len(losses) >= 5:
+        count = len(losses) // 5
+        first, last = (math.fsum(part) / count for part in (losses[:count], losses[-count:]))
+        seen = f"the training loss went from {first:.2f} to {last:.2f}"
+        if not last <= ROSE * first:  # also where it is not a number
+            return f"train anew with a third of LEARNING_RATE ({seen})"
+        if last >= (1 - HARDLY_MOVED) * first:
+            return f"train anew with three times the LEARNING_RATE, or more steps ({seen})"
+        if last <= FELL_FAR * first and passes < OFTEN and held_out >= FEW:
+            return f"look at the mask and the template, and whether the held-out rows are of the same kind ({seen})"
     if passes >= OFTEN:
         causes.append(f"train for fewer steps or on more conversations (each row was seen {passes:.0f} times)")
     if held_out < FEW:
@@ -139,6 +159,8 @@ def _fall(before: HeldOutLosses, after: HeldOutLosses) -> tuple[str, str, bool]:
 def describe_overfitting(log: Sequence[Mapping[str, Any]]) -> str:
     """One sentence where the held-out loss ended more than 1 % above its best, else "".
 
+    A run that went back to its best weights (`helpers.training.best`) ended with the best loss.
+
     Args:
         log: `trainer.state.log_history`.
 
@@ -146,7 +168,7 @@ def describe_overfitting(log: Sequence[Mapping[str, Any]]) -> str:
         "held-out loss rose after step 20 (best 1.000 there, 1.500 at step 30): it overfits; stop earlier or …"
     """
     measured = [(entry["eval_loss"], entry["step"]) for entry in log if "eval_loss" in entry]
-    if not measured:
+    if not measured or any(RESTORED in entry for entry in log):
         return ""
     (best, best_step), (last, last_step) = min(measured), measured[-1]
     if last <= best * (1 + OVERFIT_TOLERANCE):

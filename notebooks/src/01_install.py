@@ -8,8 +8,7 @@
 # You can
 # - say in a sentence what a language model, fine-tuning and Unsloth are,
 # - install exactly the versions that this series was tested with,
-# - read what a machine lacks, and what to do about it,
-# - ask an untouched model a question.
+# - read what a machine lacks, and what to do about it.
 #
 # You need a browser and a Google account. In Colab choose *Runtime → Change runtime type → T4 GPU*: Google then lends
 # you a computer with a T4, a graphics card that is made for such work. On a computer of your own, the README's two
@@ -33,9 +32,8 @@
 # Training all weights does not fit into a T4's memory of 15 GiB. Two ideas make it fit. The weights are stored in
 # **4 bits** each and stay as they are. A few small tables of numbers beside them are trained: **LoRA**, chapter 02.
 #
-# **Unsloth** is a library that does this with less memory and in less time than the standard ones. By how much depends
-# on the card; [the benchmarks](https://github.com/your-org/llama-3.2-unsloth-t4/blob/main/tests/benchmarks/README.md)
-# say what was measured, and on what.
+# **Unsloth** is a library that does this in less memory and time than others; by how much,
+# [the benchmarks](https://github.com/your-org/llama-3.2-unsloth-t4/blob/main/tests/benchmarks/README.md) say.
 
 # %% [markdown] lang="en"
 # ## Set up
@@ -90,8 +88,7 @@ model, tokenizer = FastLanguageModel.from_pretrained(
 )
 
 # %% [markdown] lang="en"
-# Where does it run, and in which numbers does it compute? A T4 computes in float16, newer cards in bfloat16, and a
-# processor without either in 32 bits.
+# A T4 computes in float16, newer cards in bfloat16, a processor without either in 32 bits.
 
 # %%
 print(f"{model.device}, {model.dtype}, {model.get_memory_footprint() / 2**30:.2f} GiB of weights")
@@ -126,14 +123,11 @@ print(f"Result: an answer of {len(answer.split())} words, from {model.device}")
 # %% [markdown] lang="en"
 # ## Where you are
 #
-# You have a machine that is known to work, and you have talked to an untouched model. Nothing is kept: the next chapter
-# sets its own machine up. Give this one back first (*Runtime → Disconnect and delete runtime*), because free Colab
+# You have a machine that is known to work, and you have talked to an untouched model. Nothing is kept. Give
+# this machine back first (*Runtime → Disconnect and delete runtime*), because free Colab
 # lends one GPU at a time.
 #
-# On your own: ask in another language. Set `do_sample=True` and run the cell twice. Set `MODEL_NAME` to
+# On your own: set `do_sample=True` and run the cell twice. Set `MODEL_NAME` to
 # `"unsloth/Llama-3.2-1B-Instruct"` and compare answer and memory.
-#
-# In practice: free Colab takes its machines back. To keep results, set `DRIVE_DIR` in chapters 03 to 06 to one folder
-# on your Google Drive, such as `"/content/drive/MyDrive/llama"`.
 #
 # {{next}}
