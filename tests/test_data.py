@@ -12,6 +12,7 @@ from helpers.conversations import validate_conversations
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 DATA = NOTEBOOKS / "data"
+GENERAL = [json.loads(line) for line in (DATA / "general_questions.jsonl").read_text(encoding="utf-8").splitlines()]
 ROWS = [json.loads(line) for line in (DATA / "support_conversations.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -165,3 +166,14 @@ REPLY = "Re: Solvi lamp, wifi\nNext step: restart your router.\nHave a good day.
 )
 def test_the_judge(reply, verdict):
     assert judged(reply, product="Solvi lamp", right_help=["router", "2.4 GHz"]) == verdict
+
+
+def test_the_general_questions_that_are_held_out_are_in_no_training():
+    held_out = [row for row in GENERAL if row["split"] == "held_out"]
+    mixed_in = [row for row in GENERAL if row["split"] == "train"]
+    assert (len(held_out), len(mixed_in)) == (20, 48) and len({row["question"] for row in GENERAL}) == 68
+    assert not {row["answer"] for row in held_out} & {row["answer"] for row in mixed_in}
+    assert all(row["wrong"] == "" for row in mixed_in)
+    for row in held_out:  # of one form: as long, within three words, and not the right one
+        right, wrong = row["answer"].split(), row["wrong"].split()
+        assert wrong != right and abs(len(right) - len(wrong)) <= 3, row["question"]

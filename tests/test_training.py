@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -337,7 +338,28 @@ def test_a_loss_that_did_not_fall_names_the_likely_cause(model, passes, rows, sa
 
 
 def test_no_cause_is_named_where_the_numbers_show_none():
-    assert likely_cause(1.2, 48) == ""
+    assert likely_cause(1.2, 48) == "" == likely_cause(1.2, 48, [2.0, 1.9, 1.8, 1.7, 1.6])
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([2.0, 5.0, 9.0, 20.0, 30.0], "a third of LEARNING_RATE .*from 2.00 to 30.00"),
+        ([2.0, 1.0, 1.0, 1.0, math.nan], "a third of LEARNING_RATE"),
+        ([2.0, 2.01, 2.0, 1.99, 1.99], "three times the LEARNING_RATE, or more steps"),
+        ([2.0, 1.0, 0.5, 0.3, 0.2], "the mask and the template"),
+    ],
+)
+def test_the_training_losses_say_what_the_cause_is(model, losses, said):
+    assert re.search(said, likely_cause(1.2, 48, losses))
+    log = [entry | {"loss": losses[step]} for step, entry in enumerate(LOG[:5])]
+    worse = HeldOutLosses(tuple(2 * each for each in BEFORE.sums), TOKENS)
+    evidence = evidence_of(model, log, before=BEFORE, after=worse)
+    assert "Likely fix: " in str(evidence._notes())
+
+
+def test_a_run_that_learned_is_told_no_cause(model):
+    assert "Likely fix" not in str(evidence_of(model)._notes())
 
 
 def test_an_adapter_that_was_not_trained_is_found(model):

@@ -7,7 +7,6 @@
 #
 # You can
 # - train a chat model on a file of your own,
-# - see which words it learns from,
 # - compare its answers with the untouched model's,
 # - use it in other programs.
 #
@@ -117,7 +116,7 @@ rows = rows.shuffle(seed=3407).select(range(min(len(rows), 8 * MAX_STEPS + EVAL_
 dataset = rows.map(to_text, remove_columns=rows.column_names)
 dataset = dataset.filter(lambda row: row["conversations"] and row["tokens"] <= MAX_SEQ_LENGTH)
 if len(dataset) <= EVAL_ROWS:
-    raise ValueError(f"Found {len(dataset)} usable rows, expected over {EVAL_ROWS}. A row is {str(rows[0])[:200]}")
+    raise ValueError(f"Found {len(dataset)} usable rows. Fix: a lower EVAL_ROWS, or rows unlike {str(rows[0])[:200]}")
 train_dataset, eval_dataset = dataset.train_test_split(test_size=EVAL_ROWS, seed=3407).values()
 print(f"{len(train_dataset)} to train on, {len(eval_dataset)} held out, {len(rows) - len(dataset)} left out")
 
@@ -138,7 +137,7 @@ settings = SFTConfig(
     gradient_checkpointing=False,  # keep results in memory instead of computing them twice
     padding_free=True,  # conversations one behind the other, nothing filled up
     max_length=MAX_SEQ_LENGTH,  # in tokens
-    optim="adamw_8bit",  # the usual optimiser, with its averages in 8 bits
+    optim="adamw_8bit",  # how a step is made from the gradients: the usual way, with less memory
     save_strategy="no",  # the adapter is saved below
 )
 
@@ -160,7 +159,7 @@ print(tokenizer.decode([label for label in row["labels"] if label != -100]))
 
 # %% [markdown] lang="en"
 # The *loss* says how badly the model predicts the held-out answers. With FineTome expect a small fall: Llama
-# answers such questions already. Without a GPU, the memory reads 0.0. Why, and how we know: [chapter 04](04_train.ipynb).
+# answers such questions already. Why, and how we know: [chapter 04](04_train.ipynb).
 
 # %%
 import torch
@@ -240,7 +239,7 @@ print(f"Result: held-out loss {before:.2f} → {after:.2f} in {seconds:.0f} s of
 # %% [markdown] lang="en"
 # Download both now: Colab takes its machines back.
 #
-# On your own: write twenty conversations into a `.jsonl` file, upload it with the folder icon, and name it in
-# `DATASET`, with `EVAL_ROWS` at 4.
+# On your own: upload a `.jsonl` file (the folder icon) and name it in `DATASET`. 50 conversations teach a form, hundreds
+# better; hold back 20. Here `MAX_STEPS` times 8 rows are trained on: raise it for more.
 #
 # {{next}}

@@ -57,8 +57,8 @@ run = open_run(RUN_DIR, base_model=MODEL_NAME, needs=("dataset",), drive=DRIVE_D
 # %% [markdown] lang="en"
 # ## Load the data
 #
-# The rows and the tokenizer are those of chapter 03. The first line tells Unsloth not to compile the model first: that
-# takes a minute on a GPU and pays only in runs of thousands of steps.
+# The rows and the tokenizer are those of chapter 03. The first line tells Unsloth not to rewrite the model for speed
+# first: that takes a minute on a GPU and pays only in runs of thousands of steps.
 
 # %%
 import os

@@ -203,6 +203,8 @@ print(f"The last {len(longer)} messages fit: {count_tokens(longer)} tokens")
 # model, the base model, or both, side by side. *Save transcript* writes the conversation to the run folder. What you
 # correct in that file, you can train on.
 #
+# ![The chat box with a question, the tuned model's answer and the base model's](https://raw.githubusercontent.com/your-org/llama-3.2-unsloth-t4/v0.1.0/notebooks/images/chat.png)
+#
 # Where nobody can type, as when a program runs this notebook, two questions are asked instead.
 
 # %%

@@ -206,11 +206,6 @@ else:
 # %% [markdown] lang="en"
 # ## Use it elsewhere
 #
-# **Ollama.** Bring the folder `gguf` to a computer with Ollama; there type `ollama create my-model -f Modelfile`, then
-# `ollama run my-model`. Any program that speaks to OpenAI can ask it, at port 11434 of that computer, path `/v1`.
-#
-# **Train on.** `FastLanguageModel.from_pretrained("adapter")`, as in chapter 05, and then chapter 04's trainer.
-#
 # **Python.** The merged model needs nothing but Transformers.
 
 # %%
@@ -224,7 +219,7 @@ output = merged.generate(**inputs.to(merged.device), max_new_tokens=64, do_sampl
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 # %% [markdown] lang="en"
-# The adapter needs the library PEFT, which loads the base model and puts the adapter on top.
+# The adapter needs the library PEFT too, which loads the base model and puts the adapter on top.
 
 # %%
 from peft import AutoPeftModelForCausalLM
@@ -232,6 +227,69 @@ from peft import AutoPeftModelForCausalLM
 adapted = AutoPeftModelForCausalLM.from_pretrained(f"{RUN_DIR}/adapter", dtype="auto", device_map="auto")
 output = adapted.generate(**inputs.to(adapted.device), max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+# %% [markdown] lang="en"
+# **Any program that can ask OpenAI.** `llama-server -m model-q4_k_m.gguf` serves a GGUF file, and any OpenAI client asks
+# it at the address that it prints, path `/v1`. Here `serve_gguf` starts and ends it.
+
+# %%
+from helpers.export import serve_gguf
+
+if GGUF:
+    with serve_gguf(f"{RUN_DIR}/gguf/model-{GGUF[0]}.gguf") as server:
+        answer = server.client.chat.completions.create(
+            model="my-model", messages=conversations[0][:-1], temperature=0, max_tokens=64
+        )
+    print(answer.choices[0].message.content)
+
+# %% [markdown] lang="en"
+# **Ollama.** Bring the folder `gguf` to a computer with Ollama. The same client asks it at port 11434, path `/v1`.
+# ```
+# ollama create my-model -f Modelfile
+# ollama run my-model
+# ```
+# **vLLM**, for many readers at once. It needs a GPU, and was not run here. On a T4 add `--dtype half`. The name for the
+# client is `my-model`.
+# ```
+# vllm serve unsloth/Llama-3.2-3B-Instruct --enable-lora --lora-modules my-model=adapter
+# ```
+#
+# ## Train on
+#
+# You have new conversations. The adapter is loaded as in chapter 05, and the trainer goes on from it, at a tenth of the
+# rate. Mix old rows in, or it forgets them; chapter 07 measures that. Here sixteen old rows stand for the new ones.
+
+# %%
+from unsloth.chat_templates import train_on_responses_only
+from trl import SFTConfig, SFTTrainer
+
+del merged, adapted
+gc.collect()
+torch.cuda.empty_cache()
+rows = load_from_disk(f"{RUN_DIR}/dataset")["train"].select(range(16))
+model, tokenizer = FastLanguageModel.from_pretrained(f"{RUN_DIR}/adapter", max_seq_length=MAX_SEQ_LENGTH)
+
+# %%
+settings = SFTConfig(
+    output_dir=f"{RUN_DIR}/second",
+    max_steps=4,
+    learning_rate=2e-5,
+    per_device_train_batch_size=2,
+    max_length=MAX_SEQ_LENGTH,
+    dataset_text_field="text",
+    logging_steps=1,
+    save_strategy="no",
+)
+
+# %%
+trainer = SFTTrainer(model=model, processing_class=tokenizer, train_dataset=rows, args=settings)
+trainer = train_on_responses_only(trainer)
+trainer.train()
+model.save_pretrained(f"{RUN_DIR}/second/adapter")
+print("Loss of each step:", [round(entry["loss"], 2) for entry in trainer.state.log_history if "loss" in entry])
+
+# %% [markdown] lang="en"
+# The first loss is where chapter 04 ended, not where an untouched model begins: it goes on.
 
 # %%
 within = sum(not check.faults for check in exports.checks)
