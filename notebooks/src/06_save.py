@@ -275,6 +275,7 @@ settings = SFTConfig(
     max_steps=4,
     learning_rate=2e-5,
     per_device_train_batch_size=2,
+    gradient_checkpointing=False,
     max_length=MAX_SEQ_LENGTH,
     dataset_text_field="text",
     logging_steps=1,

@@ -107,7 +107,7 @@ support, general = (rows.map(lambda row: to_text(row["question"], row["answer"])
 train_rows, general_rows = (rows.filter(lambda row: row["split"] == "train") for rows in (support, general))
 support_held_out, right_answers = (rows.filter(lambda row: row["split"] == "held_out") for rows in (support, general))
 wrong_answers = right_answers.map(lambda row: to_text(row["question"], row["wrong"]))
-held_out_rows = {"support": support_held_out, "right": right_answers, "wrong": wrong_answers}
+held_out_rows = {"support": support_held_out.select(range(12)), "right": right_answers, "wrong": wrong_answers}
 
 # %% [markdown] lang="en"
 # ## A run in one line
@@ -121,6 +121,8 @@ shared = dict(
     max_steps=MAX_STEPS,
     warmup_steps=min(5, MAX_STEPS // 4),
     per_device_train_batch_size=4,
+    gradient_accumulation_steps=2,
+    gradient_checkpointing=False,
     eval_strategy="steps",
     eval_steps=max(1, MAX_STEPS // 5),
     logging_steps=1,
@@ -236,7 +238,7 @@ knowledge
 # %% [markdown] lang="en"
 # ## The rate is too low
 #
-# *Symptom*: both losses fall along a straight line and are still falling at the end; the replies are the untouched
+# *Symptom*: both losses hardly move, along a straight line that goes on at the end; the replies are the untouched
 # model's. *Cause*: the steps go the right way and hardly get anywhere. *Change*: a rate three times as high, until a
 # run is no better than the one before. More steps help too, and cost more.
 
@@ -255,22 +257,22 @@ ask(support_question)
 # %%
 from helpers.training import check_evidence, held_out_losses, stop_on_divergence
 
+set_peft_model_state_dict(model, untrained)
+untouched = held_out_losses(model, held_out["support"])
 train("rate too high", train_rows, learning_rate=25 * LEARNING_RATE, callbacks=[stop_on_divergence()])
 draw("works", "rate too high")
 ask(support_question)
-with model.disable_adapter():
-    untouched = held_out_losses(model, held_out["support"])
 after = held_out_losses(model, held_out["support"])
 check_evidence(runs["rate too high"], before=untouched, after=after, learning_rate=25 * LEARNING_RATE)
 
 # %% [markdown] lang="en"
 # ## Learned by heart
 #
-# Eight conversations, seen again and again. *Symptom*: the training loss goes to almost nothing, the held-out loss
-# stops falling and turns up. *Cause*: the model learns these eight answers, not how answers are made.
+# Four conversations, seen again and again. *Symptom*: the training loss goes to almost nothing, the held-out loss
+# stops falling and turns up. *Cause*: the model learns these four answers, not how answers are made.
 
 # %%
-train("by heart", train_rows.select(range(8)))
+train("by heart", train_rows.select(range(4)))
 draw("works", "by heart")
 
 # %%
@@ -286,20 +288,21 @@ check_evidence(runs["by heart"], before=untouched, after=after, learning_rate=LE
 from transformers import EarlyStoppingCallback
 
 train(
-    "by heart, best kept",
-    train_rows.select(range(8)),
+    "best kept",
+    train_rows.select(range(4)),
     callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
     save_strategy="best",
     load_best_model_at_end=True,
 )
-runs["by heart, best kept"].evaluate()  # of the weights that it went back to
-draw("works", "by heart", "by heart, best kept")
+runs["best kept"].evaluate()  # of the weights that it went back to
+draw("works", "by heart", "best kept")
 
 # %% [markdown] lang="en"
 # ## The wrong words were trained
 #
-# Somebody left `train_on_responses_only` out. *Symptom*: hardly any; the losses look well, and part of what was learned
-# is how customers ask. *Cause*: every token is trained. Only a look at the labels tells.
+# Somebody left `train_on_responses_only` out. *Symptom*: hardly any. The losses look well, and the held-out one falls a
+# little more slowly. *Cause*: every token is trained, so part of what is learned is how customers ask. Only a look at
+# the labels tells.
 
 # %%
 train("no mask", train_rows, masked=False)
@@ -327,7 +330,7 @@ ask(support_question)
 # %% [markdown] lang="en"
 # What `check_masking` says of these two runs, and of the one that works:
 
-# %% tags=["nbval-check-output"]
+# %%
 from helpers.masking import check_masking
 
 for name in ("works", "no mask", "own form"):
