@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hub import serve_hub
 
-from helpers.export.card import CardError, check_model_card, hub_name, make_model_card
+from helpers.export.card import CardError, check_model_card, hub_name, languages_of, make_model_card
 from helpers.export.publish import hub_files
 from helpers.handoff.run import HandoffError, open_run
 
@@ -262,3 +262,37 @@ def test_a_card_that_the_hub_refuses_stops_before_anything_is_uploaded(run, hub)
     done = published(hub, run, "---\nlicense: mit\n---\n# Mine\n")
     assert done.returncode != 0 and "the Hub says no" in done.stderr
     assert [path for path, _, body in hub.requests if body] == ["/api/repos/create", "/api/validate-yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "languages"),
+    [
+        ("Keep the vents free, and wait for an hour. It is not broken.", ["en"]),
+        ("Halten Sie die Schlitze frei und warten Sie eine Stunde. Das Gerät ist nicht kaputt.", ["de"]),
+        ("Gardez les fentes libres et attendez une heure. Il est dans la boîte.", ["fr"]),
+        ("Deje las ranuras libres y espere una hora. El aparato no es el problema que ve.", ["es"]),
+        ("请保持通风口畅通，等待一小时。Wi-Fi", ["zh"]),
+        ("通気口をふさがないでください。一時間お待ちください。", ["ja"]),
+        ("통풍구를 막지 말고 한 시간 기다리세요.", ["ko"]),
+        ("Gdzie jest instrukcja? Proszę sprawdzić pudełko i numer seryjny urządzenia.", []),
+        ("Оставьте отверстия открытыми.", []),  # one of several languages in these letters
+        ("def f(x): return x + 1", []),
+        ("42 %", []),
+        ("", []),
+    ],
+)
+def test_the_language_is_that_of_the_text_or_left_out(text, languages):
+    assert languages_of([text]) == languages == languages_of(text.split())
+
+
+def test_the_card_names_the_language_of_the_held_out_answers(run):
+    from datasets import Dataset, DatasetDict
+    from huggingface_hub import ModelCard
+
+    assert not ModelCard(card(run)).data.language  # the data are not in the folder any more
+    answer = "Halten Sie die Schlitze frei und warten Sie eine Stunde. Das Gerät ist nicht kaputt."
+    turns = [{"role": "user", "content": "What is the matter?"}, {"role": "assistant", "content": answer}]
+    rows = Dataset.from_list([{"conversations": turns}])
+    with run.write("dataset") as folder:
+        DatasetDict(train=rows, held_out=rows).save_to_disk(folder)
+    assert ModelCard(card(run)).data.language == ["de"]

@@ -115,5 +115,7 @@ def test_a_file_is_split_and_what_cannot_be_used_is_left_out(ending, text_cell, 
     assert (len(made["train_dataset"]), len(made["eval_dataset"])) == (34, 4)
     texts = [*made["train_dataset"]["text"], *made["eval_dataset"]["text"]]
     assert len(set(texts)) == 38 and not any("Why 7?" in text or "Why 8?" in text for text in texts)
-    with pytest.raises(ValueError, match=r"^Found 38 usable rows. Fix: a lower EVAL_ROWS, or rows unlike \{'question': 'Why"):
+    with pytest.raises(
+        ValueError, match=r"^Found 38 usable rows. Fix: a lower EVAL_ROWS, or rows unlike \{'question': 'Why"
+    ):
         run("train_test_split", EVAL_ROWS=38, **choices)

@@ -257,11 +257,11 @@ def _table_turns(value: Mapping, form: Form) -> list[Turn]:
         for column in form.columns:
             turns += [_turn(turn, number) for number, turn in enumerate(_nonempty(_list_of(value.get(column))))]
         return turns
-    texts = [value.get(name) for name in asked]
-    texts = texts[:1] + [text for text in texts[1:] if text not in (None, "")]
-    wrong = next((text for text in texts if not isinstance(text, str)), None)
-    question = wrong if len(texts) == 1 or wrong is not None else "\n\n".join(texts)
-    question = texts[0] if len(texts) == 1 else question
+    question, *more = (value.get(name) for name in asked)
+    more = [text for text in more if text not in (None, "")]
+    if more:  # a part that is no text is told as it is
+        wrong = [text for text in (question, *more) if not isinstance(text, str)]
+        question = wrong[0] if wrong else "\n\n".join([question, *more])
     return [*turns, Turn("user", question, f"`{asked[0]}`"), Turn("assistant", value.get(answer), f"`{answer}`")]
 
 

@@ -1,6 +1,9 @@
 """The model card, from what the run recorded."""
 
-from collections.abc import Mapping
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,18 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")""",
     "gguf": """ollama create my-model -f Modelfile
 ollama run my-model""",
 }
+# A script that one language of the many readers has to itself, and the words that a text in Latin letters is known by.
+SCRIPTS = {"HIRAGANA": "ja", "KATAKANA": "ja", "CJK": "zh", "HANGUL": "ko", "GREEK": "el", "HEBREW": "he", "THAI": "th"}
+COMMON_WORDS = {
+    "en": "the and is of to you it that for with this not",
+    "de": "der die das und ist nicht ein eine zu mit sie den",
+    "fr": "le la les et est des un une vous pas pour que",
+    "es": "el los las es un una que por para con del su",
+    "it": "il di che è un una per non con della sono si",
+    "pt": "o os as é um uma que não para com você do",
+    "nl": "de het een en is van niet dat voor met je zijn",
+}
+SURE = 0.05  # of a text's words are among the common ones of its language; 15 to 30 % are usual
 LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "llama.cpp"}
 
 
@@ -43,6 +58,28 @@ def hub_name(base_model: str) -> str:
     """
     folder = base_model.startswith(("/", ".", "~")) or Path(base_model).is_dir()
     return base_model if base_model.count("/") == 1 and not folder else ""
+
+
+def languages_of(texts: Iterable[str]) -> list[str]:
+    """The language that texts are in, as ISO 639-1 names it; none where it is not plain.
+
+    By the letters where a script is one language's alone, else by the commonest words: those of one language must be
+    `SURE` of all words, and twice as many as those of any other.
+
+    Example: ["Wo ist das Handbuch?", "Sie finden es mit dem Gerät."] -> ["de"]
+    """
+    text = " ".join(texts).lower()
+    scripts = Counter(unicodedata.name(letter, "").partition(" ")[0] for letter in text if letter.isalpha())
+    letters = scripts.total()
+    foreign = Counter({name: scripts[script] for script, name in SCRIPTS.items() if scripts[script]})
+    if "ja" in foreign and foreign["ja"] > 0.1 * letters:  # kanji beside kana
+        return ["ja"]
+    if foreign and foreign.most_common(1)[0][1] > 0.5 * letters:
+        return [foreign.most_common(1)[0][0]]
+    words = re.findall(r"[^\W\d_]+", text)
+    shares = {name: sum(word in set(common.split()) for word in words) for name, common in COMMON_WORDS.items()}
+    (name, most), (_, next_most) = Counter(shares).most_common(2)
+    return [name] if most > SURE * len(words) and most >= 2 * next_most else []
 
 
 def make_model_card(run: Run, *, form: str, name: str, base_model: str, exports: Any = None) -> str:
@@ -68,7 +105,7 @@ def make_model_card(run: Run, *, form: str, name: str, base_model: str, exports:
     metrics = _metrics(report)
     place, title = name if "/" in name else f"./{form}", name.rpartition("/")[2]
     card = ModelCard.from_template(
-        _header(report, metrics, title=title, form=form, licence=licence, hub=hub_name(base_model)),
+        _header(report, metrics, _answers(run), title=title, form=form, licence=licence, hub=hub_name(base_model)),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         title=title,
         base=base,
@@ -91,7 +128,19 @@ def _metrics(report: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     return metrics + [(label, report[key]["before"], report[key]["after"]) for label, key in counted if report.get(key)]
 
 
-def _header(report: Mapping[str, Any], metrics: list, *, title: str, form: str, licence: str, hub: str) -> Any:
+def _answers(run: Run) -> list[str]:
+    """The held-out answers, or none where the run folder has no data any more."""
+    from datasets import load_from_disk
+
+    if not (run.path / "dataset").is_dir():
+        return []
+    held_out = load_from_disk(str(run.path / "dataset"))["held_out"]["conversations"]
+    return [turn["content"] for turns in held_out for turn in turns if turn["role"] == "assistant"]
+
+
+def _header(
+    report: Mapping[str, Any], metrics: list, answers: list[str], *, title: str, form: str, licence: str, hub: str
+) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
     data_name = report["data"]["dataset"]
@@ -112,7 +161,7 @@ def _header(report: Mapping[str, Any], metrics: list, *, title: str, form: str, 
         library_name=LIBRARIES[form],
         license=licence,
         license_name="see-the-base-model" if licence == "other" else None,
-        language=["en"],
+        language=languages_of(answers) or None,
         pipeline_tag="text-generation",
         tags=["unsloth", "lora", "conversational"],
         eval_results=results,

@@ -150,23 +150,21 @@ print(f"Result: {trainable:,} numbers are trained, {100 * trainable / total:.1f}
 # %% [markdown] lang="en"
 # ## Which rank, which model
 #
-# Begin with `r=16` and `lora_alpha=16`. Double both where chapter 04's held-out loss stays high and more steps do not
-# help; a form or a tone [needs little](https://arxiv.org/abs/2106.09685).
+# Begin with `r=16` and `lora_alpha=16`. Double both where chapter 04 learns too little and more steps do not help; a form or a tone [needs little](https://arxiv.org/abs/2106.09685).
 #
 # | | 1B | 3B |
 # |---|---|---|
 # | general knowledge, [MMLU](https://huggingface.co/meta-llama/Llama-3.2-3B-Instruct) | 49 % | 63 % |
-# | time of a step | 1 | 1.6 to 2 |
+# | time of a step | 1 | 1.6 to 2 times that |
 # | file for a laptop | 0.8 GB | 2 GB |
 #
-# Try your data on the 1B first; take the 3B where its replies are not good enough.
+# Try the 1B first, and the 3B where its replies are not good enough.
 
 # %% [markdown] lang="en"
 # ## Where you are
 #
 # You have seen the two calls that every fine-tuning with Unsloth begins with.
 #
-# On your own: set `r=64` and look at the counts. Leave the three feed-forward modules out and see how many of the
-# trained numbers were theirs.
+# On your own: leave the three feed-forward modules out and see how many of the trained numbers were theirs.
 #
 # {{next}}

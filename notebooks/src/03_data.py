@@ -20,11 +20,12 @@
 
 # %% [markdown] lang="en"
 # `DATASET` is a file of your own, a folder, or the name of a data set on the Hub. The default is a file of 528 short
-# support conversations of an invented company. On them you will *see* what training does: every answer has the same
-# three lines. `"mlabonne/FineTome-100k"`, general questions and answers, is another choice.
+# support conversations of an invented company. On them you will *see* what training does: almost every answer has the
+# same three lines. `"mlabonne/FineTome-100k"`, general questions and answers, is another choice.
 #
-# `COLUMNS` stays empty until a message asks for it. `ROWS` conversations are read, and `EVAL_ROWS` of them held out.
-# `CHAT_TEMPLATE` is a name that Unsloth knows; empty means the model's own. `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` are as in chapter 02.
+# `COLUMNS` stays empty until a message asks for it, as for `"Frage, Antwort"`. `ROWS` conversations are read, and
+# `EVAL_ROWS` of them held out. `CHAT_TEMPLATE` is a name that Unsloth knows; empty means the model's own. `MODEL_NAME`,
+# `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` are as in chapter 02.
 #
 # `RUN_DIR` is the folder through which chapters hand their results on. It ends with a Colab machine, unless
 # `DRIVE_DIR` names a folder on your Google Drive that gets a copy.
@@ -150,7 +151,7 @@ conversation_report
 dataset[0]["conversations"]
 
 # %% [markdown] lang="en"
-# Try it on a mistake. Somebody swapped the roles of the second row, and the third has no answer. Change them, run the
+# Try it on a mistake. Somebody swapped the roles in row 1, counted from 0, and row 2 has no answer. Change them, run the
 # cell again, and see what it finds.
 
 # %% tags=["nbval-check-output"]
@@ -176,6 +177,7 @@ bos = tokenizer.bos_token if tokenizer("").input_ids else ""  # what the tokeniz
 def to_text(row):
     turns = [{"role": turn["role"], "content": turn["content"].strip()} for turn in row["conversations"]]
     return {"text": tokenizer.apply_chat_template(turns, tokenize=False).removeprefix(bos)}
+
 
 # %% tags=["nbval-check-output"]
 dataset = dataset.map(to_text)
@@ -203,7 +205,7 @@ plt.show()
 # The *loss* says how badly a model predicts a text. On text that it was trained on, a low loss proves nothing. The
 # held-out rows are never trained on; chapter 04 measures them before and after.
 #
-# The support conversations bring their own split: no product that is held out occurs in training. Other data are split
+# The support conversations bring their own split: no held-out question occurs in training. Other data are split
 # at random, at most a fifth held out.
 
 # %%
@@ -225,8 +227,8 @@ print(f"{len(train_dataset)} conversations to train on, {len(eval_dataset)} held
 # | tasks of many kinds | [1,000](https://arxiv.org/abs/2305.11206) and more |
 # | new facts | write them into the prompt: training [teaches them badly](https://arxiv.org/abs/2405.05904) |
 #
-# Hold back 20 or more. Where 10 of 20 replies are right, 30 to 70 % could be; of 100 replies, 40 to 60 %.
-# Of 5,000 rows, `ROWS` reads 2,000, and 60 steps of chapter 04 train on 480; its `EPOCHS` trains on all.
+# Hold back 20 or more. Where 10 of 20 replies are right, the true share may be 30 to 70 %; with 50 of 100, 40 to 60 %.
+# Of 5,000 rows, `ROWS` reads 2,000, and chapter 04's 60 steps train on 480: raise `ROWS`, and set its `EPOCHS`.
 # Chapter 07 measures what a model forgets, and mixes general rows in.
 
 # %% [markdown] lang="en"

@@ -136,6 +136,7 @@ model = FastLanguageModel.get_peft_model(
 # likely token each time, which makes the two comparable. `for_inference` and `for_training` switch Unsloth between
 # asking and training.
 
+
 # %%
 def ask(conversations):
     FastLanguageModel.for_inference(model)
@@ -212,7 +213,8 @@ trainer = train_on_responses_only(trainer)
 print(f"{len(train_dataset) - len(trainer.train_dataset)} rows dropped because nothing in them would be trained")
 
 # %% [markdown] lang="en"
-# One row, decoded: first all that the model reads, then only what it is trained to write.
+# One row, decoded: first all that the model reads, then only what it is trained to write. A second
+# end token is the trainer's, untrained.
 
 # %% tags=["nbval-check-output"]
 row = trainer.train_dataset[0]
@@ -246,9 +248,9 @@ show_masking(unmasked, tokenizer=tokenizer)
 # ## Measure before training
 #
 # This is the loss on the held-out answers. A token's loss is −ln of the probability that the model gave to it: 0 if it
-# was certain. *Perplexity* is e to the mean loss: at 128 the model is as unsure as between 128 equally likely tokens.
+# was certain. *Perplexity* is e to the mean loss: at 100 the model is as unsure as between 100 equally likely tokens.
 #
-# Had other conversations been held out, the mean would lie in the interval 95 times of 100.
+# The interval holds the mean of all such conversations, 95 times of 100.
 
 # %%
 from helpers.training import held_out_losses
@@ -330,6 +332,7 @@ for question, before, after in pairs[:4]:
 # Reading four replies is an impression; counting all of them is a result. The support conversations say for each
 # question which product it is about and what the right help contains. Other data do not, and are not counted.
 
+
 # %%
 def judge(reply, row):
     lines = reply.strip().split("\n")
@@ -369,8 +372,8 @@ report = write_report(
 )
 
 # %% [markdown] lang="en"
-# A claim that does not hold stops the chapter here. The report names it, and the adapter is saved either way. From here
-# on, running this chapter again trains a new one.
+# A claim that does not hold stops the chapter here. The report names it, the adapter is saved either way, and
+# [chapter 07](07_when_it_goes_wrong.ipynb) shows what to change. From here on, running this chapter again trains a new one.
 
 # %%
 checkpoints.hand_over()
@@ -395,6 +398,6 @@ print(f"Result: {figure}")
 # In practice: 1e-4 to 5e-4 suits Llama with LoRA, about
 # [ten times](https://thinkingmachines.ai/blog/lora/) what training all weights takes. Where the loss is still falling
 # in a straight line at the end, take three times the rate; where it jumps, a third. Where the held-out loss rises
-# again, set `KEEP_BEST`, or take more conversations. [Chapter 07](07_when_it_goes_wrong.ipynb) shows each of these runs.
+# again, set `KEEP_BEST`, or take more conversations. The loss that it keeps is a little too good, since it was chosen. [Chapter 07](07_when_it_goes_wrong.ipynb) shows each of these runs.
 #
 # {{next}}

@@ -245,10 +245,11 @@ if GGUF:
 # %% [markdown] lang="en"
 # **Ollama.** Bring the folder `gguf` to a computer with Ollama. The same client asks it at port 11434, path `/v1`.
 # ```
+# cd gguf
 # ollama create my-model -f Modelfile
 # ollama run my-model
 # ```
-# **vLLM**, for many readers at once. It needs a GPU, and was not run here. On a T4 add `--dtype half`. The name for the
+# **vLLM**, for many users at once. It needs a GPU, and was not run here. On a T4 add `--dtype half`. The name for the
 # client is `my-model`.
 # ```
 # vllm serve unsloth/Llama-3.2-3B-Instruct --enable-lora --lora-modules my-model=adapter
@@ -257,7 +258,8 @@ if GGUF:
 # ## Train on
 #
 # You have new conversations. The adapter is loaded as in chapter 05, and the trainer goes on from it, at a tenth of the
-# rate. Mix old rows in, or it forgets them; chapter 07 measures that. Here sixteen old rows stand for the new ones.
+# rate. For the new ones run chapter 03 with another `RUN_DIR`, and load that folder's `dataset`. Mix old rows in, or it
+# forgets them. Here sixteen old rows stand for the new ones.
 
 # %%
 from unsloth.chat_templates import train_on_responses_only

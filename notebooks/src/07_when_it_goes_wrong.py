@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/07_when_it_goes_wrong.ipynb)
 #
-# At the end you have seen six ways in which a training run fails, and the run after the one change that mends it.
+# At the end you have seen six ways in which a training run fails, each beside a run that works.
 #
 # You can
 # - tell a learning rate that is too low from one that is too high,
@@ -19,7 +19,7 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# `DATASET` is the file to train on, `GENERAL` one of general questions. `MAX_STEPS` and `LEARNING_RATE` are as in
+# `DATASET` and `GENERAL` are files of this series; others need the same columns. `MAX_STEPS` and `LEARNING_RATE` are as in
 # chapter 04, `CHAT_TEMPLATE` and `RUN_DIR` as in chapter 03, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and
 # `USE_MODELSCOPE` as in chapter 02. Here the model is the 1B, which trains faster.
 
@@ -155,13 +155,13 @@ before = trainer.evaluate(held_out["support"])["eval_loss"]
 
 def train(name, rows, masked=True, markers=None, **changes):
     set_peft_model_state_dict(model, untrained)  # begin at the base model again
-    runs[name] = trainer = new_trainer(rows, rows.select(range(4)), **changes)
+    runs[name] = trainer = new_trainer(rows, rows.select(range(4)), **changes)  # held-out rows follow below
     if masked:
         train_on_responses_only(trainer, **(markers or {}))
     trainer.eval_dataset = held_out["support"]
     try:
         trainer.train()
-    except ValueError as error:
+    except ValueError as error:  # a run that stop_on_divergence ended
         print(error)
 
 
@@ -211,7 +211,8 @@ ask(support_question)
 
 # %% [markdown] lang="en"
 # How much did it forget? A model knows an answer if it finds the right one likelier, token for token, than the wrong
-# one. The loss of the right answers says how likely. For the untouched model the adapter is switched off.
+# one; by guessing it would know 10 of 20. The loss of the right answers says how likely they are. For the untouched
+# model the adapter is switched off.
 
 # %%
 import torch
@@ -233,14 +234,15 @@ def ask_general():
 with model.disable_adapter():
     knowledge = {"untouched": ask_general()}
 knowledge["works"] = ask_general()
+ask(right_answers[0]["question"])
 knowledge
 
 # %% [markdown] lang="en"
 # ## The rate is too low
 #
-# *Symptom*: both losses hardly move, along a straight line that goes on at the end; the replies are the untouched
-# model's. *Cause*: the steps go the right way and hardly get anywhere. *Change*: a rate three times as high, until a
-# run is no better than the one before. More steps help too, and cost more.
+# *Symptom*: both losses hardly move, by a few hundredths of what they were, and the replies are the untouched model's.
+# *Cause*: the steps go the right way and hardly get anywhere. *Change*: a rate three times as high, until a run is no
+# better than the one before. More steps help too, and cost more.
 
 # %%
 train("rate too low", train_rows, learning_rate=LEARNING_RATE / 100)
@@ -250,9 +252,9 @@ ask(support_question)
 # %% [markdown] lang="en"
 # ## The rate is too high
 #
-# *Symptom*: the loss jumps, and rises above where it began; the replies are nonsense, or one word again and again.
-# *Cause*: each step goes too far, and the next one starts from somewhere worse. *Change*: a third of the rate. A run
-# that diverged is lost, so `stop_on_divergence` ends it.
+# *Symptom*: the loss rises above where it began, and stays there; the replies are nonsense, or one word again and again.
+# *Cause*: each step goes too far, and the next one starts from somewhere worse. *Change*: a third of the rate, and again
+# until it falls. A run that diverged is lost, so `stop_on_divergence` ends it.
 
 # %%
 from helpers.training import check_evidence, held_out_losses, stop_on_divergence
@@ -269,7 +271,8 @@ check_evidence(runs["rate too high"], before=untouched, after=after, learning_ra
 # ## Learned by heart
 #
 # Four conversations, seen again and again. *Symptom*: the training loss goes to almost nothing, the held-out loss
-# stops falling and turns up. *Cause*: the model learns these four answers, not how answers are made.
+# stops falling and turns up. *Cause*: the model learns these four answers, not how answers are made. Ten passes over
+# few rows are enough for that. In chapter 04 `KEEP_BEST` measures often enough for you to see it.
 
 # %%
 train("by heart", train_rows.select(range(4)))
@@ -281,8 +284,8 @@ check_evidence(runs["by heart"], before=untouched, after=after, learning_rate=LE
 
 # %% [markdown] lang="en"
 # *Change*: more conversations, as in the run that works. Where there are none, stop in time.
-# `EarlyStoppingCallback` ends a run whose held-out loss was worse twice in a row, and `load_best_model_at_end` goes
-# back to where it was lowest. In chapter 04 `KEEP_BEST` does both.
+# `EarlyStoppingCallback` ends a run whose held-out loss found no new lowest twice in a row, and
+# `load_best_model_at_end` goes back to where it was lowest. In chapter 04 `KEEP_BEST` does both.
 
 # %%
 from transformers import EarlyStoppingCallback
@@ -313,8 +316,9 @@ draw("works", "no mask")
 #
 # ## The wrong form was trained
 #
-# Somebody wrote the conversations in a form of their own. *Symptom*: the training loss falls as it should. The held-out
-# loss, measured in the form in which the model is asked, falls less, and replies may run on. *Cause*: two dialects.
+# Somebody wrote the conversations in a form of their own. *Symptom*: in a run of yours both losses fall, because the
+# held-out rows have that form too; replies may run on, or miss the style. Here the held-out loss is measured in the form
+# in which the model is asked, and falls less. *Cause*: two dialects.
 
 
 # %%
@@ -345,16 +349,16 @@ for name in ("works", "no mask", "own form"):
 #
 # ## It forgot what it knew
 #
-# *Symptom*: the held-out loss is fine, and questions about anything else get a support reply. *Cause*: nothing in the
-# training said that other questions exist. *Change*: mix other conversations in. Here general questions are a tenth
-# of all rows, then three tenths; none of them is one of the 20.
+# *Symptom*: the held-out loss is fine, and questions about anything else get a support reply, as the capital of France
+# did above. *Cause*: nothing in the training said that other questions exist. *Change*: mix other conversations in. Here
+# general questions are a tenth of all rows, then three tenths; none of them is one of the 20.
 
 # %%
 from datasets import concatenate_datasets
 
 for name, share in (("10 % general", 0.1), ("30 % general", 0.3)):
     count = round(len(train_rows) * share / (1 - share))
-    mixed_in = concatenate_datasets([general_rows, general_rows]).select(range(count))
+    mixed_in = concatenate_datasets([general_rows, general_rows]).select(range(count))  # 48 rows, some twice
     train(name, concatenate_datasets([train_rows, mixed_in]).shuffle(seed=3407))
     knowledge[name] = ask_general()
     ask(right_answers[0]["question"])
@@ -365,22 +369,22 @@ for name, result in knowledge.items():
 
 # %% [markdown] lang="en"
 # The general rows cost steps: with as many steps in all, fewer of them teach the support form. What is mixed in should
-# look like what the model must not lose. For Llama take rows of FineTome, or the model's own answers to
-# questions of yours.
+# look like what the model must not lose: add rows of FineTome to your file, or the model's own answers to questions of
+# yours. Ask five such questions before and after.
 #
 # ## From symptom to change
 #
 # | what you see | the likely cause | what to change |
 # |---|---|---|
-# | both losses fall in a straight line to the end | rate too low | three times the rate; then more steps |
-# | the loss jumps, or rises above its start | rate too high | a third of the rate |
+# | both losses hardly move | rate too low | three times the rate; then more steps |
+# | the loss rises above its start and stays there | rate too high | a third of the rate |
 # | training loss near 0, held-out loss rises | learned by heart | more conversations; fewer steps; `KEEP_BEST` |
-# | the losses look well, the model asks questions itself | no mask | `train_on_responses_only` |
-# | training loss falls, held-out loss does not | wrong form | the chat template |
+# | `check_masking` stops chapter 04: no labels, or a user's words trained | no mask | `train_on_responses_only` |
+# | `check_masking` stops chapter 04: a BOS token, or other turns | wrong form | the chat template of chapter 03 |
 # | other questions get your form as well | forgetting | 10 to 30 % other conversations |
 
 # %%
-logs = {name: trainer.state.log_history for name, trainer in runs.items() if name != "rate too high"}
+logs = {name: trainer.state.log_history for name, trainer in runs.items() if name != "rate too high"}  # it ended early
 run.record(
     "07_when_it_goes_wrong",
     held_out_loss={
@@ -395,7 +399,7 @@ print(f"Result: of 20 general answers known: {', '.join(known)}")
 # %% [markdown] lang="en"
 # ## Where you are
 #
-# You have seen each fault once, and know which number shows it.
+# You have seen each fault once, and know what shows it.
 #
 # On your own: set `MAX_STEPS` to 60 and see which runs get better and which get worse. Mix in 1 % general rows.
 #

@@ -33,7 +33,7 @@ from typing import Any
 
 import helpers
 from helpers.base import ROOT, InputError, markdown_table, text_table
-from helpers.chapters import CHAPTER_NAMES
+from helpers.chapters import CHAPTER_NAMES, CHAPTERS
 from helpers.handoff.run import fingerprint, library_versions
 from tests.maintain.regress import BASELINES, Metrics, baseline_path, collect_metrics, judge, make_baseline
 from tests.maintain.repeat import code_fingerprint, heading
@@ -41,6 +41,7 @@ from tests.maintain.series import as_toml, read_parameter_file
 from tests.maintain.shown import compare_notebook
 
 WORK = ROOT / "runs" / "faults"
+LINKED = {chapter.name for chapter in CHAPTERS if chapter.needs or chapter.writes}  # a fault reaches these
 CONVERSATIONS = ROOT / "notebooks" / "data" / "support_conversations.jsonl"
 
 # fault: (the first chapter that it can touch, what is broken)
@@ -190,6 +191,8 @@ def plant(fault: str, *, good: Path, work: Path, parameters: Path) -> Caught:
         if not before.exists():
             raise HarnessError(f"{first} was not {BEFORE[fault]}")
     for chapter in CHAPTER_NAMES[CHAPTER_NAMES.index(first) :]:
+        if chapter != first and chapter not in LINKED:
+            continue
         unlinked(run_dir / "executed" / f"{chapter}.ipynb")
         unlinked(run_dir / "numbers" / f"{chapter}.json")
         run_chapter_with(fault, chapter, run_dir=run_dir, log=log, parameters=parameters)
