@@ -204,6 +204,14 @@ def test_what_lies_in_new_is_kept_whole(run):
     assert run.facts("adapter")["steps"] == 5 and run.facts("adapter")["template"] == "t"
 
 
+def test_a_chat_template_is_noted_by_its_fingerprint(run):
+    for template in ("{{ messages }}", "{{ messages }} "):
+        (run.path / "new" / "adapter").mkdir(parents=True)
+        (run.path / "new" / "adapter" / "a.bin").write_text("a")
+        run.keep("adapter", chat_template=template)
+        assert run.facts("adapter")["template"] == fingerprint(template)
+
+
 def test_nothing_is_kept_where_nothing_was_written_and_what_was_there_stays(run):
     write_adapter(run, "old")
     for missing in (lambda folder: None, lambda folder: folder.mkdir(parents=True)):

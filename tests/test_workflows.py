@@ -89,7 +89,7 @@ FAULTS = {
         ),
     },
     "jactionlint": {
-        "a job without a time limit": ("pull-request.yml", "    timeout-minutes: 60\n", "", "missing-timeout"),
+        "a job without a time limit": ("pull-request.yml", "    timeout-minutes: 80\n", "", "missing-timeout"),
         "an input that the action does not have": ("t4.yml", "python-version:", "python:", "action-input"),
         "a job that is not there": ("t4.yml", "needs: t4", "needs: t5", '"t5"'),
         "a step that is not there": ("image-drift.yml", r"steps\.check\.", "steps.chek.", '"chek"'),

@@ -132,9 +132,10 @@ def _answers(run: Run) -> list[str]:
     """The held-out answers, or none where the run folder has no data any more."""
     from datasets import load_from_disk
 
-    if not (run.path / "dataset").is_dir():
+    try:
+        held_out = load_from_disk(str(run.path / "dataset"))["held_out"]["conversations"]
+    except FileNotFoundError:
         return []
-    held_out = load_from_disk(str(run.path / "dataset"))["held_out"]["conversations"]
     return [turn["content"] for turns in held_out for turn in turns if turn["role"] == "assistant"]
 
 

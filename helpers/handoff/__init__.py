@@ -1,3 +1,3 @@
 """What one chapter hands to the next."""
 
-from helpers.handoff.run import fingerprint, open_run
+from helpers.handoff.run import open_run

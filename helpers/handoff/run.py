@@ -101,12 +101,13 @@ class Run:
             raise _missing(self, name)
         return entry
 
-    def keep(self, name: str, *, template: str = "", **facts: Any) -> Path:
+    def keep(self, name: str, *, template: str = "", chat_template: str = "", **facts: Any) -> Path:
         """Take what was written to `RUN_DIR/new/NAME` into the run folder, whole; returns its path there.
 
         Args:
             name: a folder or a file in `new`.
             template: the chat template's fingerprint, where one matters.
+            chat_template: the template itself, in place of its fingerprint.
             facts: anything else worth handing on, JSON-serialisable.
         """
         target, new = self.path / name, self.path / "new" / name
@@ -116,7 +117,7 @@ class Run:
         entry = {
             "chapter": producer_of(name).name,
             "base_model": self.base_model,
-            "template": template,
+            "template": fingerprint(chat_template) if chat_template else template,
             "versions": library_versions(),
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
             **facts,

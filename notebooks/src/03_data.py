@@ -228,8 +228,8 @@ print(f"{len(train_dataset)} conversations to train on, {len(eval_dataset)} held
 # | new facts | write them into the prompt: training [teaches them badly](https://arxiv.org/abs/2405.05904) |
 #
 # Hold back 20 or more. Where 10 of 20 replies are right, the true share may be 30 to 70 %; with 50 of 100, 40 to 60 %.
-# Of 5,000 rows, `ROWS` reads 2,000, and chapter 04's 60 steps train on 480: raise `ROWS`, and set its `EPOCHS`.
-# Chapter 07 measures what a model forgets, and mixes general rows in.
+#
+# Of 5,000 rows, `ROWS` reads 2,000, and chapter 04's 60 steps train on 480: raise `ROWS`, and set its `EPOCHS`. Chapter 07 measures what a model forgets, and mixes general rows in.
 
 # %% [markdown] lang="en"
 # ## Hand the data on
@@ -247,11 +247,9 @@ tokenizer.save_pretrained(f"{RUN_DIR}/new/dataset/tokenizer")
 # and copies it to `DRIVE_DIR`. The template's *fingerprint* tells later chapters if another one gets in between.
 
 # %% tags=["handoff"]
-from helpers.handoff import fingerprint
-
 name = os.path.basename(DATASET) if os.path.isfile(DATASET) else DATASET
 source = conversation_report.source  # a checksum of the file: chapter 04 notices where you changed it since
-run.keep("dataset", dataset=name, template=fingerprint(tokenizer.chat_template), source=source)
+run.keep("dataset", dataset=name, chat_template=tokenizer.chat_template, source=source)
 run.record("03_data", train_rows=len(train_dataset), eval_rows=len(eval_dataset), longest_tokens=max(lengths))
 
 # %%

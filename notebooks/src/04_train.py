@@ -22,6 +22,7 @@
 # %% [markdown] lang="en"
 # `MAX_STEPS` is how often the weights are changed. `EPOCHS`, unless 0, says instead how often the data are gone
 # through: 1 to 3 are usual. `LEARNING_RATE` is how far each change goes: keep 2e-4 for Llama, small models need more.
+#
 # `KEEP_BEST` goes back to the lowest held-out loss, and stops where it rises. A step learns from `MICRO_BATCH` × `ACCUMULATION`
 # conversations. `CHECKPOINTING` and `PADDING_FREE` are explained by the plan below.
 #
@@ -396,8 +397,10 @@ print(f"Result: {figure}")
 # Leave `train_on_responses_only` out and see what stops the chapter. Set `LEARNING_RATE` to 0.1.
 #
 # In practice: 1e-4 to 5e-4 suits Llama with LoRA, about
-# [ten times](https://thinkingmachines.ai/blog/lora/) what training all weights takes. Where the loss is still falling
-# in a straight line at the end, take three times the rate; where it jumps, a third. Where the held-out loss rises
-# again, set `KEEP_BEST`, or take more conversations. The loss that it keeps is a little too good, since it was chosen. [Chapter 07](07_when_it_goes_wrong.ipynb) shows each of these runs.
+# [ten times](https://thinkingmachines.ai/blog/lora/) what training all weights takes. Where the losses hardly move, take
+# three times the rate; where they rise, a third.
+#
+# Where the held-out loss rises again, set `KEEP_BEST`, or take more conversations. The loss that it keeps is a little
+# too good, since it was chosen. [Chapter 07](07_when_it_goes_wrong.ipynb) shows each of these runs.
 #
 # {{next}}

@@ -268,7 +268,8 @@ from trl import SFTConfig, SFTTrainer
 del merged, adapted
 gc.collect()
 torch.cuda.empty_cache()
-rows = load_from_disk(f"{RUN_DIR}/dataset")["train"].select(range(16))
+rows = load_from_disk(f"{RUN_DIR}/dataset")["train"]
+rows = rows.select(range(min(16, len(rows))))
 model, tokenizer = FastLanguageModel.from_pretrained(f"{RUN_DIR}/adapter", max_seq_length=MAX_SEQ_LENGTH)
 
 # %%
