@@ -420,7 +420,8 @@ def make_run(run_dir):
     turns = [[question, answer], [question, answer, question, answer]]
     template = fingerprint(tokenizer.chat_template)
     with run.write("dataset", template=template) as folder:
-        rows = Dataset.from_dict({"conversations": turns})
+        texts = [tokenizer.apply_chat_template(each, tokenize=False) for each in turns]
+        rows = Dataset.from_dict({"conversations": turns, "text": texts})
         DatasetDict({"train": rows, "held_out": rows}).save_to_disk(folder)
     with run.write("adapter", template=template) as folder:
         model.save_pretrained(folder)
