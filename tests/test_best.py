@@ -53,6 +53,28 @@ def test_a_run_that_gets_worse_is_stopped_and_goes_back(trainer_of, capsys):
     assert describe_overfitting([entry for entry in trainer.state.log_history if RESTORED not in entry][:-1]) != ""
 
 
+def test_a_run_that_was_interrupted_goes_back_to_the_best_of_both_sessions(tmp_path, capsys):
+    from train_once import make_trainer, small_tokenizer
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 6
+
+    settings = {"eval_steps": 2, "save_strategy": "steps", "save_steps": 6}
+    first, noted = make_trainer(tmp_path, small_tokenizer(), **settings), {}
+    keep_best(first)
+    spoil(first, 5, noted)
+    first.add_callback(Stop())
+    first.train()
+    second = make_trainer(tmp_path, small_tokenizer(), **settings)
+    best = keep_best(second)
+    second.train(resume_from_checkpoint=True)
+    best.restore()
+    assert "at step 4" in capsys.readouterr().out.splitlines()[-1]
+    assert all(weight.equal(noted[name]) for name, weight in trained(second).items())
+
+
 def test_a_run_that_ends_at_its_best_keeps_its_last_weights(trainer_of, capsys):
     trainer = trainer_of(learning_rate=5e-3)
     best = keep_best(trainer)
