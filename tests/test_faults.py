@@ -105,6 +105,7 @@ def test_every_fault_has_its_code_and_a_chapter():
     assert set(planted.FAULTS) == {*FAULTS, *CONTROLS, *faults.BEFORE.values()}
     assert {chapter for chapter, _ in (FAULTS | CONTROLS).values()} <= set(CHAPTER_NAMES)
     assert len(FAULTS) >= 15
+    assert {"03_data", "04_train", "05_infer", "06_save"} == faults.LINKED  # no fault of theirs is sought in chapter 07
 
 
 def test_an_unknown_fault_is_refused(capsys):

@@ -29,6 +29,8 @@ NUMBERS = {
     "05_infer": {"replies": 8, "differing_replies": 8, "tokens_per_second": 9.5},
     "06_save": {"forms": 5, "forms_within_limits": 5, "perplexity_in_memory": 1.25}
     | {"perplexity_change": {"merged": 0.001, "GGUF q8_0": 0.003}, "same_replies": {"merged": 8}},
+    "07_when_it_goes_wrong": {"general_loss": {"works": 3.3, "10 % general": 0.8}}
+    | {"held_out_loss": {"works": 0.9, "rate too low": 4.9, "by heart": 2.5, "best kept": 1.9}},
 }
 LOSSES = [4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 0.5]
 
@@ -40,6 +42,11 @@ def write_json(path, content):
 
 def change_json(path, **values):
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | values)
+
+
+def change_07(run, measure, name, value):
+    chapter = "07_when_it_goes_wrong"
+    change_json(run / f"numbers/{chapter}.json", **{measure: NUMBERS[chapter][measure] | {name: value}})
 
 
 def cell(number, source, *outputs, tags=()):
@@ -355,6 +362,9 @@ def test_recording_takes_a_good_run_as_the_baseline(run_dir, capsys):
     [
         (lambda run: change_json(run / "numbers/06_save.json", forms_within_limits=4), "within_limits == 06 forms"),
         (lambda run: change_json(run / "numbers/04_train.json", held_out_loss_after=None), "after: found is nan"),
+        (lambda run: change_07(run, "held_out_loss", "rate too low", 0.8), "works < 07 held_out_loss, rate too low"),
+        (lambda run: change_07(run, "held_out_loss", "best kept", 2.5), "best kept < 07 held_out_loss, by heart"),
+        (lambda run: change_07(run, "general_loss", "10 % general", 3.4), "general < 07 general_loss, works"),
         (lambda run: edit(run, STOPS["an error"][0]), "shown, 03_data: found code cell 4: KeyError"),
         (lambda run: (run / "executed/03_data.ipynb").unlink(), "shown, 03_data: found not executed"),
     ],

@@ -27,6 +27,7 @@ def test_a_project_that_is_ready_passes(project):
         ("pyproject.toml", "/somebody/", f"/{PLACEHOLDER}/", "make location"),
         ("notebooks/03_data.ipynb", "-b v0.1.0", "-b v0.0.9", "03_data.ipynb: fetches v0.0.9"),
         ("notebooks/00_quickstart.ipynb", "/v0.1.0/req", "/main/req", "00_quickstart.ipynb: fetches no tag"),
+        ("notebooks/05_infer.ipynb", "/v0.1.0/notebooks/", "/v0.0.9/notebooks/", "05_infer.ipynb: fetches v0.0.9"),
         ("pyproject.toml", 'version = "0.1.0"', 'version = "0.2.0"', "no tag v0.2.0"),
     ],
 )

@@ -150,7 +150,8 @@ print(f"Result: {trainable:,} numbers are trained, {100 * trainable / total:.1f}
 # %% [markdown] lang="en"
 # ## Which rank, which model
 #
-# Begin with `r=16` and `lora_alpha=16`. Double both where chapter 04 learns too little and more steps do not help; a form or a tone [needs little](https://arxiv.org/abs/2106.09685).
+# Begin with `r=16` and `lora_alpha=16`. Double both where chapter 04 learns too little and more steps do not help; a
+# form or a tone [needs little](https://arxiv.org/abs/2106.09685).
 #
 # | | 1B | 3B |
 # |---|---|---|
@@ -158,7 +159,7 @@ print(f"Result: {trainable:,} numbers are trained, {100 * trainable / total:.1f}
 # | time of a step | 1 | 1.6 to 2 times that |
 # | file for a laptop | 0.8 GB | 2 GB |
 #
-# Try the 1B first, and the 3B where its replies are not good enough.
+# Try the 1B first, the 3B where its replies are too weak.
 
 # %% [markdown] lang="en"
 # ## Where you are

@@ -219,7 +219,7 @@ else:
 print(f"{len(train_dataset)} conversations to train on, {len(eval_dataset)} held out")
 
 # %% [markdown] lang="en"
-# How many are enough?
+# ## How many are enough?
 #
 # | you want | conversations |
 # |---|---|
@@ -229,7 +229,8 @@ print(f"{len(train_dataset)} conversations to train on, {len(eval_dataset)} held
 #
 # Hold back 20 or more. Where 10 of 20 replies are right, the true share may be 30 to 70 %; with 50 of 100, 40 to 60 %.
 #
-# Of 5,000 rows, `ROWS` reads 2,000, and chapter 04's 60 steps train on 480: raise `ROWS`, and set its `EPOCHS`. Chapter 07 measures what a model forgets, and mixes general rows in.
+# Of 5,000 rows, `ROWS` reads 2,000, and chapter 04's 60 steps train on 480: raise `ROWS`, and set its `EPOCHS`.
+# Chapter 07 measures what a model forgets, and mixes general rows in.
 
 # %% [markdown] lang="en"
 # ## Hand the data on

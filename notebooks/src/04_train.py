@@ -21,10 +21,10 @@
 
 # %% [markdown] lang="en"
 # `MAX_STEPS` is how often the weights are changed. `EPOCHS`, unless 0, says instead how often the data are gone
-# through: 1 to 3 are usual. `LEARNING_RATE` is how far each change goes: keep 2e-4 for Llama, small models need more.
+# through: 3 for a small file, 1 for thousands. `LEARNING_RATE` is how far each change goes: keep 2e-4 for Llama, small models need more.
 #
-# `KEEP_BEST` goes back to the lowest held-out loss, and stops where it rises. A step learns from `MICRO_BATCH` × `ACCUMULATION`
-# conversations. `CHECKPOINTING` and `PADDING_FREE` are explained by the plan below.
+# `KEEP_BEST` goes back to the lowest held-out loss, and stops where it rises. A step learns from `MICRO_BATCH` ×
+# `ACCUMULATION` conversations. `CHECKPOINTING` and `PADDING_FREE` are explained by the plan below.
 #
 # `START_AFRESH` begins anew where a training run was interrupted, instead of going on with it. `RUN_DIR` and `DRIVE_DIR`
 # are as in chapter 03, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` as in chapter 02.
@@ -374,7 +374,8 @@ report = write_report(
 
 # %% [markdown] lang="en"
 # A claim that does not hold stops the chapter here. The report names it, the adapter is saved either way, and
-# [chapter 07](07_when_it_goes_wrong.ipynb) shows what to change. From here on, running this chapter again trains a new one.
+# [chapter 07](07_when_it_goes_wrong.ipynb) shows what to change. From here on, running this chapter again trains a new
+# one.
 
 # %%
 checkpoints.hand_over()

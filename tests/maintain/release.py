@@ -29,7 +29,8 @@ def problems_of(root: Path, *, tags: set[str]) -> list[str]:
     if tag not in tags:
         problems.append(f"git: no tag {tag} on this commit. Fix: git tag {tag}, and push it")
     for path in sorted((root / "notebooks").glob("*.ipynb")):
-        named = re.findall(r"-b (v[\w.]+)|/(v\d[\w.]+)/requirements-colab", path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        named = re.findall(r"-b (v[\w.]+)|/(v\d[\w.]+)/(?:requirements-colab|notebooks/images)", text)
         others = {one for pair in named for one in pair if one} - {tag}
         if not named or others:
             found = ", ".join(sorted(others)) or "no tag"
