@@ -5,6 +5,7 @@ import html
 import itertools
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,11 +51,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_files(path: Path) -> dict[str, str]:
-    """{name relative to the artefact: sha256} of one file or of every file below a folder."""
+def hash_files(path: Path, *, pattern: str = "*") -> dict[str, str]:
+    """{name relative to the artefact: sha256} of one file, or of the files below a folder that match a pattern."""
     if path.is_file():
         return {path.name: sha256_of(path)}
-    return {file.relative_to(path).as_posix(): sha256_of(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    files = (file for file in sorted(path.rglob(pattern)) if file.is_file())
+    return {file.relative_to(path).as_posix(): sha256_of(file) for file in files}
 
 
 def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
@@ -81,7 +83,16 @@ def set_aside(path: Path) -> Path:
     Example: runs/cpu -> runs/cpu.previous-1, or -2 where that is there already
     """
     numbers = (path.with_name(f"{path.name}.previous-{number}") for number in itertools.count(1))
-    return path.rename(next(place for place in numbers if not place.exists()))
+    return path.rename(next(place for place in numbers if not os.path.lexists(place)))
+
+
+def reason(error: Exception) -> str:
+    """The first line of what went wrong, as short as the system says it. Example: "No space left on device"."""
+    if isinstance(error, shutil.Error):  # copytree's list of (source, target, message)
+        return str(error.args[0][0][2]).partition(": '")[0]
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # its own words name a line of its source
+        return "PyTorch could not write a file to its end: is the disk full?"
+    return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

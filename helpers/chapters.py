@@ -11,13 +11,15 @@ class Chapter:
         name: of its source and notebook, such as "04_train".
         title: its heading.
         needs: the artefacts of the run folder that it reads.
-        writes: the artefacts that it hands on.
+        writes: the artefacts that it hands on; each belongs to those before it.
+        trains: what it hands on took training, and is never deleted, only set aside.
     """
 
     name: str
     title: str
     needs: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    trains: bool = False
 
 
 CHAPTERS = (
@@ -30,8 +32,9 @@ CHAPTERS = (
         "Train on the answers only, and prove that it learned",
         needs=("dataset",),
         writes=("adapter", "report.json", "report.html"),
+        trains=True,
     ),
-    Chapter("05_infer", "Talk to the tuned model", needs=("dataset", "adapter")),
+    Chapter("05_infer", "Talk to the tuned model", needs=("dataset", "adapter", "report.json")),
     Chapter(
         "06_save",
         "Save, merge, export to GGUF, reload and verify",
@@ -46,3 +49,8 @@ CHAPTER_NAMES = tuple(chapter.name for chapter in CHAPTERS)
 def producer_of(artefact: str) -> Chapter:
     """The chapter that hands an artefact on; the last one where none says so. Example: `"adapter"` -> 04_train's."""
     return next((chapter for chapter in CHAPTERS if artefact in chapter.writes), CHAPTERS[-1])
+
+
+def chapter_of(name: str) -> Chapter:
+    """The chapter of a name; one that needs and writes nothing where there is none."""
+    return next((chapter for chapter in CHAPTERS if chapter.name == name), Chapter(name, ""))

@@ -20,8 +20,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from helpers.base import reason
 from helpers.training.checkpoints import CheckpointError, Checkpoints, _ordered, compare_settings
-from helpers.training.saved import copy_whole, handed_over, newest_good, read_saved, reason, saved_in
+from helpers.training.saved import copy_whole, delete_unfinished, handed_over, newest_good, read_saved, saved_in
 
 STEPS = 12
 ROOT = Path(__file__).resolve().parent.parent
@@ -327,7 +328,7 @@ def tear_the_manifest(path):
         (truncate, "optimizer.pt: 1000 bytes instead of"),
         (flip_a_byte, "adapter_model.safetensors: other content than was written"),
         (lose_a_file, "rng_state.pth: missing"),
-        (tear_the_manifest, "checkpoint-6 is unfinished and not used"),
+        (tear_the_manifest, "checkpoint-6 has a manifest that cannot be read: kept as checkpoint-6.previous-1"),
     ],
 )
 def test_a_damaged_checkpoint_is_not_used(trainings, whole, folder, harm, line):
@@ -335,6 +336,32 @@ def test_a_damaged_checkpoint_is_not_used(trainings, whole, folder, harm, line):
     resumed = trainings.run(folder)
     assert resumed.began_at == 5 and line in resumed.output
     assert resumed.result == whole
+    assert (folder / "checkpoint-6.previous-1").is_dir()  # nothing trained is deleted
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"step": "6"},
+        {"step": True},
+        {"settings": None},
+        {"files": []},
+        {"files": {"../../x": {"bytes": 1, "sha256": ""}}},
+        {"files": {"x": "abc"}},
+        {"more": 1},
+    ],
+)
+def test_a_damaged_or_hostile_manifest_is_set_aside(folder, changed, capsys):
+    path = folder / "checkpoint-6" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    delete_unfinished(folder)
+    assert "manifest that cannot be read: kept as checkpoint-6.previous-1" in capsys.readouterr().out
+    assert [saved.step for saved in saved_in(folder)] == [5]
+
+
+def test_a_manifest_that_is_as_it_was_stays(folder):
+    delete_unfinished(folder)
+    assert [saved.step for saved in saved_in(folder)] == [5, 6]
 
 
 def test_all_damaged(trainings, whole, folder):

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from helpers.base import ROOT, replace_file, set_aside, sha256_of
+from helpers.chapters import Chapter
 from helpers.handoff.run import (
     MANIFEST,
     HandoffError,
@@ -29,6 +30,10 @@ from helpers.handoff.run import (
 @pytest.fixture
 def run(tmp_path):
     return open_run(tmp_path / "run", base_model="owner/base")
+
+
+def needing(*artefacts):
+    return Chapter("test", "", needs=artefacts)
 
 
 def write_adapter(run, text="weights"):
@@ -104,7 +109,7 @@ def test_a_drive_that_dropped_out_leaves_the_run_folder_whole(tmp_path, capsys):
     [
         ("", True),
         ("base", True),
-        ("another/base", True),
+        ("another/base", None),
         ("/data/base", True),
         ("/cache/models/owner--base/snapshots/master", True),
         ("owner/other", False),
@@ -114,16 +119,18 @@ def test_a_drive_that_dropped_out_leaves_the_run_folder_whole(tmp_path, capsys):
 def test_another_base_model_is_refused(run, base_model, fits, capsys):
     write_adapter(run)
     if fits:
-        open_run(run.path, base_model=base_model, needs=("adapter",))
+        open_run(run.path, base_model=base_model, chapter=needing("adapter"))
         assert "adapter: from the run folder" in capsys.readouterr().out
         return
-    with pytest.raises(HandoffError, match="made for the base model base, expected other. Fix: run chapter 04_train"):
-        open_run(run.path, base_model=base_model, needs=("adapter",))
+    other = "trained on owner/base, expected another/base. Fix: set MODEL_NAME to the model that it was trained on"
+    said = "made for the base model base, expected other. Fix: run chapter 04_train" if fits is False else other
+    with pytest.raises(HandoffError, match=said):
+        open_run(run.path, base_model=base_model, chapter=needing("adapter"))
 
 
 def test_the_message_for_a_missing_artefact_is_the_line_that_makes_it(run):
     with pytest.raises(HandoffError) as caught:
-        open_run(run.path, needs=("adapter",))
+        open_run(run.path, chapter=needing("adapter"))
     assert str(caught.value) == (
         f"{run.path}/adapter: found nothing, expected what chapter 04_train writes. Fix: run "
         f"`!python -m tests.maintain.series 03_data 04_train -p RUN_DIR {run.path}` in a new cell, with the other "
@@ -131,19 +138,19 @@ def test_the_message_for_a_missing_artefact_is_the_line_that_makes_it(run):
     )
     run.write_json("dataset", {})
     with pytest.raises(HandoffError, match=f"series 04_train -p RUN_DIR {run.path}` in a new cell"):
-        open_run(run.path, needs=("dataset", "report.json"))
+        open_run(run.path, chapter=needing("dataset", "report.json"))
 
 
 def test_a_missing_artefact_names_drive_only_where_none_is_chosen(run, tmp_path):
     with pytest.raises(HandoffError) as caught:
-        open_run(run.path, needs=("adapter",), drive=tmp_path / "drive")
+        open_run(run.path, chapter=needing("adapter"), drive=tmp_path / "drive")
     assert "DRIVE_DIR" not in str(caught.value)
 
 
 def test_the_line_that_makes_an_artefact_can_be_typed_whatever_the_folder_is_called(tmp_path):
     folder = tmp_path / "it's my run"
     with pytest.raises(HandoffError) as caught:
-        open_run(folder, needs=("dataset",))
+        open_run(folder, chapter=needing("dataset"))
     command = shlex.split(re.search("`!python -m (.*)` in a new cell", str(caught.value))[1])
     assert command == ["tests.maintain.series", "03_data", "-p", "RUN_DIR", str(folder)]
 
@@ -156,7 +163,7 @@ def test_an_altered_artefact_is_refused_and_never_replaced(tmp_path, damage):
     file = run.path / "adapter" / "a.bin"
     file.write_text("mine") if damage == "altered" else file.unlink()
     with pytest.raises(HandoffError, match=f"{file}: found .* Fix: run chapter 04_train .again. with this RUN_DIR"):
-        open_run(run.path, needs=("adapter",), drive=tmp_path / "drive")
+        open_run(run.path, chapter=needing("adapter"), drive=tmp_path / "drive")
     assert (file.read_text() if file.exists() else "gone") == ("mine" if damage == "altered" else "gone")
 
 
@@ -167,14 +174,14 @@ def test_a_file_that_has_changed_since_it_was_read_is_noticed(run, tmp_path, cap
         with run.write(name, source={str(rows): sha256_of(rows)} if name == "dataset" else {}) as folder:
             folder.mkdir()
             (folder / "part").write_text("rows")
-    open_run(run.path, needs=("dataset",))
+    open_run(run.path, chapter=needing("dataset"))
     rows.write_text("corrected")
     with pytest.raises(HandoffError, match="rows.jsonl: found .* has changed .* run chapter 03_data again"):
-        open_run(run.path, needs=("dataset",))
-    open_run(run.path, needs=("dataset", "adapter"))  # what was trained is there and can be used
+        open_run(run.path, chapter=needing("dataset"))
+    open_run(run.path, chapter=needing("dataset", "adapter"))  # what was trained is there and can be used
     assert "rows.jsonl has changed since" in capsys.readouterr().out
     rows.unlink()  # another machine, where it never was
-    open_run(run.path, needs=("dataset",))
+    open_run(run.path, chapter=needing("dataset"))
 
 
 def test_folder_without_entry_is_refused(run):
@@ -196,12 +203,13 @@ def test_failed_write_keeps_the_old_artefact(run):
 
 def test_what_lies_in_new_is_kept_whole(run):
     for text in ("old", "new"):
-        (run.path / "new" / "adapter").mkdir(parents=True)
-        (run.path / "new" / "adapter" / f"{text}.bin").write_text(text)
-        assert run.keep("adapter", template="t", steps=5) == run.path / "adapter"
-        assert [file.name for file in run.artefact("adapter").iterdir()] == [f"{text}.bin"]
-        assert not (run.path / "new" / "adapter").exists()
-    assert run.facts("adapter")["steps"] == 5 and run.facts("adapter")["template"] == "t"
+        (run.path / "new" / "merged").mkdir(parents=True)
+        (run.path / "new" / "merged" / f"{text}.bin").write_text(text)
+        assert run.keep("merged", template="t", steps=5) == run.path / "merged"
+        assert [file.name for file in run.artefact("merged").iterdir()] == [f"{text}.bin"]
+        assert not (run.path / "new" / "merged").exists()
+    assert run.facts("merged")["steps"] == 5 and run.facts("merged")["template"] == "t"
+    assert not list(run.path.glob("merged.previous-*"))
 
 
 def test_a_chat_template_is_noted_by_its_fingerprint(run):
@@ -225,7 +233,7 @@ def test_what_an_interrupted_chapter_left_in_new_is_not_kept_by_the_next_one(run
     torn = run.path / "new" / "gguf" / "model-q4_k_m.gguf"
     torn.parent.mkdir(parents=True)
     torn.write_text("half of a fi")
-    again = open_run(run.path)
+    again = open_run(run.path, chapter=Chapter("test", "", writes=("gguf",)))
     assert not torn.exists()
     torn.parent.mkdir(parents=True)
     (torn.parent / "model-q8_0.gguf").write_text("a whole file")
@@ -330,7 +338,7 @@ def test_unreadable_manifest(run, content):
 def test_drive_keeps_a_copy_and_gives_it_back(tmp_path, capsys):
     drive = tmp_path / "drive"
     write_adapter(open_run(tmp_path / "first", drive=drive))
-    again = open_run(tmp_path / "second", needs=("adapter",), drive=drive)
+    again = open_run(tmp_path / "second", chapter=needing("adapter"), drive=drive)
     assert f"adapter: copied from {drive}" in capsys.readouterr().out
     assert (again.artefact("adapter") / "a.bin").read_text() == "weights"
     assert again.facts("adapter") == open_run(tmp_path / "first").facts("adapter")
@@ -341,7 +349,7 @@ def test_a_torn_copy_on_drive_is_not_used(tmp_path):
     write_adapter(open_run(tmp_path / "first", drive=drive))
     (drive / "adapter" / "a.bin").write_text("torn")
     with pytest.raises(HandoffError, match=f"{drive}/adapter/a.bin: found sha256 .*04_train"):
-        open_run(tmp_path / "second", needs=("adapter",), drive=drive)
+        open_run(tmp_path / "second", chapter=needing("adapter"), drive=drive)
     assert not (tmp_path / "second" / "adapter").exists()
 
 
@@ -349,7 +357,7 @@ def test_a_copy_on_drive_that_belongs_to_another_model_is_not_used(tmp_path):
     drive = tmp_path / "drive"
     write_adapter(open_run(tmp_path / "first", base_model="owner/base", drive=drive))
     with pytest.raises(HandoffError, match="made for the base model base, expected other"):
-        open_run(tmp_path / "second", base_model="owner/other", needs=("adapter",), drive=drive)
+        open_run(tmp_path / "second", base_model="owner/other", chapter=needing("adapter"), drive=drive)
     assert not (tmp_path / "second" / "adapter").exists()
 
 

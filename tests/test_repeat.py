@@ -122,7 +122,7 @@ def test_a_run_that_has_no_bands_is_refused(source, tmp_path):
 
 def test_a_run_starts_from_what_was_handed_on_alone(source, tmp_path):
     copy_needs(source, tmp_path / "run")
-    run = open_run(tmp_path / "run", needs=("dataset",))
+    run = open_run(tmp_path / "run", chapter="04_train")
     assert not (run.path / "adapter").exists() and not list((tmp_path / "run").rglob("cache-*"))
     assert not (tmp_path / "run" / "numbers").exists()
     (source / "dataset" / "train" / "rows.arrow").write_text("other")

@@ -213,6 +213,15 @@ def base_name(model: str | Path) -> str:
     return path.parent.parent.name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
 
 
+def hub_name(model: str) -> str:
+    """A model's name on the hub, or "" where it is a folder.
+
+    Example: "unsloth/Llama-3.2-3B-Instruct" -> the same, "/models/mine" -> ""
+    """
+    folder = model.startswith(("/", ".", "~")) or Path(model).is_dir()
+    return model if model.count("/") == 1 and not folder else ""
+
+
 def download_from_modelscope(name: str, *, weights: bool = True) -> str:
     """The folder into which ModelScope's client has downloaded a model; what is there already stays."""
     require_modelscope()

@@ -6,9 +6,13 @@
       adapter/ checkpoints/ report.json     chapter 04
       merged/ …       chapter 06
       numbers/        what each chapter measured, as JSON
+      new/            what a chapter is writing
+      .04_train.lock  held while a process has chapter 04 open in this folder
 
 `handoff.json` is replaced in one step after its artefact is complete, so a run that is killed at any moment leaves
-either the old artefact, or the new one, or one that is refused.
+either the old artefact, or the new one, or one that is refused. Each entry names what its artefact was made from, so
+that a report never passes for that of another adapter. What took training, and what is not as it was written, is set
+aside under a number and never deleted.
 """
 
 import contextlib
@@ -18,28 +22,41 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from helpers.base import InputError, hash_files, replace_file, sha256_of, short_path
-from helpers.chapters import producer_of
-from helpers.environment.hub import base_name
+from helpers.base import hash_files, reason, replace_file, set_aside, sha256_of, short_path
+from helpers.chapters import Chapter, chapter_of, producer_of
+from helpers.environment.hub import base_name, hub_name
+from helpers.handoff.folder import (
+    check_writable,
+    find_folder,
+    is_on_drive,
+    lock_chapter,
+    mount_drive,
+    one_line,
+    remove,
+    writing,
+)
+from helpers.handoff.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    HandoffError,
+    difference,
+    entry_files,
+    fingerprint,
+    identity_of,
+    needs_of,
+    read_entries,
+    stale_need,
+    weights_of,
+)
 
-SCHEMA_VERSION = 1
-MANIFEST = "handoff.json"
 RECORDED_PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
-
-
-class HandoffError(InputError):
-    """An artefact is missing, unfinished, altered, or made for another model."""
-
-
-def fingerprint(text: str) -> str:
-    """A short name for a chat template (or any text): the first 16 digits of its sha256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+ROOM = "free disk space, or set RUN_DIR to a folder on another disk"
 
 
 def fingerprint_rows(dataset: Any) -> str:
@@ -73,26 +90,31 @@ class Run:
     Attributes:
         base_model: the name of the model that its artefacts belong to; "": any.
         mirror: a folder that gets a copy of what is written, such as one on Drive.
+        base: the model as it was chosen, a name on the hub or a folder.
+        lock: keeps another process from opening the same chapter here.
     """
 
     path: Path
     base_model: str = ""
     mirror: Path | None = field(default=None, repr=False)
+    base: str = field(default="", repr=False)
+    lock: Any = field(default=None, repr=False, compare=False)
 
     def artefact(self, name: str) -> Path:
         """The path of an artefact such as "adapter", where it is whole, unaltered and made for this base model."""
         entry = self.facts(name)
-        path = self.path / name
-        found = hash_files(path) if path.exists() else {}
-        for file, expected in entry["files"].items():
-            shown = path if path.is_file() else path / file
-            if file not in found:
-                raise _refused(name, str(shown), "no such file", "the file that chapter wrote")
-            if found[file] != expected:
-                raise _refused(name, str(shown), f"sha256 {found[file][:12]}…", f"sha256 {expected[:12]}…")
-        if self.base_model and entry["base_model"] != self.base_model:
-            raise _refused(name, str(path), f"made for the base model {entry['base_model']}", self.base_model)
-        return path
+        with one_line(self.path / name, "an artefact that can be read", "run the cell again"):
+            differs = difference(self.path / name, entry)
+        if differs:
+            raise _refused(name, *differs)
+        if need := stale_need(entry, self._read()):
+            raise _refused(
+                name, str(self.path / name), f"made from another {need}", f"made from the {need} that is here"
+            )
+        if self.base_model and entry.get("base_model") != self.base_model:
+            found = f"made for the base model {entry.get('base_model')}"
+            raise _refused(name, str(self.path / name), found, self.base_model)
+        return self.path / name
 
     def facts(self, name: str) -> dict[str, Any]:
         """What `handoff.json` says of an artefact: chapter, base_model, template, versions, files, written."""
@@ -104,6 +126,8 @@ class Run:
     def keep(self, name: str, *, template: str = "", chat_template: str = "", **facts: Any) -> Path:
         """Take what was written to `RUN_DIR/new/NAME` into the run folder, whole; returns its path there.
 
+        What it replaces is set aside where it took training, or is not as it was written.
+
         Args:
             name: a folder or a file in `new`.
             template: the chat template's fingerprint, where one matters.
@@ -111,27 +135,36 @@ class Run:
             facts: anything else worth handing on, JSON-serialisable.
         """
         target, new = self.path / name, self.path / "new" / name
-        files = hash_files(new) if new.exists() else {}
-        if not files:
-            raise HandoffError(str(new), found="no file", expected="what is to be kept", fix="run the cell above again")
-        entry = {
-            "chapter": producer_of(name).name,
-            "base_model": self.base_model,
-            "template": fingerprint(chat_template) if chat_template else template,
-            "versions": library_versions(),
-            "written": datetime.now(UTC).isoformat(timespec="seconds"),
-            **facts,
-            "files": files,
-        }
-        _remove(target)
-        os.replace(new, target)
-        replace_file(self.path / MANIFEST, _dump({**self._read(), name: entry}))
+        with one_line(new, "room and permission to write", ROOM):
+            files = hash_files(new) if new.exists() else {}
+            if not files:
+                fix = "run the cell above again"
+                raise HandoffError(str(new), found="no file", expected="what is to be kept", fix=fix)
+            if link := next((file for file in (new, *new.rglob("*")) if file.is_symlink()), None):
+                raise HandoffError(str(link), found="a symbolic link", expected="a file", fix="write the file itself")
+            with writing(self.path):
+                entries = self._read()
+                entry = {
+                    "chapter": producer_of(name).name,
+                    "base_model": self.base_model,
+                    "base": hub_name(self.base),
+                    "weights": weights_of(self.base) if producer_of(name).trains else "",
+                    "template": fingerprint(chat_template) if chat_template else template,
+                    "versions": library_versions(),
+                    "written": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "identity": identity_of(files),
+                    "made_from": needs_of(name, entries),
+                    **facts,
+                    "files": files,
+                }
+                _clear(target, entries.get(name), files=files)
+                os.replace(new, target)
+                replace_file(self.path / MANIFEST, _dump({**entries, name: entry}))
         if self.mirror is not None:
             try:
                 _copy_artefact(self.path, self.mirror, name, entry)
-            except OSError as error:  # Drive drops out now and then; what is in the run folder is whole
-                reason = error.strerror or str(error)
-                print(f"NO COPY of {name} in DRIVE_DIR {self.mirror} ({reason}): mount it, copy RUN_DIR there")
+            except (OSError, HandoffError) as error:  # Drive drops out; what is in the run folder is whole
+                print(f"NO COPY of {name} in DRIVE_DIR {self.mirror} ({reason(error)}): mount it, copy RUN_DIR there")
         return target
 
     @contextlib.contextmanager
@@ -141,13 +174,14 @@ class Run:
         A block that fails leaves nothing.
         """
         new = self.path / "new" / name
-        new.parent.mkdir(exist_ok=True)
-        _remove(new)
-        try:
-            yield new
-            self.keep(name, template=template, **facts)
-        finally:
-            _remove(new)
+        with one_line(new, "room and permission to write", ROOM):
+            new.parent.mkdir(exist_ok=True)
+            remove(new)
+            try:
+                yield new
+                self.keep(name, template=template, **facts)
+            finally:
+                remove(new)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
         """`write` for a JSON file; returns its path."""
@@ -157,46 +191,40 @@ class Run:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The verified content of a JSON artefact."""
-        return json.loads(self.artefact(name).read_text(encoding="utf-8"))
+        return _read_object(self.artefact(name), name)
 
     def record(self, chapter: str, **numbers: Any) -> None:
         """Keep what a chapter measured, for the regression: numbers, claims, or {name: number} of several.
 
         Example: `run.record("03_data", train_rows=480)` writes numbers/03_data.json
         """
-        (self.path / "numbers").mkdir(exist_ok=True)
-        replace_file(self.path / "numbers" / f"{chapter}.json", _json(numbers))
+        with one_line(self.path / "numbers", "room and permission to write", ROOM):
+            (self.path / "numbers").mkdir(exist_ok=True)
+            replace_file(self.path / "numbers" / f"{chapter}.json", _json(numbers))
 
     def _read(self) -> dict[str, Any]:
-        path = self.path / MANIFEST
-        if not path.exists():
-            return {}
-        fix = f"delete {self.path} and run the chapters again"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            schema = content["schema"]
-            if schema == SCHEMA_VERSION:
-                return dict(content["artefacts"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise HandoffError(str(path), found="not a hand-off file", expected="JSON", fix=fix) from error
-        raise HandoffError(str(path), found=f"schema {schema}", expected=f"schema {SCHEMA_VERSION}", fix=fix)
+        return read_entries(self.path)
 
 
-def open_run(path: str | Path, *, base_model: str = "", needs: tuple[str, ...] = (), drive: str | Path = "") -> Run:
+def open_run(path: str | Path, *, chapter: str | Chapter = "", base_model: str = "", drive: str | Path = "") -> Run:
     """Open a run folder and make sure that it holds what a chapter needs; prints where each artefact came from.
 
     Args:
-        path: the run folder; made if it does not exist. What an interrupted chapter left in its `new` is removed.
-        base_model: the model that its artefacts belong to, a name on the hub or a folder; only its last part counts.
-        needs: names of artefacts, such as ("dataset", "adapter"). What is not in the run folder is fetched from Drive.
+        path: the run folder; made if it does not exist.
+        chapter: the one that opens it, such as "04_train". What it needs is verified, or fetched from Drive where it
+            is not in the run folder. What an interrupted run of it left in `new` is removed.
+        base_model: the model that its artefacts belong to, a name on the hub or a folder. An adapter is put on it,
+            whatever folder it was trained from, where the weights there are the same.
         drive: a folder that artefacts are looked for in, and copied to once they are written.
 
     Raises:
-        HandoffError: the folder lies on Google Drive or cannot be written; or an artefact is missing, and then the
-            message names the command that makes it; or one was altered or belongs to another model; or a file that
-            one was made from has changed, and nothing is trained yet.
+        HandoffError: the folder lies on Google Drive or cannot be written; another process has this chapter open
+            in it; an artefact is missing, and then the message names the command that makes it; one was altered, was
+            made from something that has been replaced, or belongs to another model; or a file that one was made from
+            has changed, and nothing is trained yet.
     """
-    folder = Path(path).expanduser().resolve()
+    chapter = chapter_of(chapter) if isinstance(chapter, str) else chapter
+    folder = find_folder(path, setting="RUN_DIR")
     if is_on_drive(folder):
         raise HandoffError(
             f"RUN_DIR {folder}",
@@ -204,23 +232,34 @@ def open_run(path: str | Path, *, base_model: str = "", needs: tuple[str, ...] =
             expected="a folder on the machine's own disk",
             fix=f'set RUN_DIR = "{Path.home() / folder.name}" and DRIVE_DIR = "{folder}", which then keeps a copy',
         )
-    _check_writable(folder, setting="RUN_DIR")
-    _remove(folder / "new")
-    mirror = Path(drive).expanduser().resolve() if drive else None
+    check_writable(folder, setting="RUN_DIR")
+    lock = lock_chapter(folder, chapter) if chapter.writes else None
+    for name in chapter.writes:
+        remove(folder / "new" / name)
+    mirror = find_folder(drive, setting="DRIVE_DIR") if drive else None
     if mirror is not None:
-        _mount_drive(mirror)
-        _check_writable(mirror, setting="DRIVE_DIR")
-    run = Run(folder, base_name(base_model) if base_model else "", mirror)
+        mount_drive(mirror)
+        check_writable(mirror, setting="DRIVE_DIR")
+    run = Run(folder, base_name(base_model) if base_model else "", mirror, str(base_model), lock)
     print(f"Run folder: {short_path(folder)}")
-    for name in needs:
+    for name in chapter.needs:
         print(f"  {name}: {_fetch(run, name)}")
-        if changed := changed_source(run.facts(name)):
-            found, expected = "a file that has changed since it was read", "the rows that were read"
-            fix = f"run chapter {producer_of(name).name} again, which reads it as it is now"
-            if "adapter" not in needs:  # else it was trained on already, and judged on the rows as they were
-                raise HandoffError(changed, found=found, expected=expected, fix=fix)
-            print(f"    {short_path(changed)} has changed since; the adapter was trained on it as it was")
+        if producer_of(name).trains and base_model:
+            _require_base(run, name)
+            _put_on_base(run, name)
+        _require_source(run, name, trained="adapter" in chapter.needs)
     return run
+
+
+def _require_source(run: Run, name: str, *, trained: bool) -> None:
+    """Refuse what was made from a file that has changed since; of what is trained already, say so."""
+    changed = changed_source(run.facts(name))
+    if changed and not trained:
+        found, expected = "a file that has changed since it was read", "the rows that were read"
+        fix = f"run chapter {producer_of(name).name} again, which reads it as it is now"
+        raise HandoffError(changed, found=found, expected=expected, fix=fix)
+    if changed:
+        print(f"    {short_path(changed)} has changed since; the adapter was trained on it as it was")
 
 
 def changed_source(entry: Mapping[str, Any]) -> str:
@@ -229,12 +268,50 @@ def changed_source(entry: Mapping[str, Any]) -> str:
     return next((str(path) for path, sha256 in sources if path.is_file() and sha256_of(path) != sha256), "")
 
 
+def _require_base(run: Run, name: str) -> None:
+    """Refuse what was trained on another base model: on other weights, or under another name on the hub."""
+    entry, now = run.facts(name), weights_of(run.base)
+    then, fix = entry.get("weights", ""), "set MODEL_NAME to the model that it was trained on, or run chapter 04 again"
+    if then and now and then != now:
+        found = f"trained on other weights than those in {run.base}"
+        raise HandoffError(str(run.path / name), found=found, expected=f"weights {then}, not {now}", fix=fix)
+    named, chosen = entry.get("base", ""), hub_name(run.base)
+    if named and chosen and named.lower() != chosen.lower():
+        raise HandoffError(str(run.path / name), found=f"trained on {named}", expected=chosen, fix=fix)
+
+
+def _put_on_base(run: Run, name: str) -> None:
+    """Let an adapter's configuration name the base model that was chosen, in place of a folder of another machine.
+
+    Only a folder's path is replaced, in the configuration and in the manifest; a name on the hub stays.
+    """
+    path = run.path / name / "adapter_config.json"
+    if not path.is_file():
+        return
+    config = _read_object(path, name)
+    named = str(config.get("base_model_name_or_path", ""))
+    if named == run.base or (hub_name(named) and hub_name(run.base)):
+        return
+    config["base_model_name_or_path"] = run.base
+    with one_line(path, "room and permission to write", ROOM), writing(run.path):
+        entries = run._read()
+        replace_file(path, json.dumps(config, indent=2, sort_keys=True).encode())
+        entries[name]["files"][path.name] = sha256_of(path)
+        replace_file(run.path / MANIFEST, _dump(entries))
+    print(f"    its base model is {short_path(run.base)}, and was {named}")
+
+
 def _fetch(run: Run, name: str) -> str:
     """Make one artefact present; returns where it came from."""
-    copies = Run(run.mirror, run.base_model) if run.mirror is not None else None
+    copies = replace(run, path=run.mirror, mirror=None) if run.mirror is not None else None
     if name not in run._read() and copies is not None and name in copies._read():
         copies.artefact(name)
-        _copy_artefact(copies.path, run.path, name, copies.facts(name))
+        entry = copies.facts(name)
+        if need := stale_need(entry, run._read()):
+            found, expected = f"made from another {need}", f"made from the {need} in {run.path}"
+            raise _refused(name, str(copies.path / name), found, expected)
+        with one_line(run.path / name, f"room for the copy in {copies.path}, and Drive to answer", ROOM):
+            _copy_artefact(copies.path, run.path, name, entry)
         run.artefact(name)
         return f"copied from {short_path(copies.path)}"
     run.artefact(name)
@@ -253,6 +330,16 @@ def missing_chapters(run: Run, name: str) -> list[str]:
     return [*chapters, producer.name]
 
 
+def _read_object(path: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise _refused(name, str(path), "no JSON object", "what that chapter writes")
+    return content
+
+
 def _refused(name: str, where: str, found: str, expected: str) -> HandoffError:
     chapter = producer_of(name).name
     return HandoffError(where, found=found, expected=expected, fix=f"run chapter {chapter} (again) with this RUN_DIR")
@@ -268,52 +355,35 @@ def _missing(run: Run, name: str) -> HandoffError:
     return HandoffError(str(where), found=state, expected=f"what chapter {producer_of(name).name} writes", fix=fix)
 
 
-def is_on_drive(folder: Path) -> bool:
-    """Whether a folder (made or not, without symbolic links) lies on Google Drive.
-
-    Colab mounts it as the file system type `fuse.drive`, at any place; `/content/drive` counts before it is mounted
-    too. Other programs' types are called such as `fuse.google-drive-ocamlfuse`.
-    """
-    import psutil
-
-    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
-    on = next((mounts[parent] for parent in (folder, *folder.parents) if parent in mounts), "")
-    return "drive" in on or folder.is_relative_to("/content/drive")
-
-
-def _mount_drive(folder: Path) -> None:
-    """On Colab, mount Google Drive if the folder lies on it; Colab asks the reader for permission."""
-    if folder.is_relative_to("/content/drive") and not Path("/content/drive/MyDrive").exists():
-        with contextlib.suppress(ImportError):  # elsewhere there is nothing to mount
-            from google.colab import drive
-
-            drive.mount("/content/drive")
-
-
-def _check_writable(folder: Path, *, setting: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise HandoffError(
-            f"{setting} {folder}",
-            found=error.strerror or str(error),
-            expected="a folder that can be written",
-            fix=f"set {setting} to a folder of your own",
-        ) from None
+def _clear(target: Path, entry: Mapping[str, Any] | None, *, files: Mapping[str, str]) -> None:
+    """Make room for an artefact: what took training or is not as it was written is set aside, the rest is deleted."""
+    if not os.path.lexists(target):
+        return
+    whole = entry is not None and difference(target, entry) is None
+    if whole and (entry["files"] == files or not producer_of(target.name).trains):
+        remove(target)
+    else:
+        print(f"The {target.name} that was here is kept as {short_path(set_aside(target))}")
 
 
 def _copy_artefact(source: Path, target: Path, name: str, entry: Mapping[str, Any]) -> None:
-    """Copy an artefact between run folders under the same rule: its entry appears after its files."""
+    """Copy an artefact's own files, and no others, between run folders: its entry appears after its files."""
     target.mkdir(parents=True, exist_ok=True)
     unfinished = target / f".unfinished-{name}"
-    _remove(unfinished)
-    (shutil.copytree if (source / name).is_dir() else shutil.copy2)(source / name, unfinished)
-    _remove(target / name)
-    os.replace(unfinished, target / name)
-    replace_file(target / MANIFEST, _dump({**Run(target)._read(), name: entry}))
+    remove(unfinished)  # it may hold the last of the room
+    try:
+        for file, inside, _ in entry_files(source / name, entry):
+            copy = unfinished if file == source / name else unfinished / inside
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy, follow_symlinks=False)
+        with writing(target):
+            entries = read_entries(target)
+            _clear(target / name, entries.get(name), files=entry["files"])
+            os.replace(unfinished, target / name)
+            replace_file(target / MANIFEST, _dump({**entries, name: entry}))
+    finally:
+        with contextlib.suppress(OSError):
+            remove(unfinished)
 
 
 def _dump(artefacts: Mapping[str, Any]) -> bytes:
@@ -322,7 +392,3 @@ def _dump(artefacts: Mapping[str, Any]) -> bytes:
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -34,7 +34,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from helpers.base import InputError, replace_file, set_aside
+from helpers.base import InputError, reason, replace_file, set_aside
 from helpers.environment.hub import base_name
 from helpers.handoff.run import fingerprint_rows
 from helpers.training.saved import (
@@ -49,7 +49,6 @@ from helpers.training.saved import (
     names_in,
     newest_good,
     prune,
-    reason,
     remove,
     saved_in,
     write_manifest,
@@ -173,7 +172,7 @@ class Checkpoints:
         for each in (*damaged, *damaged_copies):  # they must not count among the furthest, which are kept
             if each.path != last.path:  # where a good copy has just replaced it
                 with contextlib.suppress(OSError):
-                    remove(each.path)
+                    print(f"{each.path.name} is kept as {set_aside(each.path).name}")
         return last
 
     def _begin(self, saved: Sequence[Saved], why: str) -> None:

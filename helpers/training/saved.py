@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.base import hash_files, set_aside, sha256_of
+from helpers.base import hash_files, reason, replace_file, set_aside, sha256_of
 
 MANIFEST = "manifest.json"
 HANDED_OVER = "handed_over"
@@ -60,11 +60,21 @@ class Saved:
 
 
 def read_saved(path: Path) -> Saved | None:
-    """A checkpoint by its manifest; None where it has none, or an unfinished one."""
+    """A checkpoint by its manifest; None where it has none, or one that is unfinished or damaged."""
     try:
-        return Saved(path=path, **json.loads((path / MANIFEST).read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+        saved = Saved(path=path, **json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, RecursionError):
         return None
+    kinds = {"run": str, "step": int, "max_steps": int, "settings": dict, "files": dict}
+    right = all(type(getattr(saved, name)) is kind for name, kind in kinds.items())
+    return saved if right and all(map(_is_file, saved.files.items())) else None
+
+
+def _is_file(item: tuple[str, Any]) -> bool:
+    """Whether an entry of `Saved.files` is one of a file in the checkpoint's folder."""
+    name, facts = item
+    inside = "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
+    return inside and isinstance(facts, dict) and facts.keys() >= {"bytes", "sha256"}
 
 
 def saved_in(folder: Path) -> list[Saved]:
@@ -97,7 +107,9 @@ def delete_unfinished(folder: Path) -> None:
     """Delete what a process that ended was saving, copying or deleting."""
     _delete_leftovers(folder)
     for path in _marked_in(folder):
-        if read_saved(path) is None:
+        if read_saved(path) is None and (path / MANIFEST).stat().st_size:
+            print(f"{path.name} has a manifest that cannot be read: kept as {set_aside(path).name}, and not used")
+        elif read_saved(path) is None:
             print(f"{path.name} is unfinished and not used (the run ended while it was saved)")
             with contextlib.suppress(OSError):
                 remove(path)
@@ -118,10 +130,7 @@ def write_manifest(path: Path, **facts: Any) -> None:
     files = {name: {"bytes": (path / name).stat().st_size, "sha256": digits} for name, digits in sha256.items()}
     for name in files:
         _sync(path / name)
-    with open(path / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump({**facts, "files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    replace_file(path / MANIFEST, json.dumps({**facts, "files": files}, indent=1).encode())
     _sync(path)
     _sync(path.parent)
 
@@ -232,15 +241,6 @@ def names_in(folder: Path) -> list[str]:
         return sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def reason(error: Exception) -> str:
-    """The first line of what went wrong, as short as the system says it."""
-    if isinstance(error, shutil.Error):  # copytree's list of (source, target, message)
-        return str(error.args[0][0][2]).partition(": '")[0]
-    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # its own words name a line of its source
-        return "PyTorch could not write a file to its end: is the disk full?"
-    return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _marked_in(folder: Path) -> list[Path]:

@@ -1,0 +1,102 @@
+"""The folder of a run on its disk: found, writable, not on Drive, and one process at a time."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from helpers.base import reason
+from helpers.chapters import Chapter
+from helpers.handoff.manifest import HandoffError
+
+LOCK_SECONDS = 60  # for another process that is just writing `handoff.json`
+
+
+def find_folder(path: str | Path, *, setting: str) -> Path:
+    """The folder that a choice names, without symbolic links."""
+    try:
+        return Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # nobody's home, links in a circle, a null byte
+        found, fix = str(error).splitlines()[0], f"set {setting} to a folder of your own"
+        raise HandoffError(f"{setting} {path!r}", found=found, expected="a folder", fix=fix) from None
+
+
+def is_on_drive(folder: Path) -> bool:
+    """Whether a folder (made or not, without symbolic links) lies on Google Drive.
+
+    Colab mounts it as the file system type `fuse.drive`, at any place; `/content/drive` counts before it is mounted
+    too. Other programs' types are called such as `fuse.google-drive-ocamlfuse`.
+    """
+    import psutil
+
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    on = next((mounts[parent] for parent in (folder, *folder.parents) if parent in mounts), "")
+    return "drive" in on or folder.is_relative_to("/content/drive")
+
+
+def mount_drive(folder: Path) -> None:
+    """On Colab, mount Google Drive if the folder lies on it; Colab asks the reader for permission."""
+    if folder.is_relative_to("/content/drive") and not Path("/content/drive/MyDrive").exists():
+        with contextlib.suppress(ImportError):  # elsewhere there is nothing to mount
+            from google.colab import drive
+
+            drive.mount("/content/drive")
+
+
+def check_writable(folder: Path, *, setting: str) -> None:
+    with one_line(f"{setting} {folder}", "a folder that can be written", f"set {setting} to a folder of your own"):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+
+
+@contextlib.contextmanager
+def one_line(where: str | Path, expected: str, fix: str) -> Iterator[None]:
+    """An OSError in this block, such as that of a full disk, is one clear line."""
+    try:
+        yield
+    except OSError as error:
+        raise HandoffError(str(where), found=reason(error), expected=expected, fix=fix) from None
+
+
+def lock_chapter(folder: Path, chapter: Chapter) -> Any:
+    """A lock that is held until this process ends or forgets it: two at once would write into each other's files."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / f".{chapter.name}.lock", is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise HandoffError(
+            f"RUN_DIR {folder}",
+            found=f"another process that has chapter {chapter.name} open in it",
+            expected="one at a time",
+            fix="shut that notebook's kernel down or wait for it, or set RUN_DIR to another folder",
+        ) from None
+    return lock
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Alone while `handoff.json` is read and replaced; a folder on Drive may have no locks, and goes without."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".handoff.lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        found, fix = f"another process that has been writing for {LOCK_SECONDS} s", "wait for it, or end it"
+        raise HandoffError(str(folder), found=found, expected="one at a time", fix=fix) from None
+    except NotImplementedError:
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
