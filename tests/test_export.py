@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub import serve_hub
@@ -277,20 +278,31 @@ def test_the_copy_on_drive_is_counted(tmp_path, monkeypatch):
         plan.raise_if_failed()
 
 
-def test_only_finished_gguf_files_stay(tmp_path):
+@pytest.fixture
+def chat_model(shared_tokenizer):
+    """What a Modelfile is read off: a tokenizer, and the ids that end a reply."""
+    tokenizer = shared_tokenizer("smollm2")
+    config = SimpleNamespace(eos_token_id=tokenizer.eos_token_id)
+    return SimpleNamespace(generation_config=config), tokenizer
+
+
+def test_only_finished_gguf_files_stay(tmp_path, chat_model):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"x")
     (tmp_path / "model_gguf").mkdir()
     for number, name in enumerate(("SmolLM2.Q8_0", "SmolLM2.Q4_K_M", "SmolLM2.BF16")):
         (tmp_path / "model_gguf" / f"{name}.gguf").write_bytes(b"x" * (9 - number))
-    assert [path.name for path in keep_gguf(tmp_path, name="model")] == ["model-q8_0.gguf", "model-q4_k_m.gguf"]
-    assert {path.name for path in tmp_path.iterdir()} == {"model-q8_0.gguf", "model-q4_k_m.gguf"}
+    modelfile = keep_gguf(tmp_path, ["q4_k_m", "q8_0"], *chat_model, context_tokens=512)
+    assert {path.name for path in tmp_path.iterdir()} == {"model-q8_0.gguf", "model-q4_k_m.gguf", "Modelfile"}
+    assert (tmp_path / "Modelfile").read_text() == modelfile and modelfile.startswith("FROM ./model-q4_k_m.gguf\n")
 
 
-def test_an_export_without_a_gguf_file_is_refused(tmp_path):
-    (tmp_path / "SmolLM2.BF16.gguf").write_bytes(b"x")
-    with pytest.raises(ExportError, match="no quantised GGUF file"):
-        keep_gguf(tmp_path, name="model")
+@pytest.mark.parametrize("present", ["BF16", "Q8_0"])
+def test_an_export_without_a_gguf_file_is_refused_and_nothing_is_deleted(tmp_path, chat_model, present):
+    (tmp_path / f"SmolLM2.{present}.gguf").write_bytes(b"x")
+    with pytest.raises(ExportError, match="no quantised GGUF file .*q4_k_m"):
+        keep_gguf(tmp_path, ["q8_0", "q4_k_m"], *chat_model, context_tokens=512)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 EXPORT = """

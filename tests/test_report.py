@@ -8,7 +8,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from test_training import PNG, small_model, small_trainer
+from test_training import PNG, small_model, small_rows, small_trainer
 
 from helpers.handoff.run import HandoffError, open_run
 from helpers.masking.check import Finding, MaskReport
@@ -36,7 +36,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     plot = live_plot(folder=folder / "curves")
     trainer = small_trainer(folder, callbacks=[plot], max_steps=12, eval_strategy="steps", eval_steps=6)
-    trainer.train_dataset = Dataset.from_list(trainer.train_dataset)
+    trainer.train_dataset, trainer.eval_dataset = Dataset.from_list(small_rows(16)), small_rows(26)[16:]
     with track_memory("load") as load:
         before = held_out_losses(trainer.model, trainer.eval_dataset)
     with track_memory("training") as training:
@@ -166,7 +166,7 @@ def test_the_page_stands_alone_and_says_it_all(run, made):
     assert len(page.links) == 1 and page.links[0].startswith("data:image/png;base64,")
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "url(" not in run.artefact("report.html").read_text(encoding="utf-8") and "@import" not in page.text
-    for words in ("5 of 5 claims hold", "Llama-3.2-3B-Instruct", "conversations.jsonl", "down_proj, q_proj", "0.01"):
+    for words in ("6 of 6 claims hold", "Llama-3.2-3B-Instruct", "conversations.jsonl", "down_proj, q_proj", "0.01"):
         assert words in page.text
     for words in ("0% → 100%", "5% → 80%", "12 steps", "training", "16, 16", "120 of 250", "transformers", "Mossbell"):
         assert words in page.text
@@ -190,7 +190,7 @@ def test_the_page_says_what_failed(run, made):
     report = report_of(run, made, evidence=evidence, held_out=(before, before), mask_report=mask_report(FAULT))
     assert not report["evidence"]["ok"] and not report["mask"]["ok"]
     page = page_of(run)
-    for words in ("4 of 5 claims hold", "Do not use", "✗ no", "it overfits", "Not fit to train on", "leaked: 3 tokens"):
+    for words in ("5 of 6 claims hold", "Do not use", "✗ no", "it overfits", "Not fit to train on", "leaked: 3 tokens"):
         assert words in page.text
 
 
@@ -206,7 +206,9 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(run, made, monkeypatch):
     monkeypatch.setattr("helpers.training.report.draw_curves", lambda curves: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         report_of(run, made)
-    assert run.artefact("report.html").read_bytes() == old
+    assert (run.path / "report.html").read_bytes() == old
+    with pytest.raises(HandoffError, match="made from another report.json"):  # and it does not pass for the new one's
+        run.artefact("report.html")
 
 
 def test_the_picture_is_inside(run, made):

@@ -19,7 +19,14 @@ from helpers.base import InputError
 from helpers.memory.fit import undo_emulated_bfloat16
 from helpers.training.curves import MEASURES, Curves, CurvesError, draw_curves, duration, live_plot
 from helpers.training.divergence import find_divergence
-from helpers.training.evidence import Evidence, EvidenceError, check_evidence, describe_overfitting, likely_cause
+from helpers.training.evidence import (
+    Evidence,
+    EvidenceError,
+    _schedule,
+    check_evidence,
+    describe_overfitting,
+    likely_cause,
+)
 from helpers.training.held_out import HeldOutLosses, bootstrap_interval, fall_interval, held_out_losses
 from helpers.training.weights import count_changed_adapters, frozen_checksum
 from tests.maintain.series import AT_THE_END, with_new_ports
@@ -292,11 +299,15 @@ def test_before_and_after_must_be_the_same_rows():
 
 def evidence_of(model, log=LOG, *, frozen=None, before=BEFORE, after=AFTER, float16=False, rated=True):
     """Evidence of a made-up run; `rated`: its log has the learning rate that was set where an entry has none."""
+    from transformers import TrainingArguments
+
     now = frozen_checksum(model)
-    log = [{"learning_rate": LEARNING_RATE} | entry for entry in log] if rated else log
-    args, state = SimpleNamespace(fp16=float16), SimpleNamespace(log_history=log)
+    numbered = [{"step": number} | entry for number, entry in enumerate(log, 1)]
+    log = [{"learning_rate": LEARNING_RATE} | entry for entry in numbered] if rated else numbered
+    args = TrainingArguments(max_steps=4000, lr_scheduler_type="constant", learning_rate=LEARNING_RATE, use_cpu=True)
+    args.fp16 = float16  # a CPU does not take it as an argument
     return check_evidence(
-        SimpleNamespace(model=model, args=args, state=state),
+        SimpleNamespace(model=model, args=args, state=SimpleNamespace(log_history=log), train_dataset=small_rows()),
         before=replace(before, frozen_checksum=now if frozen is None else frozen),
         after=replace(after, frozen_checksum=now),
         learning_rate=LEARNING_RATE,
@@ -311,7 +322,7 @@ def failed(evidence):
     return [claim for claim, _, holds in evidence.rows if not holds]
 
 
-RATE = "the learning rate peaked where it was set"
+RATE = "the learning rate followed its schedule"
 FINITE = "loss and gradient norm stayed finite"
 FELL = "held-out loss fell by more than its uncertainty"
 
@@ -320,7 +331,7 @@ def test_a_good_run(model):
     evidence = evidence_of(model)
     assert evidence.ok
     evidence.raise_if_failed()
-    assert repr(evidence).count("True") == 5 and not any(digit in repr(evidence) for digit in "0123456789")
+    assert repr(evidence).count("True") == 6 and not any(digit in repr(evidence) for digit in "0123456789")
     assert "2.040 -&gt; 1.013, a fall of 1.027 (95 % interval" in evidence._repr_html_()
     assert "perplexity 7.69 -&gt; 2.75" in evidence._repr_html_()
 
@@ -430,21 +441,54 @@ def test_float16_excuses_no_loss_that_is_not_finite(model):
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 30])
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant_with_warmup"])
-def test_a_real_run_peaks_at_the_learning_rate_that_was_set(tmp_path, steps, schedule):
+def test_a_real_run_follows_the_schedule_that_was_set_and_no_other(tmp_path, steps, schedule):
     """With the chapter's warm-up, which is never as long as the run."""
     given = dict(max_steps=steps, warmup_steps=min(5, steps // 4), lr_scheduler_type=schedule, learning_rate=2e-4)
     trainer = small_trainer(tmp_path, **given)
     trainer.train()
-    assert RATE not in failed(check_evidence(trainer, before=BEFORE, after=AFTER, learning_rate=2e-4))
-    assert RATE in failed(check_evidence(trainer, before=BEFORE, after=AFTER, learning_rate=2.001e-4))
+
+    def follows(rate, chosen):
+        settings = {"lr_scheduler_type": chosen}
+        evidence = check_evidence(trainer, before=BEFORE, after=AFTER, learning_rate=rate, settings=settings)
+        return RATE not in failed(evidence)
+
+    assert follows(2e-4, schedule) and not follows(2.001e-4, schedule)
+    if steps == 30:
+        others = {"linear", "cosine", "constant_with_warmup", "constant"} - {schedule}
+        assert not any(follows(2e-4, other) for other in others)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_a_step_that_float16_skips_does_not_move_the_schedule_on(schedule):
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(max_steps=10, lr_scheduler_type=schedule, learning_rate=1e-3, use_cpu=True)
+    rates = [1e-3, 1e-3, 9e-4, 8e-4] if schedule == "linear" else [1e-3] * 4
+    norms = [math.inf, 1.0, 1.0, 1.0]
+    log = [dict(step=n, learning_rate=r, grad_norm=g) for n, r, g in zip((1, 2, 3, 4), rates, norms, strict=True)]
+    trainer = SimpleNamespace(args=args, state=SimpleNamespace(log_history=log))
+    assert _schedule(trainer, 1e-3, "")[2]
+    log[3]["learning_rate"] = 9.5e-4
+    assert not _schedule(trainer, 1e-3, "")[2]
+
+
+def test_a_schedule_that_depends_on_the_loss_is_held_to_its_peak():
+    from transformers import TrainingArguments
+
+    measured = dict(eval_strategy="steps", eval_steps=1, lr_scheduler_type="reduce_lr_on_plateau")
+    args = TrainingArguments(max_steps=3, learning_rate=1e-3, use_cpu=True, **measured)
+    log = [{"step": step, "learning_rate": rate} for step, rate in ((1, 1e-3), (2, 1e-4))]
+    trainer = SimpleNamespace(args=args, state=SimpleNamespace(log_history=log))
+    assert _schedule(trainer, 1e-3, "")[2] and not _schedule(trainer, 9e-4, "")[2]
 
 
 @pytest.mark.parametrize("factor", [100, 0.01])
 def test_another_learning_rate_than_was_set_is_found(model, factor):
-    log = [entry | {"learning_rate": rate * factor} for entry, rate in zip(LOG, (5e-5, 1e-4), strict=False)]
+    log = [entry | {"learning_rate": rate * factor} for entry, rate in zip(LOG, (1e-4, 1e-4), strict=False)]
     evidence = evidence_of(model, log=log)
     assert failed(evidence) == [RATE]
-    assert seen_of(evidence, RATE) == f"up to {1e-4 * factor:.3g} in 2 logged steps, 0.0001 was set"
+    seen = f"constant, up to {1e-4 * factor:.3g} in 2 logged steps, 0.0001 was set; step 1 had {1e-4 * factor:.3g}"
+    assert seen_of(evidence, RATE) == f"{seen} instead of 0.0001"
 
 
 def test_a_log_without_a_learning_rate_is_found(model):

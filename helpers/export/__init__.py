@@ -3,7 +3,6 @@
 from helpers.export.card import make_model_card
 from helpers.export.files import keep_gguf
 from helpers.export.gguf import serve_gguf
-from helpers.export.modelfile import make_modelfile
 from helpers.export.plan import plan_export
 from helpers.export.probe import probe_model
 from helpers.export.publish import publish

@@ -1,35 +1,43 @@
 """What Unsloth writes for GGUF, brought into order."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from helpers.export.modelfile import make_modelfile
 from helpers.export.plan import ExportError
 
+NAME = "model"
 
-def keep_gguf(folder: str | Path, *, name: str) -> list[Path]:
-    """Bring what `save_pretrained_gguf` wrote into order: the GGUF files as `NAME-q8_0.gguf`, and nothing else.
+
+def keep_gguf(folder: str | Path, types: Sequence[str], model: Any, tokenizer: Any, *, context_tokens: int) -> str:
+    """Bring what `save_pretrained_gguf` wrote into order: the files `model-q8_0.gguf` and so on, and a Modelfile.
 
     Unsloth writes them beside a 16-bit copy of the model, which was needed only to make them, and a 16-bit GGUF file.
 
     Args:
         folder: where it wrote to; everything in it but the quantised files is deleted.
+        types: those that were asked for; the Modelfile names the first.
+        context_tokens: tokens that a prompt and its reply may have.
 
     Returns:
-        The files, largest first.
+        The Modelfile's text, see `make_modelfile`.
 
     Raises:
-        ExportError: there are none.
+        ExportError: there is no such file of a type.
+        ModelfileError: the chat template cannot be written as one.
     """
     folder = Path(folder)
-    found = [path for path in folder.rglob("*.gguf") if not path.stem.upper().endswith(("BF16", "F16", "F32"))]
-    if not found:
+    modelfile = make_modelfile(model, tokenizer, gguf_file=f"{NAME}-{types[0]}.gguf", context_tokens=context_tokens)
+    quantised = [path for path in folder.rglob("*.gguf") if not path.stem.upper().endswith(("BF16", "F16", "F32"))]
+    kept = [path.rename(folder / f"{NAME}-{path.stem.rpartition('.')[2].lower()}.gguf") for path in quantised]
+    if missing := [name for name in types if folder / f"{NAME}-{name}.gguf" not in kept]:
+        found, expected = f"no quantised GGUF file {', '.join(missing)}", "one of each type"
         fix = "read what Unsloth printed, and run the cell again"
-        raise ExportError(folder.name, found="no quantised GGUF file", expected="at least one", fix=fix)
-    kept = []
-    for path in found:
-        target = folder / f"{name}-{path.stem.rpartition('.')[2].lower()}.gguf"
-        kept.append(path.rename(target))
+        raise ExportError(folder.name, found=found, expected=expected, fix=fix)
     for path in folder.iterdir():
         if path not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return sorted(kept, key=lambda path: -path.stat().st_size)
+    (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
+    return modelfile

@@ -9,12 +9,14 @@ strings that `train_on_responses_only` was given: a wrong marker cannot fool the
   and the first white space of the answer.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from helpers.base import Table
+from helpers.masking.batches import Batches, label_key, row_key, watch_batches
 from helpers.masking.findings import Finding, find_faults, fixes_of
 from helpers.masking.rows import MaskingError, Rows, read_rows
 from helpers.template.turns import Answers, TokenBytes, Turns, find_answers, read_turns
@@ -35,6 +37,7 @@ class MaskReport(Table):
         length_for_99_percent: tokens a row needs so that 99 % of the answers are whole; None where the rows were cut
             and cannot tell.
         findings: the faults, the likeliest cause first.
+        keys: {row: (its labels, how often it is there)}, named as in `helpers.masking.batches`.
     """
 
     rows: int
@@ -46,6 +49,7 @@ class MaskReport(Table):
     histogram: tuple[int, ...]
     length_for_99_percent: int | None
     findings: tuple[Finding, ...]
+    keys: Mapping[int, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     @property
     def ok(self) -> bool:
@@ -62,6 +66,16 @@ class MaskReport(Table):
         first, *others = self.findings
         also = f" (also found: {', '.join(f'{other.code} {other.count}' for other in others)})" if others else ""
         raise MaskingError(first.where, found=first.found, expected=first.expected, fix=first.fix + also)
+
+    def watch(self, trainer: Any) -> Batches:
+        """Read every batch that reaches the model, and count its rows: each must be one of those that were checked.
+
+        Raises:
+            MaskingError: in `trainer.train`, at the first row that is not.
+        """
+        batches = Batches(self.keys)
+        trainer.add_callback(watch_batches(batches, trainer))
+        return batches
 
     def _title(self) -> str:
         return f"Mask check: {'every answer is trained, and nothing else' if self.ok else 'NOT fit to train on'}"
@@ -125,7 +139,16 @@ def check_masking(dataset, *, tokenizer) -> MaskReport:
         histogram=tuple(np.histogram(rows.tokens, bins=8, range=(shortest, longest + 1))[0].tolist()),
         length_for_99_percent=enough,
         findings=tuple(find_faults(_spans(parts, rows, cut), **told)),
+        keys=_count_keys(key for part in parts for key in part.keys),
     )
+
+
+def _count_keys(keys: Iterable[tuple[int, int]]) -> dict[int, tuple[int, int]]:
+    """{row: (its labels, how often it is there)}; of rows with the same ids and other labels, the last one's."""
+    counted: dict[int, tuple[int, int]] = {}
+    for row, labels in keys:
+        counted[row] = (labels, counted.get(row, (0, 0))[1] + 1)
+    return counted
 
 
 class _PerRow(NamedTuple):
@@ -147,6 +170,7 @@ class _Part:
     rows: _PerRow
     spans: dict[str, np.ndarray]
     needed: np.ndarray
+    keys: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -211,7 +235,15 @@ def _examine(chunk: Rows, tokenizer, table: TokenBytes, turns: Turns) -> _Part:
         answer_cut=per_row(truth.row[truth.found.cut]) > 0,
         only_last=(answers > 1) & (per_row(truth.row[there][spoken]) == 1) & last_spoken,
     )
-    return _Part(found, spans, np.where(closed, truth.last - starts[truth.row], _UNKNOWN))
+    needed = np.where(closed, truth.last - starts[truth.row], _UNKNOWN)
+    return _Part(found, spans, needed, _keys(chunk))
+
+
+def _keys(chunk: Rows) -> list[tuple[int, int]]:
+    """(row, its labels) of each row, as a batch's attention mask leaves it."""
+    ends = np.cumsum(chunk.lengths)[:-1]
+    columns = (np.split(column, ends) for column in (chunk.ids, chunk.labels, chunk.attended))
+    return [(row_key(i[kept]), label_key(labels[kept])) for i, labels, kept in zip(*columns, strict=True)]
 
 
 def _locate(chunk: Rows, pad: np.ndarray, tokenizer, table: TokenBytes, turns: Turns) -> _Truth:

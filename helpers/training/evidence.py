@@ -3,19 +3,37 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from helpers.base import InputError, Table
+from helpers.masking.batches import row_key
 from helpers.training.divergence import allowed_overflows
 from helpers.training.held_out import HeldOutLosses, fall_interval
+from helpers.training.loaded import same_adapter, same_tokenizer
 from helpers.training.weights import count_changed_adapters
+
+if TYPE_CHECKING:
+    from helpers.masking.batches import Batches
 
 OVERFIT_TOLERANCE = 0.01  # of the best held-out loss; the trainer's average depends this much on how rows are batched
 OFTEN, FEW = 10, 10  # passes over the data that small sets are learned by heart in; held-out rows that tell little
 FELL = "held-out loss fell by more than its uncertainty"
+SCHEDULE, SETTINGS = "the learning rate followed its schedule", "the settings in force are those that were chosen"
+TRAINED, UNSEEN = "every row was trained, as it was checked", "no held-out row was trained"
+SAVED = "the saved adapter and tokenizer are the trained ones"
 RESTORED = "restored_step"  # in the log of a run that went back to its best weights
 ROSE, HARDLY_MOVED, FELL_FAR = 1.1, 0.02, 0.5  # shares of the first training losses, see `likely_cause`
 RATE_TOLERANCE = 1e-6  # of the learning rate; a schedule's factor is exactly 1 at its peak
+
+
+FIXES = {
+    SCHEDULE: "set learning_rate and lr_scheduler_type in SFTConfig to what is checked, and train anew",
+    SETTINGS: "look for what changes the settings after SFTConfig, and train anew",
+    TRAINED: "look for what leaves rows out, a sampler or a filter, and train anew",
+    UNSEEN: "run chapter 03 again, whose data are in two parts, and train anew",
+    SAVED: "save it again: run the cells from Save the adapter on",
+}
 
 
 class EvidenceError(InputError):
@@ -42,7 +60,8 @@ class Evidence(Table):
         """Raises EvidenceError naming the first claim that does not hold."""
         for claim, seen, holds in self.rows:
             if not holds:
-                fix = "do not use this adapter; check the learning rate, the mask and the target modules"
+                other = "do not use this adapter; check the learning rate, the mask and the target modules"
+                fix = FIXES.get(claim, other)
                 fix = self.cause if claim == FELL and self.cause else fix
                 raise EvidenceError("training", found=seen, expected=claim, fix=fix)
 
@@ -59,7 +78,17 @@ class Evidence(Table):
         return "\n".join([*(f"{claim}: {holds}" for claim, _, holds in self.rows), *self._notes()])
 
 
-def check_evidence(trainer: Any, *, before: HeldOutLosses, after: HeldOutLosses, learning_rate: float) -> Evidence:
+def check_evidence(
+    trainer: Any,
+    *,
+    before: HeldOutLosses,
+    after: HeldOutLosses,
+    learning_rate: float,
+    settings: Mapping[str, Any] | None = None,
+    rows: int | None = None,
+    batches: "Batches | None" = None,
+    adapter: str | Path = "",
+) -> Evidence:
     """Did training do what it should, and only that?
 
     The held-out loss must have fallen by more than its uncertainty: the lower end of the paired 95 % interval of the
@@ -70,32 +99,108 @@ def check_evidence(trainer: Any, *, before: HeldOutLosses, after: HeldOutLosses,
     a loss that is not a number by the average before it logs it, unless `logging_nan_inf_filter=False`: the gradient
     norm is what tells.)
 
-    The highest learning rate of the log must be the one that was set, to `RATE_TOLERANCE`. With each step logged that
-    is exact for Transformers' schedules with warm-up: step k has the factor (k - 1) / warmup_steps, which is 1 at step
-    warmup_steps + 1, so a run must be longer than its warm-up. (Steps that float16 skips do not move the schedule.)
+    Every logged learning rate must be the one that the schedule gives for that step, see `scheduled_rates`.
 
     Args:
         trainer: after training; its log names overfitting too, where held-out losses are in it.
         before, after: `held_out_losses` of the same rows, which also hold a checksum of the frozen weights.
         learning_rate: the one that was chosen (not the trainer's own, which is what is checked).
+        settings: others that were chosen, under SFTConfig's names, such as {"max_steps": 60}.
+        rows: how many there are to train on.
+        batches: what `MaskReport.watch` counted.
+        adapter: the folder that the adapter and its tokenizer were saved in.
 
     Raises:
         EvidenceError: `before` and `after` are not of the same rows.
     """
-    log = trainer.state.log_history
+    log, chosen = trainer.state.log_history, dict(settings or {})
     changed, total = count_changed_adapters(trainer.model)
     seen, finite = _norms(log, float16=trainer.args.fp16)
     untouched = before.frozen_checksum == after.frozen_checksum
-    rows = [
-        _rate_peak(log, learning_rate),  # first: it explains what else fails
+    claims = [_schedule(trainer, learning_rate, chosen.get("lr_scheduler_type", ""))]  # it explains what else fails
+    claims += [_settings(trainer, chosen)] if chosen else []
+    claims += [
         ("every LoRA matrix B left zero", f"{changed} of {total}", 0 < total == changed),
         ("loss and gradient norm stayed finite", seen, finite),
         ("the base weights are untouched", "checksum over all frozen weights", untouched),
-        _fall(before, after),
     ]
+    claims += [_trained(trainer, batches, rows)] if batches is not None else []
+    claims += [_unseen(trainer, before), *([_saved(trainer, Path(adapter))] if adapter else []), _fall(before, after)]
     passes = max((entry.get("epoch") or 0 for entry in log), default=0)
     losses = [float(entry["loss"]) for entry in log if "loss" in entry]
-    return Evidence(tuple(rows), describe_overfitting(log), likely_cause(passes, len(after.sums), losses))
+    return Evidence(tuple(claims), describe_overfitting(log), likely_cause(passes, len(after.sums), losses))
+
+
+def scheduled_rates(args: Any, schedule: str, learning_rate: float, *, steps: int) -> list[float]:
+    """The learning rate in each of the first steps, as Transformers' schedule of that name gives it; [] where it
+    depends on what is measured ("reduce_lr_on_plateau").
+
+    Args:
+        args: `trainer.args`: warm-up, and how many steps the schedule is for.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    optimizer, rates = torch.optim.SGD([torch.zeros(1)], lr=learning_rate), []
+    lengths = (args.get_warmup_steps(args.max_steps), args.max_steps)
+    options = args.lr_scheduler_kwargs or {}
+    scheduler = get_scheduler(schedule, optimizer, *lengths, scheduler_specific_kwargs=options)
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        return []
+    for _ in range(steps):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def _schedule(trainer: Any, learning_rate: float, schedule: str) -> tuple[str, str, bool]:
+    """Every logged rate against the schedule. A step that float16 skips does not move it on."""
+    args, entries = trainer.args, [e for e in trainer.state.log_history if "learning_rate" in e]
+    schedule = str(getattr(schedule or args.lr_scheduler_type, "value", schedule or args.lr_scheduler_type))
+    rates = [float(entry["learning_rate"]) for entry in entries]
+    expected = scheduled_rates(args, schedule, learning_rate, steps=max((e["step"] for e in entries), default=0))
+    peak = max(rates, default=math.nan)
+    seen = f"{schedule}, up to {peak:.3g} in {len(rates)} logged steps, {learning_rate:.3g} was set"
+    skipped = 0
+    for entry, rate in zip(entries, rates, strict=True):
+        place = entry["step"] - 1
+        possible = expected[max(0, place - skipped) : place + 1]
+        if expected and not any(math.isclose(rate, each, rel_tol=RATE_TOLERANCE, abs_tol=1e-15) for each in possible):
+            return SCHEDULE, f"{seen}; step {place + 1} had {rate:.3g} instead of {expected[place]:.3g}", False
+        skipped += not math.isfinite(float(entry.get("grad_norm", 0.0)))
+    return SCHEDULE, seen, bool(rates) and peak <= learning_rate * (1 + RATE_TOLERANCE)
+
+
+def _settings(trainer: Any, chosen: Mapping[str, Any]) -> tuple[str, str, bool]:
+    in_force = {name: getattr(trainer.args, name) for name in chosen}
+    in_force = {name: getattr(value, "value", value) for name, value in in_force.items()}
+    wrong = [f"{name} is {in_force[name]}, not {value}" for name, value in chosen.items() if in_force[name] != value]
+    steps, most = trainer.state.global_step, trainer.args.max_steps
+    if steps < most and not any(RESTORED in entry for entry in trainer.state.log_history):
+        wrong.append(f"{steps} of {most} steps were made")
+    return SETTINGS, "; ".join(wrong) or f"{len(chosen)} settings, {steps} steps", not wrong
+
+
+def _trained(trainer: Any, batches: "Batches", rows: int | None) -> tuple[str, str, bool]:
+    present = len(trainer.train_dataset)
+    missing = "" if rows is None or present == rows else f"; {present:,} rows in the trainer, {rows:,} to train on"
+    return TRAINED, f"{batches}{missing}", batches.holds and not missing
+
+
+def _unseen(trainer: Any, before: HeldOutLosses) -> tuple[str, str, bool]:
+    """By content, whatever the two parts are called."""
+    trained = {row_key(row["input_ids"]) for row in trainer.train_dataset}
+    both = len(trained & set(before.rows))
+    return UNSEEN, f"{both} of {len(before.rows)} are among the rows to train on", not both
+
+
+def _saved(trainer: Any, folder: Path) -> tuple[str, str, bool]:
+    (matrices, same), (tokens, alike) = (
+        same_adapter(trainer.model, folder),
+        same_tokenizer(trainer.processing_class, folder),
+    )
+    return SAVED, f"{matrices}; {tokens}", same and alike
 
 
 def likely_cause(passes: float, held_out: int, losses: Sequence[float] = ()) -> str:
@@ -137,14 +242,6 @@ def _norms(log: Sequence[Mapping[str, Any]], *, float16: bool) -> tuple[str, boo
     if skipped:
         seen += f", not finite in {skipped} of {len(norms)} steps"
     return seen, all(map(math.isfinite, losses)) and few
-
-
-def _rate_peak(log: Sequence[Mapping[str, Any]], learning_rate: float) -> tuple[str, str, bool]:
-    rates = [float(entry["learning_rate"]) for entry in log if "learning_rate" in entry]
-    peak = max(rates, default=math.nan)
-    seen = f"up to {peak:.3g} in {len(rates)} logged steps, {learning_rate:.3g} was set"
-    holds = math.isclose(peak, learning_rate, rel_tol=RATE_TOLERANCE)
-    return "the learning rate peaked where it was set", seen, holds
 
 
 def _fall(before: HeldOutLosses, after: HeldOutLosses) -> tuple[str, str, bool]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from helpers.base import InputError
+from helpers.masking.batches import row_key
 from helpers.training.weights import frozen_checksum
 
 RESAMPLES = 2000
@@ -21,11 +22,13 @@ class HeldOutLosses:
         sums: for each conversation, the negative log-likelihood of its answer tokens, summed, in nats.
         tokens: for each conversation, how many answer tokens were predicted.
         frozen_checksum: `frozen_checksum` of the model at that moment.
+        rows: for each conversation, what `row_key` calls it.
     """
 
     sums: tuple[float, ...]
     tokens: tuple[int, ...]
     frozen_checksum: int = field(default=0, repr=False)
+    rows: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def loss(self) -> float:
@@ -149,7 +152,7 @@ def held_out_losses(model: Any, dataset: Any, *, batch_size: int = 8) -> HeldOut
     finally:
         hook.remove()
         model.train(was_training)
-    return HeldOutLosses(tuple(sums), tuple(tokens), frozen_checksum(model))
+    return HeldOutLosses(tuple(sums), tuple(tokens), frozen_checksum(model), tuple(row_key(ids) for ids, _ in rows))
 
 
 def _pad(rows: Sequence[tuple[list[int], list[int]]], device: Any) -> dict[str, Any]:

@@ -123,6 +123,7 @@ def _losses(before: HeldOutLosses, after: HeldOutLosses) -> dict[str, Any]:
         "fall_interval": fall_interval(before, after),
         "conversations": len(before.sums),
         "answer_tokens": sum(before.tokens),
+        "by_row": {"sums": after.sums, "tokens": after.tokens},
     }
     return {"held_out_loss": loss, "perplexity": {"before": before.perplexity, "after": after.perplexity}}
 
@@ -146,7 +147,9 @@ def _data(trainer: Any, dataset: str) -> dict[str, Any]:
 
 
 def _mask(report: "MaskReport") -> dict[str, Any]:
-    facts = {field.name: getattr(report, field.name) for field in fields(report) if field.name != "findings"}
+    facts = {
+        field.name: getattr(report, field.name) for field in fields(report) if field.name not in ("findings", "keys")
+    }
     findings = [f"{each.code}: {each.count} {each.unit}, {each.found}" for each in report.findings]
     return {"ok": report.ok, **facts, "findings": findings}
 

@@ -50,7 +50,7 @@ from helpers.handoff import open_run
 
 check_choices(globals())
 MODEL_NAME = find_model(MODEL_NAME, endpoint=HF_ENDPOINT, modelscope=USE_MODELSCOPE, weights=False)
-run = open_run(RUN_DIR, base_model=MODEL_NAME, drive=DRIVE_DIR)
+run = open_run(RUN_DIR, chapter="03_data", base_model=MODEL_NAME, drive=DRIVE_DIR)
 
 # %% [markdown] lang="en"
 # ## Choose the chat template
@@ -250,7 +250,8 @@ tokenizer.save_pretrained(f"{RUN_DIR}/new/dataset/tokenizer")
 # %% tags=["handoff"]
 name = os.path.basename(DATASET) if os.path.isfile(DATASET) else DATASET
 source = conversation_report.source  # a checksum of the file: chapter 04 notices where you changed it since
-run.keep("dataset", dataset=name, chat_template=tokenizer.chat_template, source=source)
+rows = {"dataset": name, "train_rows": len(train_dataset)}
+run.keep("dataset", chat_template=tokenizer.chat_template, source=source, **rows)
 run.record("03_data", train_rows=len(train_dataset), eval_rows=len(eval_dataset), longest_tokens=max(lengths))
 
 # %%

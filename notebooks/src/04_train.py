@@ -53,7 +53,7 @@ from helpers.handoff import open_run
 
 check_choices(globals())
 MODEL_NAME = find_model(MODEL_NAME, endpoint=HF_ENDPOINT, modelscope=USE_MODELSCOPE)
-run = open_run(RUN_DIR, base_model=MODEL_NAME, needs=("dataset",), drive=DRIVE_DIR)
+run = open_run(RUN_DIR, chapter="04_train", base_model=MODEL_NAME, drive=DRIVE_DIR)
 
 # %% [markdown] lang="en"
 # ## Load the data
@@ -264,11 +264,11 @@ held_out_before
 #
 # The picture grows with each step. The training loss jumps from batch to batch; the held-out loss is what counts.
 #
-# Cells without `helpers` stand alone; here your own line would be `trainer.train()`. Four helpers stand by it.
+# Cells without `helpers` stand alone; here your own line would be `trainer.train()`. Helpers stand by it.
 #
 # `Checkpoints` saves the run every five minutes and when you press Stop, also to `DRIVE_DIR`; run
-# the chapter again, and it goes on where it was. `stop_on_divergence` ends a run whose loss explodes. `fit_into_memory`
-# tries the longest conversations first, so that a run that is too large fails now. `track_memory` measures.
+# the chapter again, and it goes on where it was. `stop_on_divergence` ends a run whose loss explodes, `watch` one
+# whose batches are not the checked rows. `fit_into_memory` tries the longest conversations first: too large fails now.
 
 # %%
 from helpers.memory import fit_into_memory, track_memory
@@ -278,6 +278,7 @@ plot = live_plot(folder=f"{RUN_DIR}/curves")
 plot.record(0, {"eval_loss": held_out_before.loss})
 trainer.add_callback(plot)
 trainer.add_callback(stop_on_divergence())
+batches = mask_report.watch(trainer)
 best = keep_best(trainer) if KEEP_BEST else None
 checkpoints = Checkpoints(trainer, mirror=run.mirror, every_seconds=300, start_afresh=START_AFRESH)
 fit = fit_into_memory(trainer, plan.checkpointed_layers)
@@ -303,7 +304,7 @@ run.keep("adapter", template=run.facts("dataset")["template"])
 # %% [markdown] lang="en"
 # ## Did it learn?
 #
-# The held-out loss again, on the same conversations as before. Then five claims, each checked by a program. The
+# The held-out loss again, on the same conversations as before. Then nine claims, each checked by a program. The
 # *gradient norm* is the size of a step's gradients, all taken together.
 #
 # Llama answers general questions such as FineTome's well before it is trained. With those data expect a far smaller
@@ -313,7 +314,16 @@ run.keep("adapter", template=run.facts("dataset")["template"])
 from helpers.training import check_evidence
 
 held_out_after = held_out_losses(model, trainer.eval_dataset)
-evidence = check_evidence(trainer, before=held_out_before, after=held_out_after, learning_rate=LEARNING_RATE)
+evidence = check_evidence(
+    trainer,
+    before=held_out_before,
+    after=held_out_after,
+    learning_rate=LEARNING_RATE,
+    settings={"max_steps": MAX_STEPS, "per_device_train_batch_size": MICRO_BATCH, "lr_scheduler_type": "linear"},
+    rows=run.facts("dataset")["train_rows"],
+    batches=batches,
+    adapter=f"{RUN_DIR}/adapter",
+)
 evidence
 
 # %% [markdown] lang="en"
@@ -344,6 +354,8 @@ def judge(reply, row):
 
 
 counted = {"house_style": {}, "right_help": {}} if "right_help" in reply_rows.column_names else {}
+if counted and isinstance(reply_rows[0]["right_help"][-1], str):
+    raise ValueError('right_help holds words. It needs a list of them for each answer, such as [["power", "plug"]].')
 for when, replies in {"before": replies_before, "after": replies_after}.items():
     if counted:
         verdicts = [judge(reply, row) for reply, row in zip(replies, reply_rows)]

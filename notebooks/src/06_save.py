@@ -43,7 +43,7 @@ from helpers.handoff import open_run
 
 check_choices(globals())
 MODEL_NAME = find_model(MODEL_NAME, endpoint=HF_ENDPOINT, modelscope=USE_MODELSCOPE)
-run = open_run(RUN_DIR, base_model=MODEL_NAME, needs=("dataset", "adapter", "report.json"), drive=DRIVE_DIR)
+run = open_run(RUN_DIR, chapter="06_save", base_model=MODEL_NAME, drive=DRIVE_DIR)
 
 # %% [markdown] lang="en"
 # ## The adapter
@@ -87,6 +87,14 @@ FastLanguageModel.for_inference(model)
 print(f"Loaded as {model.dtype}")
 
 # %% [markdown] lang="en"
+# Is it the model of chapter 04? Its held-out loss may differ a little, because the 16-bit base is not rounded.
+
+# %% tags=["nbval-check-output"]
+from helpers.training import check_loaded
+
+check_loaded(run, model, tokenizer)
+
+# %% [markdown] lang="en"
 # ## What the model in memory says
 #
 # Every saved form is held against these answers: greedy replies to held-out questions, and how likely the model finds
@@ -100,9 +108,7 @@ conversations = load_from_disk(f"{RUN_DIR}/dataset")["held_out"]["conversations"
 
 # %%
 from helpers.export import probe_model
-from helpers.template import check_template
 
-check_template(tokenizer, model=model, expected=run.facts("adapter")["template"]).raise_if_failed()
 in_memory = probe_model(model, tokenizer, conversations)
 print(f"{conversations[0][-2]['content']}\n\n{in_memory.replies[0]}\n\nPerplexity: {in_memory.perplexity:.4f}")
 
@@ -125,20 +131,17 @@ if GGUF:
     model.save_pretrained_gguf(f"{RUN_DIR}/new/gguf/model", tokenizer, quantization_method=GGUF)
 
 # %% [markdown] lang="en"
-# Unsloth writes a 16-bit file too; `keep_gguf` drops it and gives the others short names. Ollama reads a `Modelfile`.
-# Its template and stop words come from the tokenizer, because a model that is asked in another form than it was trained
-# in answers worse.
+# Unsloth writes a 16-bit file too; `keep_gguf` drops it and gives the others short names. It also writes a `Modelfile`
+# for Ollama, whose template and stop words come from the tokenizer: a model that is asked in another form than it was
+# trained in answers worse.
 
 # %% tags=["handoff"]
-from helpers.export import keep_gguf, make_modelfile
+from helpers.export import keep_gguf
 
 template = run.facts("adapter")["template"]
 run.keep("merged", template=template)
 if GGUF:
-    keep_gguf(f"{RUN_DIR}/new/gguf", name="model")
-    modelfile = make_modelfile(model, tokenizer, gguf_file=f"model-{GGUF[0]}.gguf", context_tokens=MAX_SEQ_LENGTH)
-    with open(f"{RUN_DIR}/new/gguf/Modelfile", "w", encoding="utf-8") as file:
-        file.write(modelfile)
+    modelfile = keep_gguf(f"{RUN_DIR}/new/gguf", GGUF, model, tokenizer, context_tokens=MAX_SEQ_LENGTH)
     run.keep("gguf", template=template)
     print(modelfile)
 

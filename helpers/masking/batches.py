@@ -1,0 +1,153 @@
+"""Are the rows that reach the loss those that were checked, and is none left out?
+
+A mask is checked in the data set. What is trained is what comes out of the sampler, the collator and the trainer's own
+preparation, so every batch is read once more at the model's door.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from helpers.masking.rows import MaskingError, flat
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+FIRST_TOKENS = 12  # of a row that is quoted
+
+
+def row_key(ids: np.ndarray) -> int:
+    """Names a row by its token ids, within this process."""
+    return hash(np.asarray(ids, np.int64).tobytes())
+
+
+def label_key(labels: np.ndarray) -> int:
+    """Names a row's labels. The first predicts nothing, and collators without padding mask it."""
+    return hash(np.asarray(labels, np.int64)[1:].tobytes())
+
+
+class Batches:
+    """The rows that a trainer trains, counted and held against those that were checked. Made by `MaskReport.watch`.
+
+    Attributes:
+        labels: {row: its labels} of the rows that were checked, by `row_key` and `label_key`.
+        counts: how often each row was checked: more than once where rows are the same.
+        trained: how often each row was trained in this session.
+        faults: what was wrong with the passes over the data.
+    """
+
+    def __init__(self, rows: Mapping[int, tuple[int, int]]):
+        self.labels = {row: labels for row, (labels, _) in rows.items()}
+        self.counts = Counter({row: count for row, (_, count) in rows.items()})
+        self.trained: Counter[int] = Counter()
+        self.faults: list[str] = []
+
+    @property
+    def holds(self) -> bool:
+        return not self.faults
+
+    def __str__(self) -> str:
+        seen = f"{len(self.trained):,} of {len(self.labels):,} rows"
+        times = sorted(self.trained.values())
+        seen += f", each {times[0]} to {times[-1]} times" if times else " in this session"
+        return "; ".join([seen, *self.faults])
+
+    def check(self, inputs: Mapping[str, Any], *, step: int, tokenizer: Any) -> set[int]:
+        """The rows of one batch, each as it was checked.
+
+        Raises:
+            MaskingError: a row is none of those that were checked, or has other labels.
+        """
+        rows = set()
+        for ids, labels in rows_of(inputs):
+            row = row_key(ids)
+            if self.labels.get(row) != label_key(labels):
+                known = row in self.labels
+                text = tokenizer.decode(ids[:FIRST_TOKENS]) if tokenizer is not None else str(ids[:FIRST_TOKENS])
+                raise MaskingError(
+                    f"step {step}, the row that begins {text!r}",
+                    found="other labels than those that were checked"
+                    if known
+                    else "none of the rows that were checked",
+                    expected="a row of trainer.train_dataset as check_masking read it",
+                    fix="look for what changes the rows after the check: a collator, a callback, another data set",
+                )
+            rows.add(row)
+        return rows
+
+    def pass_ended(self, seen: Mapping[int, int], *, whole: bool) -> None:
+        """Judge one pass over the data; `whole`: it went from the first row to the last."""
+        twice = sum(times > self.counts[row] for row, times in seen.items())
+        if twice:
+            self.faults.append(f"{twice:,} rows came twice in one pass")
+        if whole and (missing := len(self.labels) - len(seen)):
+            self.faults.append(f"a pass left {missing:,} rows out")
+
+
+def rows_of(inputs: Mapping[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids, labels) of each conversation in a batch: padded, of shape (rows, tokens), or end to end, (1, all tokens).
+
+    Example: ids [[5, 6, 7]] with position_ids [[0, 1, 0]] -> [5, 6] and [7]
+    """
+    ids, labels = inputs["input_ids"].cpu().numpy(), inputs["labels"].cpu().numpy()
+    if "packed_seq_lengths" in inputs:
+        ends = np.cumsum(flat(inputs["packed_seq_lengths"]))
+    elif inputs.get("position_ids") is not None:
+        starts = np.flatnonzero(flat(inputs["position_ids"]).reshape(-1) == 0)
+        ends = np.append(starts[1:], ids.size)
+    else:
+        mask = inputs.get("attention_mask")
+        attended = np.ones(ids.shape, bool) if mask is None else mask.cpu().numpy().astype(bool)
+        yield from ((row[kept], of_row[kept]) for row, of_row, kept in zip(ids, labels, attended, strict=True))
+        return
+    yield from zip(np.split(ids.reshape(-1), ends[:-1]), np.split(labels.reshape(-1), ends[:-1]), strict=True)
+
+
+def watch_batches(batches: Batches, trainer: Any) -> "TrainerCallback":
+    """The callback that reads each batch at the model's door, and counts it when its step is done.
+
+    A row is counted once a step: where memory runs out, a batch goes in again, in parts.
+    """
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        hook = None
+
+        def on_train_begin(self, args, state, control, **kwargs) -> None:
+            self.close()
+            self.step_rows: set[int] = set()
+            self.pass_rows: Counter[int] = Counter()
+
+            def read(model, args, inputs) -> None:
+                if model.training and inputs.get("labels") is not None:
+                    step = state.global_step + 1
+                    self.step_rows |= batches.check(inputs, step=step, tokenizer=trainer.processing_class)
+
+            self.hook = trainer.model.register_forward_pre_hook(read, with_kwargs=True)
+
+        def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+            self.pass_rows = Counter()
+            self.from_the_first = float(state.epoch or 0).is_integer()  # a resumed run begins within a pass
+
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            self.step_rows = set()  # without what was rehearsed
+
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            self.pass_rows.update(self.step_rows)
+            batches.trained.update(self.step_rows)
+
+        def on_epoch_end(self, args, state, control, **kwargs) -> None:
+            ended = state.global_step < state.max_steps and not control.should_training_stop
+            batches.pass_ended(self.pass_rows, whole=ended and self.from_the_first and not args.dataloader_drop_last)
+
+        def on_train_end(self, args, state, control, **kwargs) -> None:
+            self.close()
+
+        def close(self) -> None:
+            if self.hook is not None:
+                self.hook.remove()
+                self.hook = None
+
+    return Watch()

@@ -1,0 +1,146 @@
+"""Is the model that was loaded the one that was trained?"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers.base import InputError, Table
+from helpers.handoff.run import Run
+from helpers.template.check import check_template
+from helpers.training.held_out import HeldOutLosses, held_out_losses
+
+ROWS = 8  # held-out conversations whose loss is measured again
+LOSS_TOLERANCE = 0.10  # nats a token: what rounding the base model to 4 bits, or not, may cost
+SAMPLE = "Order 1024 from São Paulo — 模型, naïve façade: 3.14 €\n\tWhy?"  # what a tokenizer may get wrong
+
+
+class LoadedError(InputError):
+    """The model or the tokenizer is not the one that was trained."""
+
+
+@dataclass(frozen=True, repr=False)
+class LoadedReport(Table):
+    """Claims about a loaded model and whether each holds: rows of (claim, what was seen, holds)."""
+
+    rows: tuple[tuple[str, str, bool], ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every claim holds."""
+        return all(holds for _, _, holds in self.rows)
+
+    def raise_if_failed(self) -> None:
+        """Raises LoadedError about the first claim that does not hold."""
+        for claim, seen, holds in self.rows:
+            if not holds:
+                fix = "restart the session and run this chapter from its top; if it stays so, run chapter 04 again"
+                raise LoadedError("the loaded model", found=seen, expected=claim, fix=fix)
+
+    def _table(self) -> tuple[list[str], list[list[object]]]:
+        return ["claim", "seen", "holds"], [list(row) for row in self.rows]
+
+    def __repr__(self) -> str:
+        """The claims alone: what was seen differs from run to run."""
+        return "\n".join(f"{claim}: {holds}" for claim, _, holds in self.rows)
+
+
+def check_loaded(run: Run, model: Any, tokenizer: Any) -> LoadedReport:
+    """Hold a model that was loaded from the run's adapter against its files, and against what was measured of it.
+
+    Four claims: each LoRA matrix is that of the file, and scaled as in training; the tokenizer is the one that the data
+    were made with; its chat template too, and generation stops where an answer ends; and the loss on the first held-out
+    conversations is what chapter 04 measured, to `LOSS_TOLERANCE`.
+
+    Args:
+        run: holds `dataset`, `adapter` and `report.json`.
+
+    Raises:
+        LoadedError, TemplateError: a claim does not hold.
+    """
+    adapter, dataset, template = run.artefact("adapter"), run.artefact("dataset"), run.facts("adapter")["template"]
+    check_template(tokenizer, model=model, expected=template).raise_if_failed()
+    rows = [
+        ("the chat template is that of the training", template, True),
+        ("every LoRA matrix is that of the file", *same_adapter(model, adapter)),
+        ("the tokenizer is that of the data", *same_tokenizer(tokenizer, dataset / "tokenizer")),
+        ("the held-out loss is what chapter 04 measured", *_same_loss(run, model, tokenizer)),
+    ]
+    report = LoadedReport(tuple(rows))
+    report.raise_if_failed()
+    return report
+
+
+def same_adapter(model: Any, folder: Path) -> tuple[str, bool]:
+    """Whether a model's LoRA matrices, and their scaling, are those that a folder holds; what was seen comes first.
+
+    Example: ("420 matrices, scaled by 1", True)
+    """
+    from peft import PeftConfig, get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / "adapter_model.safetensors")
+    loaded = get_peft_model_state_dict(model) if hasattr(model, "peft_config") else {}
+    same = [name for name in saved if name in loaded and _equal(saved[name], loaded[name])]
+    config = PeftConfig.from_pretrained(folder)
+    scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    by_module = (getattr(module, "scaling", None) for module in model.modules())
+    scales = {each["default"] for each in by_module if isinstance(each, dict) and "default" in each}
+    if config.rank_pattern or config.alpha_pattern:  # each module has its own
+        scaling, scales = 0.0, {0.0}
+    seen = f"{len(same)} of {len(saved)} matrices"
+    if scales != {scaling}:
+        seen += f", scaled by {', '.join(f'{scale:g}' for scale in sorted(scales)) or 'nothing'} instead of {scaling:g}"
+    return seen, saved.keys() == loaded.keys() and len(same) == len(saved) and scales == {scaling}
+
+
+def _equal(saved: Any, loaded: Any) -> bool:
+    """Whether a saved matrix is a loaded one, but for the rounding to the other's number format."""
+    import torch
+
+    loaded = loaded.detach().cpu()
+    return saved.shape == loaded.shape and torch.equal(saved.to(loaded.dtype), loaded)
+
+
+def same_tokenizer(tokenizer: Any, folder: Path) -> tuple[str, bool]:
+    """Whether a tokenizer has the vocabulary of a saved one, and cuts text as that does; what was seen comes first.
+
+    Example: ("49,152 tokens, 0 with another id", True)
+    """
+    from transformers import AutoTokenizer
+
+    saved = AutoTokenizer.from_pretrained(folder)
+    ours, theirs = tokenizer.get_vocab(), saved.get_vocab()
+    moved = sum(theirs.get(token) != number for token, number in ours.items())
+    text = SAMPLE + "".join(saved.all_special_tokens)
+    alike = tokenizer(text).input_ids == saved(text).input_ids
+    seen = f"{len(ours):,} tokens, {moved:,} with another id" + ("" if alike else ", and text is cut another way")
+    return seen, not moved and len(ours) == len(theirs) and alike
+
+
+def _same_loss(run: Run, model: Any, tokenizer: Any) -> tuple[str, bool]:
+    report = run.read_json("report.json")
+    before = report["held_out_loss"].get("by_row") or {}
+    then = HeldOutLosses(tuple(before.get("sums", ())[:ROWS]), tuple(before.get("tokens", ())[:ROWS]))
+    now = held_out_losses(model, _held_out_rows(run, tokenizer, report["settings"].get("max_length")))
+    if now.tokens != then.tokens or None in then.sums:
+        return f"answers of {sum(now.tokens)} tokens, where chapter 04 had {sum(then.tokens)}", False
+    seen = f"{now.loss:.3f} on {len(now.sums)} conversations, {then.loss:.3f} in chapter 04"
+    return seen, abs(now.loss - then.loss) <= LOSS_TOLERANCE
+
+
+def _held_out_rows(run: Run, tokenizer: Any, max_length: int | None) -> list[Mapping[str, list[int]]]:
+    """The first held-out conversations as chapter 04's trainer masks them."""
+    import contextlib
+    import io
+
+    from datasets import load_from_disk
+    from unsloth.chat_templates import train_on_responses_only
+
+    texts = load_from_disk(str(run.path / "dataset"))["held_out"][:ROWS]["text"]
+    ids = tokenizer(texts, truncation=max_length is not None, max_length=max_length).input_ids
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the markers that chapter 04 showed
+        mask = train_on_responses_only(None, tokenizer=tokenizer, return_function=True)
+    return [
+        {"input_ids": i, "labels": labels} for i, labels in zip(ids, mask({"input_ids": ids})["labels"], strict=True)
+    ]
