@@ -296,6 +296,35 @@ def test_a_folder_that_is_in_the_clones_way_is_told(tmp_path, make_machine):
     assert (machine.content / "series" / "notes.txt").read_text() == "mine"
 
 
+def test_a_clone_that_was_killed_midway_is_told_and_a_whole_one_in_its_place_is_taken(tmp_path, make_machine):
+    machine = make_machine("uv" if UV else "pip")
+    git = make_series(tmp_path, machine)
+    (tmp_path / "attributes").write_text("requirements-colab.txt filter=stop\n")
+    killing = {"core.attributesFile": str(tmp_path / "attributes"), "filter.stop.smudge": "kill -9 $PPID"}
+    killed = git | {"GIT_CONFIG_COUNT": "3"}
+    for number, (key, value) in enumerate(killing.items(), 1):
+        killed |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
+    series = machine.content / "series"
+    assert machine.run(CELL, **killed).returncode == 1
+    assert (series / "helpers/base.py").is_file() and not (series / "requirements-colab.txt").exists()
+    for _ in range(2):
+        done = machine.run(CELL, **git)
+        assert done.returncode == 1 and "Delete the folder `series`, if there is one, and run" in done.stderr
+        assert "helpers" not in done.stderr.splitlines()[-1]
+    shutil.rmtree(series)
+    assert "1 package changed" in machine.run(CELL.replace("\nset_up()", "\nprint(set_up())"), **git).stdout
+
+
+def test_an_unpacked_archive_needs_no_git(tmp_path, make_machine):
+    machine = make_machine("uv" if UV else "pip")
+    git = make_series(tmp_path, machine)
+    subprocess.run(["git", "-C", str(tmp_path / "published"), "checkout", "-q", CLONE[1]], check=True)
+    shutil.rmtree(tmp_path / "published" / ".git")
+    machine.content = tmp_path / "published" / "helpers"
+    done = machine.run(CELL + "\nprint(os.getcwd())", **git)
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "published"), done.stderr
+
+
 def test_importing_unsloth_after_the_cell_shows_no_warning_that_nobody_can_act_on():
     said = "import logging; logging.getLogger('torchao.kernel.intmm').warning('Something new')"
     code = f"{CELL}\nimport unsloth\n{said}"

@@ -2,16 +2,21 @@
 
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jupyter_client.connect
 import nbformat
+import psutil
 import pytest
+from filelock import FileLock
 
 from helpers.base import ROOT, InputError
 from helpers.environment import check_choices
-from helpers.handoff.run import open_run
 from tests.maintain import series
 from tests.maintain.series import (
     ChapterRun,
@@ -25,6 +30,7 @@ from tests.maintain.series import (
     run_chapter,
     run_chapters,
     save_measures,
+    set_run_aside,
 )
 from tests.maintain.smollm2 import NAME as SMOLLM2
 
@@ -127,12 +133,161 @@ def test_main_succeeds(chapters, capsys):
     assert "reached" in capsys.readouterr().out
 
 
-def test_fresh_sets_the_last_run_aside(chapters):
-    run = open_run(chapters / "run")
-    (run.path / "kept").write_text("")
-    assert main(["01_install", "--fresh", "-p", "RUN_DIR", str(run.path)]) == 0
-    assert (chapters / "run.previous-1" / "kept").exists()
-    assert not (run.path / "kept").exists()
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run folder in an otherwise empty place, where the series, the home and the working directory are too."""
+    for name in ("series", "home", "here", "run"):
+        (tmp_path / "place" / name).mkdir(parents=True)
+    monkeypatch.setattr(series, "ROOT", tmp_path / "place/series")
+    monkeypatch.setenv("HOME", str(tmp_path / "place/home"))
+    monkeypatch.chdir(tmp_path / "place/here")
+    (tmp_path / "place/run/handoff.json").write_text("{}")
+    return tmp_path / "place/run"
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("mark", ["handoff.json", "executed/01_install.ipynb"])
+def test_the_last_run_is_set_aside(run, mark):
+    (run / "handoff.json").unlink()
+    (run / mark).parent.mkdir(exist_ok=True)
+    (run / mark).write_text("kept")
+    (run / ".03_data.lock").write_text("")  # held by nobody
+    set_run_aside(run)
+    assert not run.exists() and (run.with_name("run.previous-1") / mark).read_text() == "kept"
+
+
+def test_fresh_of_a_link_sets_aside_what_it_leads_to_and_the_link_leads_to_the_next_run(chapters, run):
+    (run.parent / "link").symlink_to(run)
+    assert main(["01_install", "--fresh", "-p", "RUN_DIR", str(run.parent / "link")]) == 0
+    assert names_in(run.parent / "run.previous-1") == ["handoff.json"]
+    assert (run.parent / "link").readlink() == run and names_in(run) == ["executed"]
+
+
+def test_without_a_run_nothing_is_renamed(run):
+    (run.parent / "empty").mkdir()
+    for name in ("empty", "none"):
+        set_run_aside(run.parent / name)
+    assert names_in(run.parent) == ["empty", "here", "home", "run", "series"]
+
+
+@pytest.mark.parametrize("name", ["photos", "photos/a.jpg", "link", "..", "../series", "~", ".", "../run/.."])
+@pytest.mark.parametrize("marked", [False, True])
+def test_fresh_refuses_what_is_no_run_or_holds_more_than_one(chapters, run, capsys, monkeypatch, name, marked):
+    monkeypatch.setattr(series, "set_aside", lambda path: pytest.fail(f"{path} was renamed"))
+    (run.parent / "here" / "photos").mkdir()
+    (run.parent / "here" / "photos" / "a.jpg").write_text("")
+    (run.parent / "here" / "link").symlink_to("photos")
+    for each in ("", "series", "home", "here"):
+        (run.parent / each / "mine").write_text("")
+        if marked:  # somebody ran the series right there
+            (run.parent / each / "handoff.json").write_text("{}")
+    assert main(["01_install", "--fresh", "-p", "RUN_DIR", name]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "found files of another kind, expected only a run" in line
+
+
+@pytest.mark.parametrize("name", [".03_data.lock", ".04_train.lock", ".handoff.lock", "checkpoints/.lock"])
+def test_a_run_that_another_process_has_open_is_not_set_aside_until_it_has_ended(run, name):
+    (run / "checkpoints").mkdir()
+    with FileLock(run / name), pytest.raises(SeriesError, match="found another process that has it open, expected one"):
+        set_run_aside(run)
+    assert names_in(run.parent) == ["here", "home", "run", "series"]
+    set_run_aside(run)
+    assert names_in(run.parent) == ["here", "home", "run.previous-1", "series"]
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["MAX_STEPS", "0"],
+        ["GGUF", "[8]"],
+        ["RUN_DIR", "other"],
+        ["MAX_STEP", "5"],
+        ["MAX_STEPS", "5", "-p", "MAX_STEPS", "6"],
+        ["MAX_STEPS", "5", "-f", "none.toml"],
+    ],
+)
+def test_fresh_sets_nothing_aside_for_a_command_that_is_refused(chapters, run, typed):
+    assert main(["01_install", "--fresh", "-p", "RUN_DIR", str(run), "-p", *typed]) == 2
+    assert names_in(run.parent) == ["here", "home", "run", "series"] and names_in(run) == ["handoff.json"]
+
+
+def test_fresh_of_a_name_that_gets_too_long_is_one_line(chapters, run, capsys):
+    longest = run.rename(run.with_name("x" * 250))
+    assert main(["01_install", "--fresh", "-p", "RUN_DIR", str(longest)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "found File name too long" in line and (longest / "handoff.json").exists()
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", "loop", "/proc/run", "/dev/null"])
+def test_a_folder_that_cannot_be_written_is_one_line(chapters, run, capsys, name):
+    Path("file").write_text("")
+    Path("loop").symlink_to("loop")
+    assert main(["01_install", "-p", "RUN_DIR", name]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("RUN_DIR ") and "expected a folder that can be written. Fix: " in line
+
+
+def test_a_full_disk_is_a_failure_in_one_line(chapters, run, capsys):
+    executed = run / "executed" / "01_install.ipynb"
+    executed.parent.mkdir()
+    executed.symlink_to("/dev/full")
+    assert main(["01_install", "-p", "RUN_DIR", str(run)]) == 1
+    printed = capsys.readouterr()
+    assert f"01_install failed in {executed}: found No space left on device, expected room" in printed.out
+    assert printed.err == "" and not psutil.Process().children(recursive=True)
+
+
+def test_measures_that_cannot_be_written_are_one_line_below_the_table(chapters, run, capsys):
+    (run / "executed").mkdir()
+    (run / "executed" / ".unfinished-measured.json").symlink_to("/dev/full")
+    (run / "executed" / "measured.json").write_text('{"profile": "ru')  # as an earlier one left it
+    assert main(["01_install", "-p", "RUN_DIR", str(run)]) == 2
+    printed = capsys.readouterr()
+    [line] = printed.err.splitlines()
+    assert "measured.json: found No space left on device" in line and "1 steps" in printed.out
+    assert main(["01_install", "-p", "RUN_DIR", str(run)]) == 0
+    assert json.loads((run / "executed/measured.json").read_text())["profile"] == "run"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_kernel_and_shows_what_ran(chapters, number):
+    write_chapter(
+        chapters,
+        "03_data",
+        "import os, pathlib, subprocess, time",
+        "child = subprocess.Popen(['sleep', '600'])",
+        "pathlib.Path(RUN_DIR, 'kernel').write_text(f'{os.getpid()} {child.pid} ')\ntime.sleep(600)",
+    )
+    given = ["01_install", "03_data", "-p", "RUN_DIR", str(chapters / "run")]
+    code = (
+        "import pathlib, sys\nfrom tests.maintain import series\n"
+        f"series.NOTEBOOKS, series.CHAPTER_NAMES = pathlib.Path({str(chapters)!r}), {series.CHAPTER_NAMES!r}\n"
+        f"sys.exit(series.main({given!r}))"
+    )
+    options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", code], **options) as runner:
+        pids = chapters / "run" / "kernel"
+        while not (pids.exists() and pids.read_text().endswith(" ")):
+            assert runner.poll() is None, runner.communicate()
+            time.sleep(0.1)
+        runner.send_signal(number)
+        printed, error = runner.communicate(timeout=60)
+    assert (runner.returncode, error) == (130, "")
+    assert "1 steps" in printed and "03_data failed in a cell that Ctrl-C or SIGTERM stopped" in printed
+    assert not [pid for pid in map(int, pids.read_text().split()) if is_alive(pid)]
+
+
+def is_alive(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_run_folder_with_braces_is_taken_as_it_is(chapters):
+    assert main(["01_install", "-p", "RUN_DIR", str(chapters / "{MAX_STEPS} {x")]) == 0
+    assert (chapters / "{MAX_STEPS} {x" / "executed" / "01_install.ipynb").exists()
 
 
 @pytest.mark.parametrize(
@@ -147,6 +302,28 @@ def test_fresh_sets_the_last_run_aside(chapters):
         (["-p", "RUN_DIR", "5"], "RUN_DIR: found 5"),
         (["-p", "RUN_DIR", "gs://bucket"], "RUN_DIR: found 'gs://bucket'"),
         (["-p", "GGUF", "q8_0"], "GGUF: found 'q8_0'"),
+        (["-p", "GGUF", "['q8_0', 'q8_0']"], "GGUF: found ['q8_0', 'q8_0']"),
+        (["-p", "MAX_STEPS", "1_000"], "MAX_STEPS: found '1_000'"),
+        (["-p", "RUN_DIR", "~nobody-here/run"], "RUN_DIR: found '~nobody-here/run'"),
+        (["-p", "RUN_DIR", '"a\\u0000b"'], r"RUN_DIR: found 'a\x00b'"),
+        (["-p", "RUN_DIR", "a\nb"], r"RUN_DIR: found 'a\nb'"),
+        (["-p", "RUN_DIR", "x" * 256], "(256 characters), expected a folder"),
+        (["-p", "MAX_STEPS", "5", "-p", "MAX_STEPS", "6"], "-p MAX_STEPS: found 5 and 6, expected one value"),
+        (["-p", "GGUF", "[]", "-p", "GGUF", "[]"], "-p GGUF: found [] and []"),
+        (["-p", "", "5"], "parameter: found ''"),
+        (["-p", "A\nB", "5"], r"parameter: found 'A\nB'"),
+        (["-p", "01_install", "5"], "parameter: found 01_install"),
+        (["01_install", "-p", "03_data", '{"MAX_STEPS": 5}'], "parameter: found 03_data"),
+        (["-p", "03_data", '{"03_data": {"MAX_STEPS": 5}}'], "parameter: found 03_data"),
+        ([""], "chapter: found ''"),
+        (["a\nb"], r"chapter: found 'a\nb'"),
+        (["03_data", "01_install", "03_data"], "chapter: found 03_data twice"),
+        (["-f", "/"], "parameter file /: found Is a directory"),
+        (["-f", sys.executable], "found 'utf-8' codec can't decode"),
+        (["-f", "/none.toml"], "parameter file /none.toml: found No such file"),
+        (["-f", "/none.toml", "-f", "/other.toml"], "command line: found 2 times -f"),
+        (["-p", "MAX_STEPS"], "command line: found argument -p: expected 2 arguments"),
+        (["--fres"], "command line: found unrecognized arguments: --fres"),
         (["--open", "-p", "MAX_STEPS", "0"], "MAX_STEPS: found 0"),
     ],
 )
@@ -154,7 +331,7 @@ def test_main_refuses(chapters, capsys, monkeypatch, arguments, said):
     monkeypatch.setattr("papermill.execute_notebook", lambda *arguments, **given: pytest.fail("a chapter was run"))
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert said in error and "Fix: " in error and len(error.splitlines()) == 1
+    assert said in error and "Fix: " in error and len(error.splitlines()) == 1 and len(error) < 800
 
 
 def test_a_file_is_refused_for_a_value_that_is_out_of_range(chapters, tmp_path, capsys):
@@ -191,7 +368,20 @@ def test_a_file_of_parameters_is_for_the_series_and_a_typed_one_for_the_chapters
         *[("[]", []), ('["q8_0"]', ["q8_0"]), ("['q8_0', 'q4_0']", ["q8_0", "q4_0"]), ("'5'", "5")],
         *[("my rows.jsonl", "my rows.jsonl"), ("a/b", "a/b"), ("[q8_0]", "[q8_0]"), ("5 6", "5 6"), ("(" * 999,) * 2],
         *[("__import__('os')", "__import__('os')"), ("1\0", "1\0"), (" 5", 5)],
+        *[(".5", 0.5), ("5.", 5.0), ("+5", 5), ("-5", -5), ("1E-4", 1e-4), ("null", None), ('{"a": 1}', {"a": 1})],
+        *[("['q8_0',]", ["q8_0"]), ("[ 'q8_0' , 5, True ]", ["q8_0", 5, True]), ('"5"', "5"), ("0", 0)],
+        *[(text, text) for text in ("1_000", "0x10", "0b1", "0o7", "1j", "b'x'", "(1,2)", "(5)", "{1}", "{'a': 1}")],
+        *[
+            (text, text)
+            for text in ("1_0e-4", "[1_000]", "[{1}]", "1,2", "'a', 'b'", "'a' 'b'", "['a' 'b']", "[1], [2]")
+        ],
+        *[
+            (text, text)
+            for text in ("٦٠", "6٠", "NaN", "Infinity", "-Infinity", "nan", "inf", "FALSE", "no", "9" * 5000)
+        ],
+        *[(text, text) for text in ("[" * 10**5, "{" * 10**5, "'" * 10**5, "[" + " " * 10**5, "1" * 10**5 + "x")],
     ],
+    ids=lambda given: ascii(given)[:30],
 )
 def test_values_from_a_command_line(text, value):
     assert read_value(text) == value
@@ -241,6 +431,8 @@ def test_values_from_a_file(tmp_path, text, value):
         ("A = cpu\n", "found Invalid value .at line 1"),
         ("A: 1\n", "line 1"),
         ("just words\n", "line 1"),
+        ("A = " + "[" * 10**5, "recursion"),
+        ("A = " + "9" * 5000, "digits"),
     ],
 )
 def test_files_that_are_refused(tmp_path, text, said):
@@ -261,6 +453,8 @@ def test_a_file_that_is_missing_or_empty(tmp_path):
         read_parameter_file(tmp_path / "none.toml")
     (tmp_path / "file.toml").write_text("# nothing\n", encoding="utf-8")
     assert read_parameter_file(tmp_path / "file.toml") == {}
+    (tmp_path / "file.toml").write_text("ROWS = 9\n", encoding="utf-8-sig")  # as Windows' editor writes it
+    assert read_parameter_file(tmp_path / "file.toml") == {"ROWS": 9}
 
 
 @pytest.mark.parametrize("profile", ["cpu", "t4", "t4-smollm2"])
@@ -367,6 +561,9 @@ def test_a_chapters_own_table_goes_before_the_rest_and_what_is_typed_before_both
         ("[00_quickstart]\nMAX_STEPS = 0\n", "MAX_STEPS: found 0"),
         ("[00_quickstart]\nGGUF = []\n", "parameter: found GGUF"),
         ("[07_other]\nMAX_STEPS = 5\n", "07_other"),
+        ("[04_train]\nRUN_DIR = '~nobody-here'\n", "RUN_DIR: found '~nobody-here'"),
+        ("[04_train.05_infer]\nMAX_STEPS = 5\n", "parameter: found 05_infer"),
+        ("[04_train.04_train]\nMAX_STEPS = 5\n", "parameter: found 04_train"),
     ],
 )
 def test_a_table_is_checked_like_the_rest(tmp_path, text, said):

@@ -1,31 +1,38 @@
 """The reader's choices, each held against what it may be, before anything is loaded."""
 
+import math
+import os
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from helpers.base import InputError
+from helpers.environment.hub import read_endpoint
 
 # Written by Unsloth and llama-quantize under these names, with fewer bits than 16 and without an importance matrix.
 GGUF_TYPES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s")
 GGUF_TYPES += ("q5_k_m", "q6_k", "q8_0")
 FORMS = ("adapter", "merged", "gguf")
+# As the Hub has it: letters, digits, "_", "-" and "."; no "--", no "..", and a word's character at both ends.
+REPOSITORY = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+ELSEWHERE = re.compile(r"[A-Za-z][\w+.-]*:|.*\\")  # gs://bucket, s3://bucket, C:\folder, \\server\folder
+FOLDER = "a folder of this machine"
+MOST_SHOWN = 80  # characters of a value that is refused
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a choice may be, in words and as a test."""
+    """What a choice may be, in words and as a test, which calls no method of an object of an unknown type."""
 
     expected: str
     holds: Callable[[Any], bool]
 
 
 def _whole(smallest: int, largest: int) -> Rule:
-    def holds(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
-
-    return Rule(f"a whole number from {smallest:,} to {largest:,}", holds)
+    expected = f"a whole number from {smallest:,} to {largest:,}"
+    return Rule(expected, lambda value: type(value) is int and smallest <= value <= largest)
 
 
 def _one_of(*values: Any) -> Rule:
@@ -35,33 +42,58 @@ def _one_of(*values: Any) -> Rule:
     return Rule(" or ".join(map(repr, values)), holds)
 
 
+def _or_nothing(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: type(value) is str and (value == "" or holds(value))
+
+
 def _is_rate(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+    return type(value) in (int, float) and 0 < value <= 1
 
 
 def _is_epochs(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1000
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable() and value == value.strip()
+    return type(value) in (int, float) and 0 <= value <= 1000 and math.copysign(1, value) == 1
 
 
 def _is_name(value: Any) -> bool:
-    return _is_text(value) and value != ""
+    """One line of text without characters that are not seen, such as zero-width ones."""
+    return type(value) is str and 0 < len(value) < 1000 and value.isprintable() and value == value.strip()
+
+
+def _are_columns(value: Any) -> bool:
+    return _is_name(value) and all(name.strip() for name in value.split(","))
+
+
+def _is_path(value: Any) -> bool:
+    """A name, or a path that the system takes: it and its parts are not too long, and a `~user` is known."""
+    if not _is_name(value) or os.path.expanduser(value).startswith("~"):
+        return False
+    return len(os.fsencode(value)) < 1000 and all(len(os.fsencode(part)) <= 255 for part in value.split("/"))
 
 
 def _is_folder(value: Any) -> bool:
-    elsewhere = re.compile(r"[A-Za-z][\w+.-]*:")  # gs://bucket, s3://bucket, C:\folder
-    return _is_name(value) and len(value) < 1000 and not elsewhere.match(value)
+    return _is_path(value) and not ELSEWHERE.match(value)
+
+
+def _is_endpoint(value: Any) -> bool:
+    try:
+        return _is_name(value) and read_endpoint(value) != ""
+    except InputError:
+        return False
+
+
+def _are_types(value: Any) -> bool:
+    names = type(value) is list and all(type(each) is str for each in value)
+    return names and set(value) <= set(GGUF_TYPES) and len(set(value)) == len(value)
 
 
 RULES: dict[str, Rule] = {
-    "MODEL_NAME": Rule("a name on the hub, such as 'unsloth/Llama-3.2-3B-Instruct', or a folder", _is_name),
-    "CHAT_TEMPLATE": Rule("a name that Unsloth knows, such as 'llama-3.1', or '' for the model's own", _is_text),
-    "DATASET": Rule("a name on the hub, such as 'mlabonne/FineTome-100k', or a file", _is_name),
-    "COLUMNS": Rule("names of columns, such as 'question, answer', or ''", _is_text),
-    "GENERAL": Rule("a file of questions and answers", _is_name),
+    "MODEL_NAME": Rule("a name on the hub, such as 'unsloth/Llama-3.2-3B-Instruct', or a folder", _is_path),
+    "CHAT_TEMPLATE": Rule(
+        "a name that Unsloth knows, such as 'llama-3.1', or '' for the model's own", _or_nothing(_is_name)
+    ),
+    "DATASET": Rule("a name on the hub, such as 'mlabonne/FineTome-100k', or a file", _is_path),
+    "COLUMNS": Rule("names of columns, such as 'question, answer', or ''", _or_nothing(_are_columns)),
+    "GENERAL": Rule("a file of questions and answers", _is_path),
     "ROWS": _whole(5, 10_000_000),
     "EVAL_ROWS": _whole(1, 100_000),
     "MAX_SEQ_LENGTH": _whole(16, 131_072),
@@ -76,20 +108,15 @@ RULES: dict[str, Rule] = {
     "MAX_NEW_TOKENS": _whole(1, 8_192),
     "START_AFRESH": _one_of(False, True),
     "USE_MODELSCOPE": _one_of(False, True),
-    "HF_ENDPOINT": Rule("an address such as 'https://hf-mirror.com', or ''", _is_text),
-    "RUN_DIR": Rule("a folder, such as 'runs/llama'", _is_folder),
-    "DRIVE_DIR": Rule(
-        "a folder, such as '/content/drive/MyDrive/llama', or ''", lambda value: value == "" or _is_folder(value)
-    ),
-    "GGUF": Rule(
-        f"a list of types out of {', '.join(GGUF_TYPES)}, or []",
-        lambda value: isinstance(value, list) and all(each in GGUF_TYPES for each in value),
-    ),
-    "PUSH_TO": Rule(
-        "'your-name/your-model', or ''",
-        lambda value: value == "" or (isinstance(value, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]{1,96}", value))),
-    ),
+    "HF_ENDPOINT": Rule("an address such as 'https://hf-mirror.com', or ''", _or_nothing(_is_endpoint)),
+    "RUN_DIR": Rule(f"{FOLDER}, such as 'runs/llama'", _is_folder),
+    "DRIVE_DIR": Rule(f"{FOLDER}, such as '/content/drive/MyDrive/llama', or ''", _or_nothing(_is_folder)),
+    "GGUF": Rule(f"a list of types out of {', '.join(GGUF_TYPES)}, each once, or []", _are_types),
+    "PUSH_TO": Rule("'your-name/your-model', or ''", _or_nothing(lambda value: bool(REPOSITORY.fullmatch(value)))),
     "PUSH_FORM": _one_of(*FORMS),
+    "LOAD_IN_4BIT": _one_of(False, True),  # this and the next two: the quickstart's, which the headless runner checks
+    "OUTPUT_DIR": Rule(f"{FOLDER}, such as 'quickstart'", _is_folder),
+    "REQUIREMENTS": Rule("an address, or a file of packages", _is_path),
 }
 
 
@@ -106,6 +133,28 @@ def check_choices(names: Mapping[str, Any]) -> None:
     """
     for name, rule in RULES.items():
         if name in names and not rule.holds(names[name]):
-            found = repr(names[name])
-            found = found if len(found) <= 80 else f"{found[:80]}…"
-            raise InputError(name, found=found, expected=rule.expected, fix=f"correct {name} in Choices")
+            fix = f"correct {name} in Choices"
+            raise InputError(name, found=shown(names[name]), expected=rule.expected, fix=fix)
+
+
+def shown(value: Any) -> str:
+    """Any value as one line says it: cut, with codes for what is not seen, and without an address's password.
+
+    Example: "a\\u200bb" -> "'a\\\\u200bb'", and a number of 5,000 digits -> "a value of type int"
+    """
+    short, size = reprlib.Repr(), ""
+    short.maxstring = short.maxother = short.maxlong = MOST_SHOWN
+    if type(value) is str:
+        size = f" ({len(value):,} characters)" if len(value) > MOST_SHOWN else ""
+        value = re.sub("//[^/]*@", "//…@", value)
+    try:
+        text = short.repr(value)
+    except Exception:
+        return f"a value of type {type(value).__name__}"
+    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return (text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…") + size
+
+
+def bare(name: str) -> str:
+    """A name without quotes where it is one short line that can be seen, else as `shown` says it."""
+    return name if name.isprintable() and 0 < len(name.strip()) and len(name) <= MOST_SHOWN else shown(name)

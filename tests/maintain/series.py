@@ -13,19 +13,22 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.base import ROOT, InputError, set_aside, short_path, text_table
+from helpers.base import ROOT, InputError, replace_file, set_aside, short_path, text_table
 from helpers.chapters import CHAPTER_NAMES
 from helpers.environment import check_choices
+from helpers.environment.choices import bare, shown
 from helpers.export.gguf import find_llama_cpp
+from helpers.handoff.folder import check_writable, one_line
 from tests.maintain.smollm2 import NAME as SMOLLM2
 from tests.maintain.smollm2 import prepare_smollm2
 
@@ -34,11 +37,16 @@ RUN_DIR = "runs/llama"  # where the pages write to, unless a choice says otherwi
 # Colab's ipykernel 6.17 hangs each second time it is asked to end: it flushes into a thread that it has stopped. After
 # 2.5 seconds it is killed; so kill it, and its children, at once. The chapters leave nothing to be done at that point.
 AT_THE_END = {"shutdown_kernel": "immediate"}
+STOPPED = "a cell that Ctrl-C or SIGTERM stopped"
+TO_WRITE = ("room and permission to write", "free disk space, or set RUN_DIR to a folder of your own")
 RESULT = re.compile(r"^Result: (.+)$", re.MULTILINE)
+# Python's own way to write what JSON has too. Not "1_000", "0x10", "1j", "b'x'", "(1, 2)": those stay text.
+SCALAR = r"""(True|False|None|[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|'[^'\\]*'|"[^"\\]*")"""
+PLAIN = re.compile(rf"\s*({SCALAR}|\[\s*({SCALAR}\s*(,\s*{SCALAR}\s*)*(,\s*)?)?\])\s*", re.ASCII)
 
 
 class SeriesError(InputError):
-    """No such chapter or parameter, a parameter file that cannot be read, or a kernel that does not start."""
+    """A wrong command line or parameter file, a folder that cannot be used, or a kernel that does not start."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ def chapter_parameters(chapter: str) -> set[str]:
 
     if chapter not in CHAPTER_NAMES:
         expected = f"one of {', '.join(CHAPTER_NAMES)}"
-        raise SeriesError("chapter", found=chapter, expected=expected, fix="name one of these")
+        raise SeriesError("chapter", found=bare(chapter), expected=expected, fix="name one of these")
     if not (NOTEBOOKS / f"{chapter}.ipynb").is_file():
         where = f"notebooks/{chapter}.ipynb"
         raise SeriesError(where, found="no such file", expected="a built notebook", fix="run `make notebooks`")
@@ -77,12 +85,13 @@ def chapter_parameters(chapter: str) -> set[str]:
 
 def check_parameters(chapters: Iterable[str], parameters: Mapping[str, Any]) -> None:
     """Raises SeriesError for a parameter that no chapter has (papermill would only warn and run without it)."""
-    known = set().union(*(chapter_parameters(chapter) for chapter in chapters))
+    of = {chapter: chapter_parameters(chapter) for chapter in chapters}
     for name, value in parameters.items():
-        if isinstance(value, dict) and name in CHAPTER_NAMES:
-            check_parameters([name], value)
-        elif name not in known:
-            raise SeriesError("parameter", found=name, expected=f"one of {', '.join(sorted(known))}", fix="correct it")
+        table = isinstance(value, dict) and name in of
+        names, known = (value, of[name]) if table else ([name], set().union(*of.values()))
+        for unknown in (name for name in names if name not in known):
+            expected = f"one of {', '.join(sorted(known))}"
+            raise SeriesError("parameter", found=bare(unknown), expected=expected, fix="correct it")
 
 
 def of_chapter(chapter: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,19 +119,24 @@ def run_chapter(chapter: str, *, executed_dir: str | Path, parameters: Mapping[s
     given = of_chapter(chapter, parameters or {})
     source = NOTEBOOKS / f"{chapter}.ipynb"
     executed = Path(executed_dir) / source.name
-    executed.parent.mkdir(parents=True, exist_ok=True)
     start, failure = time.perf_counter(), ""
     with peak_of_children() as peak:
         try:
             options = dict(kernel_name="python3", cwd=ROOT, progress_bar=sys.stderr.isatty(), **AT_THE_END)
-            with_new_ports(lambda: papermill.execute_notebook(source, executed, given, **options))
+            with one_line(short_path(executed), *TO_WRITE):
+                executed.parent.mkdir(parents=True, exist_ok=True)
+                # papermill fills in what stands between braces
+                paths = [re.sub("([{}])", r"\1\1", str(path)) for path in (source, executed)]
+                with_new_ports(lambda: papermill.execute_notebook(*paths, given, **options))
         except PapermillExecutionError as error:
             first_line = error.source.strip().splitlines()[0]
             failure = f"code cell [{error.exec_count}] `{first_line}`: {error.ename}: {error.evalue}"
         except DeadKernelError:
             failure = "a cell that ended the kernel: out of memory, or a crash of a library"
-        except SeriesError as error:
+        except InputError as error:
             failure = str(error)
+        except KeyboardInterrupt:
+            failure = STOPPED
     seconds, result = time.perf_counter() - start, "" if failure else read_result(executed)
     return ChapterRun(chapter, seconds, failure, result, executed, peak[0])
 
@@ -217,8 +231,8 @@ def resolved(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """
     made = {name: str(parameters[name]) for name in ("RUN_DIR", "DRIVE_DIR", "OUTPUT_DIR") if parameters.get(name)}
     given = {name: str(parameters[name]) for name in ("DATASET", "MODEL_NAME", "REQUIREMENTS") if parameters.get(name)}
-    present = {name: path for name, path in given.items() if Path(path).expanduser().exists()}
-    paths = {name: str(Path(path).expanduser().resolve()) for name, path in (made | present).items()}
+    present = {name: path for name, path in given.items() if os.path.exists(os.path.expanduser(path))}
+    paths = {name: os.path.realpath(os.path.expanduser(path)) for name, path in (made | present).items()}
     if given.get("MODEL_NAME") == SMOLLM2 and "MODEL_NAME" not in present:
         paths["MODEL_NAME"] = str(prepare_smollm2())
     return {**parameters, **paths}
@@ -230,15 +244,16 @@ def prepare_chapters(chapters: Iterable[str], *, folder: Path, parameters: Mappi
     import papermill
 
     given, paths = resolved(parameters), []
-    folder.mkdir(parents=True, exist_ok=True)
     for chapter in chapters:
         values = of_chapter(chapter, given)
         paths.append(folder / f"{chapter}.ipynb")
-        source = NOTEBOOKS / paths[-1].name
+        source = re.sub("([{}])", r"\1\1", str(NOTEBOOKS / paths[-1].name))
         notebook = papermill.execute_notebook(source, None, values, prepare_only=True, progress_bar=False)
         for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
             cell.outputs, cell.execution_count = [], None
-        nbformat.write(notebook, paths[-1])
+        with one_line(short_path(paths[-1]), *TO_WRITE):
+            folder.mkdir(parents=True, exist_ok=True)
+            nbformat.write(notebook, paths[-1])
     return paths
 
 
@@ -255,8 +270,10 @@ def save_measures(runs: Iterable[ChapterRun], path: Path, *, profile: str, choic
     kind = torch.cuda.get_device_name(0) if gpu else f"{capability} CPU"
     device = kind if gpu else f"{os.cpu_count()} CPU cores with {capability}"
     where = {"profile": profile, "device": device, "kind": kind}
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    kept = before if all(before.get(name) == value for name, value in where.items()) else {}
+    kept: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # none, or one that was cut off
+        before = json.loads(path.read_text(encoding="utf-8"))
+        kept = before if all(before.get(name) == value for name, value in where.items()) else {}
     chapters = {
         run.chapter: {"minutes": round(run.seconds / 60, 1), "peak_gib": round(run.peak_gib, 1)} for run in runs
     }
@@ -267,17 +284,20 @@ def save_measures(runs: Iterable[ChapterRun], path: Path, *, profile: str, choic
         "chapters": dict(sorted((kept.get("chapters", {}) | chapters).items())),
         "seconds": dict(sorted((kept.get("seconds", {}) | seconds).items())),
     }
-    path.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    with one_line(short_path(path), *TO_WRITE):
+        replace_file(path, (json.dumps(measured, indent=2) + "\n").encode())
 
 
 def read_value(text: str) -> Any:
-    """A choice as typed on a command line: a Python or JSON value where it is one, else the text itself.
+    """A choice as typed on a command line: a JSON value or a `PLAIN` one of Python, else the text itself.
 
-    Example: "60" -> 60, "1e-4" -> 0.0001, "True" and "true" -> True, "cpu" -> "cpu"
+    Example: "60" -> 60, "1e-4" -> 0.0001, "True" and "true" -> True, "cpu" -> "cpu", "1_000" -> "1_000"
     """
-    for read in (json.loads, ast.literal_eval):
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text, parse_constant=int)  # int refuses NaN and Infinity, which are no JSON
+    if PLAIN.fullmatch(text):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            return read(text)
+            return ast.literal_eval(text)
     return text
 
 
@@ -289,30 +309,37 @@ def read_parameter_file(path: str | Path) -> dict[str, Any]:
 
     Example: `LEARNING_RATE = 1e-4` -> {"LEARNING_RATE": 0.0001}
     """
-    where, expected = f"parameter file {path}", "one `NAME = value` a line"
+    where, expected = f"parameter file {bare(str(path))}", "one `NAME = value` a line"
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SeriesError(where, found=str(error.strerror), expected="a TOML file", fix="correct the path") from None
-    except ValueError as error:  # not TOML, or not UTF-8
-        raise SeriesError(where, found=str(error), expected=f"TOML, {expected}", fix="correct that line") from None
+    except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
+        raise SeriesError(where, found=bare(str(error)), expected=f"TOML, {expected}", fix="correct it") from None
     for name, value in values.items():
         if isinstance(value, dict) and name not in CHAPTER_NAMES:
-            raise SeriesError(f"{where}, {name}", found=repr(value), expected=expected, fix="write it so")
+            raise SeriesError(f"{where}, {bare(name)}", found=shown(value), expected=expected, fix="write it so")
     return values
 
 
 def read_choices(
-    file: Path | None, typed: Iterable[tuple[str, str]], *, chapters: Iterable[str] = CHAPTER_NAMES
+    file: Path | None, typed: Iterable[tuple[str, str]], *, chapters: Sequence[str] = CHAPTER_NAMES
 ) -> dict[str, Any]:
     """The choices of a parameter file and of a command line, which goes before it; all of them checked.
 
     Raises:
-        InputError: the file cannot be read, no chapter has such a name, or a choice cannot be used.
+        InputError: the file cannot be read, or a name or a value is unknown, wrong or there twice.
     """
+    if twice := [chapter for chapter in CHAPTER_NAMES if chapters.count(chapter) > 1]:
+        raise SeriesError("chapter", found=f"{twice[0]} twice", expected="each chapter once", fix="leave one out")
     parameters = read_parameter_file(file) if file else {}
     check_parameters(CHAPTER_NAMES, parameters)  # a file is for the series, whatever part of it runs now
-    values = {name: read_value(value) for name, value in typed}
+    values: dict[str, Any] = {}
+    for name, value in ((name, read_value(text)) for name, text in typed):
+        if name in values:
+            found = f"{shown(values[name])} and {shown(value)}"
+            raise SeriesError(f"-p {bare(name)}", found=found, expected="one value", fix="leave one out")
+        values[name] = value
     check_parameters(chapters, values)
     parameters = {name: without(value, values) for name, value in parameters.items()} | values
     for choices in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
@@ -334,32 +361,78 @@ def without(value: Any, typed: Mapping[str, Any]) -> Any:
     return {name: own for name, own in value.items() if name not in typed} if isinstance(value, dict) else value
 
 
+def set_run_aside(run_dir: Path) -> None:
+    """Rename the last run's folder; SeriesError where it is not a run's alone, or another process has it open.
+
+    A link to it stays, and leads to the next run, since `resolved` follows links.
+    """
+    from filelock import FileLock, Timeout
+
+    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+        return
+    where, fix = f"RUN_DIR {short_path(run_dir)}", "set RUN_DIR to another folder"
+    of_a_run = (run_dir / "handoff.json").is_file() or (run_dir / "executed").is_dir()
+    if not of_a_run or any(place.is_relative_to(run_dir) for place in (ROOT, Path.cwd(), Path.home().resolve())):
+        expected = "only a run, which is what --fresh sets aside: a folder with handoff.json or executed/"
+        raise SeriesError(where, found="files of another kind", expected=expected, fix=fix)
+    for lock in (*run_dir.glob(".*.lock"), *run_dir.glob("checkpoints/.lock")):
+        try:
+            FileLock(lock, timeout=0).acquire().lock.release()
+        except Timeout:
+            found, fix = "another process that has it open", f"end that process, or {fix}"
+            raise SeriesError(where, found=found, expected="one at a time", fix=fix) from None
+    print(f"The run that was there is now {short_path(set_aside(run_dir))}")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command: 0 where all chapters ran, 1 where one failed, 2 for bad input, 130 for Ctrl-C or SIGTERM."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("chapters", nargs="*", default=list(CHAPTER_NAMES), metavar="CHAPTER", help="default: all")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a choice")
-    parser.add_argument("-f", type=Path, metavar="FILE", help="a TOML file of choices")
+    parser.add_argument("-f", type=Path, action="append", default=[], metavar="FILE", help="a TOML file of choices")
     parser.add_argument("--fresh", action="store_true", help="set the run folder aside first, under a number")
     parser.add_argument("--open", action="store_true", help="write the chapters with the choices in them, run nothing")
-    options = parser.parse_args(arguments)
+
+    def refuse(message: str) -> None:
+        raise SeriesError("command line", found=bare(message), expected="what --help lists", fix="correct it")
+
+    parser.error, before = refuse, signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        parameters = read_choices(options.f, options.p, chapters=options.chapters)
-        if options.open:
-            paths = prepare_chapters(options.chapters, folder=ROOT / "runs" / "open", parameters=parameters)
-            print(f"Prepared: {', '.join(map(short_path, paths))}")
-            return 0
+        options = parser.parse_args(arguments)
+        if len(options.f) > 1:
+            refuse(f"{len(options.f)} times -f")
+        options.f = options.f[0] if options.f else None
+        return run_series(options)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    run_dir = Path(resolved({"RUN_DIR": parameters.get("RUN_DIR", ROOT / RUN_DIR)})["RUN_DIR"])
-    if options.fresh and run_dir.exists():
-        print(f"The run that was there is now {short_path(set_aside(run_dir))}")
-    runs = run_chapters(options.chapters, executed_dir=run_dir / "executed", parameters=parameters)
+    except KeyboardInterrupt:
+        print("Stopped by Ctrl-C or SIGTERM.", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_series(options: argparse.Namespace) -> int:
+    """What the command line asks for: prepare the chapters, or run them and print one table."""
+    parameters = read_choices(options.f, options.p, chapters=options.chapters)
+    if options.open:
+        paths = prepare_chapters(options.chapters, folder=ROOT / "runs" / "open", parameters=parameters)
+        print(f"Prepared: {', '.join(map(short_path, paths))}")
+        return 0
+    given = resolved(parameters)
+    run_dir = Path(given.get("RUN_DIR", os.path.realpath(ROOT / RUN_DIR)))
+    if options.fresh:
+        with one_line(f"RUN_DIR {short_path(run_dir)}", *TO_WRITE):
+            set_run_aside(run_dir)
+    check_writable(run_dir / "executed", setting="RUN_DIR")
+    runs = run_chapters(options.chapters, executed_dir=run_dir / "executed", parameters=given)
     return _report(runs, run_dir=run_dir, profile=options.f.stem if options.f else run_dir.name, choices=parameters)
 
 
 def _report(runs: list[ChapterRun], *, run_dir: Path, profile: str, choices: Mapping[str, Any]) -> int:
-    """Print one table, keep the measures; 1 where a chapter failed, else 0."""
+    """Print one table, keep the measures; the status to exit with."""
     rows = [
         [run.chapter, round(run.seconds), f"{run.peak_gib:.1f}", "FAILED" if run.failure else "ok", run.result]
         for run in runs
@@ -367,10 +440,10 @@ def _report(runs: list[ChapterRun], *, run_dir: Path, profile: str, choices: Map
     last, total, peak = runs[-1], sum(run.seconds for run in runs), max(run.peak_gib for run in runs)
     rows.append(["in all", round(total), f"{peak:.1f}", "FAILED" if last.failure else "ok", ""])
     print("\n" + text_table(["chapter", "seconds", "peak GiB", "verdict", "key figure"], rows))
-    save_measures(runs, run_dir / "executed" / "measured.json", profile=profile, choices=choices)
     if last.failure:
         print(f"\n{last.chapter} failed in {last.failure}\nExecuted notebook: {short_path(last.executed)}")
-    return 1 if last.failure else 0
+    save_measures(runs, run_dir / "executed" / "measured.json", profile=profile, choices=choices)
+    return 130 if last.failure == STOPPED else int(last.failure != "")
 
 
 if __name__ == "__main__":
