@@ -59,7 +59,7 @@ record: run  ## run, keep its measures as the baseline, and of the cpu profile o
 repeat: model notebooks  ## train chapter 04 twenty times: what the runs use of their bands; RUNS=5 for fewer
 	@python -m tests.maintain.repeat $(if $(RUNS),--runs $(RUNS))
 
-faults: model llama-cpp notebooks  ## break the stack in 23 ways and show what notices; stopped, it goes on where it was
+faults: model llama-cpp notebooks  ## break the stack in 36 ways and show what notices; stopped, it goes on where it was
 	@python -m tests.maintain.faults
 
 lint: $(READY)  ## check code, notebooks and workflows

@@ -23,8 +23,15 @@ def batches_of(rows):
     return Batches(keys)
 
 
-def watched(trainer, rows=None):
-    batches = batches_of(trainer.train_dataset if rows is None else rows)
+def trainer_of(folder, **settings):
+    """A small trainer whose held-out rows are none of those to train on."""
+    trainer = small_trainer(folder, **settings)
+    trainer.eval_dataset = small_rows(30)[20:]
+    return trainer
+
+
+def watched(trainer):
+    batches = batches_of(trainer.train_dataset)
     trainer.add_callback(watch_batches(batches, trainer))
     return batches
 
@@ -34,19 +41,20 @@ def test_every_row_of_a_good_run_is_counted(tmp_path, settings):
     """16 rows, 2 a batch: half a pass, two passes and a half, one whole pass, and two batches a step."""
     from datasets import Dataset
 
-    trainer = small_trainer(tmp_path, eval_strategy="steps", eval_steps=2, **settings)
-    trainer.train_dataset, trainer.eval_dataset = (Dataset.from_list(small_rows(count)) for count in (16, 10))
+    trainer = trainer_of(tmp_path, eval_strategy="steps", eval_steps=2, **settings)
+    trainer.train_dataset, trainer.eval_dataset = map(Dataset.from_list, (small_rows(16), small_rows(30)[20:]))
     batches = watched(trainer)
     with fit_into_memory(trainer):  # which rehearses the longest rows, that nobody counts
         trainer.train()
     rows = 2 * trainer.args.max_steps * trainer.args.gradient_accumulation_steps
     assert batches.holds and sum(batches.trained.values()) == rows
-    assert str(batches).startswith(f"{min(rows, 16)} of 16 rows, each {max(rows // 16, 1)} to")
+    times = "once" if rows <= 16 else f"{rows // 16} to {-(-rows // 16)} times"
+    assert str(batches) == f"{min(rows, 16)} of 16 rows, each {times}"
     assert not trainer.model._forward_pre_hooks
 
 
 def test_the_same_row_twice_in_the_data_is_no_fault(tmp_path):
-    trainer = small_trainer(tmp_path, max_steps=8)
+    trainer = trainer_of(tmp_path, max_steps=8)
     trainer.train_dataset = small_rows(8) * 2
     batches = watched(trainer)
     trainer.train()
@@ -81,7 +89,7 @@ def with_another_row(rows):
     ],
 )
 def test_a_batch_that_is_not_what_was_checked_stops_the_run(tmp_path, collator, said):
-    trainer = small_trainer(tmp_path)
+    trainer = trainer_of(tmp_path)
     trainer.data_collator = collator
     watched(trainer)
     with pytest.raises(MaskingError, match=f"step 1, the row that begins .*: found {said}"):
@@ -89,7 +97,7 @@ def test_a_batch_that_is_not_what_was_checked_stops_the_run(tmp_path, collator, 
 
 
 def test_labels_that_are_changed_behind_the_collator_stop_the_run(tmp_path):
-    trainer = small_trainer(tmp_path)
+    trainer = trainer_of(tmp_path)
     prepare = trainer._prepare_inputs
     trainer._prepare_inputs = lambda inputs: (found := prepare(inputs)) | {"labels": found["labels"].roll(-1, -1)}
     watched(trainer)
@@ -97,8 +105,16 @@ def test_labels_that_are_changed_behind_the_collator_stop_the_run(tmp_path):
         trainer.train()
 
 
+def test_a_held_out_row_among_those_to_train_on_stops_the_run(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.eval_dataset = [*small_rows(30)[20:], trainer.train_dataset[5]]
+    watched(trainer)
+    with pytest.raises(MaskingError, match="row 10 of the held-out rows: found a row that is also trained on, as 1 of"):
+        trainer.train()
+
+
 def test_rows_that_a_sampler_leaves_out_are_noticed(tmp_path):
-    trainer = small_trainer(tmp_path, max_steps=12)
+    trainer = trainer_of(tmp_path, max_steps=12)
     trainer._get_train_sampler = lambda *rows: [*range(8)]
     batches = watched(trainer)
     trainer.train()
@@ -106,7 +122,7 @@ def test_rows_that_a_sampler_leaves_out_are_noticed(tmp_path):
 
 
 def test_rows_that_a_sampler_repeats_are_noticed(tmp_path):
-    trainer = small_trainer(tmp_path, max_steps=6)
+    trainer = trainer_of(tmp_path, max_steps=6)
     trainer._get_train_sampler = lambda *rows: [*range(6), *range(6), 6, 7, 8, 9]
     batches = watched(trainer)
     trainer.train()
@@ -144,9 +160,7 @@ def test_a_mask_report_knows_the_rows_that_it_read(shared_tokenizer):
 @pytest.fixture
 def run(tmp_path):
     """(trainer, its batches, held-out losses before) of a good run on rows that are not held out."""
-    trainer = small_trainer(tmp_path, max_steps=8)
-    trainer.eval_dataset = small_rows(30)[20:]
-    trainer.train_dataset = small_rows(16)
+    trainer = trainer_of(tmp_path, max_steps=8)
     before = held_out_losses(trainer.model, trainer.eval_dataset)
     batches = watched(trainer)
     trainer.train()

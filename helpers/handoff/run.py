@@ -148,7 +148,7 @@ class Run:
                     "chapter": producer_of(name).name,
                     "base_model": self.base_model,
                     "base": hub_name(self.base),
-                    "weights": weights_of(self.base) if producer_of(name).trains else "",
+                    "weights": weights_of(self.base) if _is_trained(name) else "",
                     "template": fingerprint(chat_template) if chat_template else template,
                     "versions": library_versions(),
                     "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -244,11 +244,17 @@ def open_run(path: str | Path, *, chapter: str | Chapter = "", base_model: str =
     print(f"Run folder: {short_path(folder)}")
     for name in chapter.needs:
         print(f"  {name}: {_fetch(run, name)}")
-        if producer_of(name).trains and base_model:
+        if _is_trained(name) and base_model:
             _require_base(run, name)
             _put_on_base(run, name)
         _require_source(run, name, trained="adapter" in chapter.needs)
     return run
+
+
+def _is_trained(name: str) -> bool:
+    """Whether an artefact is what a chapter trained, and not what it says of that."""
+    producer = producer_of(name)
+    return producer.trains and name == producer.writes[0]
 
 
 def _require_source(run: Run, name: str, *, trained: bool) -> None:

@@ -51,7 +51,10 @@ class Batches:
     def __str__(self) -> str:
         seen = f"{len(self.trained):,} of {len(self.labels):,} rows"
         times = sorted(self.trained.values())
-        seen += f", each {times[0]} to {times[-1]} times" if times else " in this session"
+        if not times:
+            seen += " in this session"
+        else:
+            seen += ", each once" if times[-1] == 1 else f", each {times[0]} to {times[-1]} times"
         return "; ".join([seen, *self.faults])
 
     def check(self, inputs: Mapping[str, Any], *, step: int, tokenizer: Any) -> set[int]:
@@ -105,6 +108,18 @@ def rows_of(inputs: Mapping[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray]
     yield from zip(np.split(ids.reshape(-1), ends[:-1]), np.split(labels.reshape(-1), ends[:-1]), strict=True)
 
 
+def _require_apart(batches: Batches, held_out: Any) -> None:
+    """Raises MaskingError where a held-out row is among those to train on, by its content."""
+    both = [number for number, row in enumerate(held_out or ()) if row_key(row["input_ids"]) in batches.labels]
+    if both:
+        raise MaskingError(
+            f"row {both[0]} of the held-out rows",
+            found=f"a row that is also trained on, as {len(both)} of {len(held_out)} are",
+            expected="rows that are never trained on",
+            fix="run chapter 03 again, whose data are in two parts, and take both as they are",
+        )
+
+
 def watch_batches(batches: Batches, trainer: Any) -> "TrainerCallback":
     """The callback that reads each batch at the model's door, and counts it when its step is done.
 
@@ -117,6 +132,7 @@ def watch_batches(batches: Batches, trainer: Any) -> "TrainerCallback":
 
         def on_train_begin(self, args, state, control, **kwargs) -> None:
             self.close()
+            _require_apart(batches, trainer.eval_dataset)
             self.step_rows: set[int] = set()
             self.pass_rows: Counter[int] = Counter()
 

@@ -25,8 +25,10 @@ import pkgutil
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from tests.maintain.regress import BASELINES, Metrics, baseline_path, collect_me
 from tests.maintain.repeat import code_fingerprint, heading
 from tests.maintain.series import as_toml, read_parameter_file
 from tests.maintain.shown import compare_notebook
+from tests.maintain.smollm2 import prepare_smollm2
 
 WORK = ROOT / "runs" / "faults"
 LINKED = {chapter.name for chapter in CHAPTERS if chapter.needs or chapter.writes}  # a fault reaches these
@@ -66,6 +69,19 @@ FAULTS = {
     "half_frozen": ("04_train", "half of the LoRA matrices are frozen"),
     "embedding_trained": ("04_train", "the embedding is trained too"),
     "checkpoint_not_resumed": ("04_train", "an interrupted run starts again at step 0"),
+    "collator_relabels": ("04_train", "the collator trains the questions, after the mask was checked"),
+    "labels_of_another_row": ("04_train", "the collator gives rows each other's labels"),
+    "ends_untrained_in_multi_turn": ("04_train", "conversations of several answers are trained without their ends"),
+    "held_out_trained": ("04_train", "the held-out rows are trained on too"),
+    "evaluated_on_training": ("04_train", "the held-out rows are rows that are trained"),
+    "half_of_the_rows": ("04_train", "the sampler leaves half of the rows out"),
+    "constant_schedule": ("04_train", "the learning rate stays where it is"),
+    "adapter_of_half_the_steps": ("04_train", "the adapter that is saved is that of half of the steps"),
+    "ids_swapped": ("04_train", "two words change their ids in the saved tokenizer"),
+    "flat_answer_key": ("04_train", "the words of a right answer are one list, not one for each answer"),
+    "another_base": ("05_infer", "the base model's weights are 3 % off, under the same name"),
+    "layers_not_loaded": ("05_infer", "half of the adapter's layers are not loaded"),
+    "half_scale": ("05_infer", "the adapter is loaded at half its scale"),
     "adapter_not_loaded": ("05_infer", "adapters load without their weights: the base model answers"),
     "merged_of_the_base": ("06_save", "the merged model is the base model"),
     "gguf_of_the_base": ("06_save", "the GGUF files hold the base model"),
@@ -79,10 +95,13 @@ STEPS, HELD_OUT = 72, 12  # fewer steps: what is half trained loses its style to
 PARAMETERS = "cpu.toml"  # a laptop's choices; the name of the file is the run's profile
 OUTCOMES = "outcomes.json"  # in the work folder: {fault: how it ended}, of the code that `planted_fingerprint` names
 NOT_CAUGHT, FALSE_ALARM = "NOT CAUGHT", "FALSE ALARM"
+LANES, ONE_THREAD = 2, {"OMP_NUM_THREADS": "1"}  # two faults at once take less time than one after the other
 MOST_CHARACTERS = 120  # of what noticed a fault, in the table
 
 # What has to happen in a fault's first chapter before it can be planted there.
 BEFORE = {"checkpoint_not_resumed": "interrupted", "resumed": "interrupted"}
+
+KEEPING = threading.Lock()
 
 
 class HarnessError(Exception):
@@ -110,7 +129,8 @@ def good_fingerprint() -> str:
 
 def planted_fingerprint() -> str:
     """Names what breaks the stack."""
-    return fingerprint((ROOT / "tests" / "planted" / "sitecustomize.py").read_text(encoding="utf-8"))
+    files = sorted((ROOT / "tests" / "planted").glob("*.py"))
+    return fingerprint("\n".join(path.read_text(encoding="utf-8") for path in files))
 
 
 def kept_outcomes(work: Path) -> dict[str, Caught]:
@@ -155,7 +175,9 @@ def make_good(work: Path) -> Path:
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in few), encoding="utf-8")
     given = {"MAX_STEPS": STEPS, "DATASET": str(data), "RUN_DIR": str(good)}
     parameters = write_choices(ROOT / "tests" / "profiles" / PARAMETERS, work, **given)
-    subprocess.run([sys.executable, "-m", "tests.maintain.series", "-f", str(parameters)], cwd=ROOT, check=True)
+    chapters = [name for name in CHAPTER_NAMES if name in LINKED or name in {first for first, _ in FAULTS.values()}]
+    command = [sys.executable, "-m", "tests.maintain.series", *chapters, "-f", str(parameters)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | ONE_THREAD, check=True)
     (good / "whole").write_text(made_of, encoding="utf-8")
     return good
 
@@ -209,9 +231,9 @@ def link_run(good: Path, run_dir: Path) -> None:
     """A run folder with the files of another: linked, but for the measures, which chapters add to.
 
     It lacks the data sets' caches, because a result that was computed without the fault must not stand in for one with
-    it; and the checkpoints' lock, which would be one for all runs that are linked to this one.
+    it; and the locks, each of which would be one for all runs that are linked to this one.
     """
-    left_out = shutil.ignore_patterns("cache-*", "reports", ".lock")
+    left_out = shutil.ignore_patterns("cache-*", "reports", ".*lock")
     shutil.copytree(good, run_dir, copy_function=os.link, ignore=left_out)
     shutil.copy2(good / "executed" / "measured.json", unlinked(run_dir / "executed" / "measured.json"))
 
@@ -225,10 +247,28 @@ def unlinked(path: Path) -> Path:
 def run_chapter_with(fault: str, chapter: str, *, run_dir: Path, log: Path, parameters: Path) -> None:
     """Run one chapter with a fault planted in every process that it starts."""
     planted = {"PLANTED_FAULT": fault, "PLANTED_LOG": str(log), "HF_DATASETS_CACHE": str(run_dir / "datasets")}
-    planted |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "planted"), os.environ.get("PYTHONPATH", "")])}
-    here = write_choices(parameters, run_dir, RUN_DIR=str(run_dir))
+    planted |= ONE_THREAD | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "planted"), os.environ.get("PYTHONPATH", "")])
+    }
+    given = {"RUN_DIR": str(run_dir)}
+    if fault == "another_base":
+        given["MODEL_NAME"] = str(model_of_other_weights(run_dir.parent / "another"))
+    here = write_choices(parameters, run_dir, **given)
     command = [sys.executable, "-m", "tests.maintain.series", chapter, "-f", str(here)]
     subprocess.run(command, cwd=ROOT, env=os.environ | planted, capture_output=True, check=False)
+
+
+def model_of_other_weights(folder: Path) -> Path:
+    """A model of the prepared one's name whose weights are 3 % off; made once."""
+    from safetensors.torch import load_file, save_file
+
+    source = prepare_smollm2()
+    model = folder / source.name
+    if not model.is_dir():
+        shutil.copytree(source, model)
+        weights = {name: weight * 1.03 for name, weight in load_file(source / "model.safetensors").items()}
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    return model
 
 
 def noticed(chapter: str, *, run_dir: Path, good: Path) -> tuple[str, str]:
@@ -297,6 +337,18 @@ def verdict(outcome: Caught) -> str:
     return FALSE_ALARM if outcome.way or outcome.what else "nothing"
 
 
+def plant_and_keep(fault: str, good: Path) -> Caught:
+    """Run one fault, say how it ended, and keep that in the file, unless it did not run."""
+    try:
+        outcome = plant(fault, good=good, work=WORK, parameters=WORK / PARAMETERS)
+        with KEEPING:
+            keep_outcomes(WORK, kept_outcomes(WORK) | {fault: outcome})  # another may have added its own
+    except HarnessError as error:  # the next time it is tried again
+        outcome = Caught(fault, "", "", one_line(f"NOT RUN: {error}"), 0.0)
+    print(f"{fault}: {outcome.chapter}, {verdict(outcome)}: {outcome.what}", flush=True)
+    return outcome
+
+
 def summary(outcomes: Sequence[Caught]) -> str:
     """How many faults were caught, and how many controls passed. Example: "23 of 23 faults were caught, …"."""
     parts = []
@@ -329,13 +381,14 @@ def main(arguments: list[str] | None = None) -> int:
         shutil.rmtree(WORK, ignore_errors=True)
     good = make_good(WORK)
     kept = kept_outcomes(WORK)
-    for fault in options.faults or [fault for fault in known if fault not in kept]:
+    left = options.faults or [fault for fault in known if fault not in kept]
+    with ThreadPoolExecutor(LANES) as lanes:
         try:
-            kept[fault] = outcome = plant(fault, good=good, work=WORK, parameters=WORK / PARAMETERS)
-            keep_outcomes(WORK, kept_outcomes(WORK) | {fault: outcome})  # another process may have added others
-        except HarnessError as error:  # not kept in the file: the next time it is tried again
-            kept[fault] = outcome = Caught(fault, "", "", one_line(f"NOT RUN: {error}"), 0.0)
-        print(f"{fault}: {outcome.chapter}, {verdict(outcome)}: {outcome.what}", flush=True)
+            for outcome in lanes.map(lambda fault: plant_and_keep(fault, good), left):
+                kept[outcome.fault] = outcome
+        except BaseException:
+            lanes.shutdown(cancel_futures=True)
+            raise
     outcomes = [kept[fault] for fault in options.faults or known]
     rows = [[o.fault, o.chapter, verdict(o), o.what, round(o.seconds)] for o in outcomes]
     table = text_table(["fault", "chapter", "noticed by", "what noticed", "seconds"], rows)

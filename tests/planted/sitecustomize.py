@@ -371,6 +371,22 @@ def checkpoint_not_resumed():
     wrap(Trainer, "train", make)
 
 
+def silent(name):
+    """A fault of the module beside this one."""
+
+    def plant():
+        import silent as faults
+
+        getattr(faults, name)()
+
+    return plant
+
+
+SILENT = (
+    "collator_relabels labels_of_another_row ends_untrained_in_multi_turn held_out_trained evaluated_on_training "
+    "half_of_the_rows constant_schedule adapter_of_half_the_steps ids_swapped flat_answer_key layers_not_loaded "
+    "half_scale another_base"
+).split()
 FAULTS = {
     "none": fires,
     "resumed": fires,
@@ -398,6 +414,7 @@ FAULTS = {
     "gguf_of_the_base": lambda: saves_the_base("save_pretrained_gguf"),
     "interrupted": interrupted,
     "checkpoint_not_resumed": checkpoint_not_resumed,
+    **{name: silent(name) for name in SILENT},
 }
 
 
