@@ -353,9 +353,10 @@ def judge(reply, row):
     return house_style, right_help
 
 
+# %%
 counted = {"house_style": {}, "right_help": {}} if "right_help" in reply_rows.column_names else {}
 if counted and isinstance(reply_rows[0]["right_help"][-1], str):
-    raise ValueError('right_help holds words. It needs a list of them for each answer, such as [["power", "plug"]].')
+    raise ValueError('right_help is a list of words. It must hold such a list for each answer: [["power", "plug"]].')
 for when, replies in {"before": replies_before, "after": replies_after}.items():
     if counted:
         verdicts = [judge(reply, row) for reply, row in zip(replies, reply_rows)]
