@@ -10,7 +10,7 @@ from helpers.masking.batches import Batches, label_key, row_key, rows_of, watch_
 from helpers.masking.check import check_masking
 from helpers.masking.rows import MaskingError
 from helpers.memory.fit import fit_into_memory
-from helpers.training.evidence import SAVED, SETTINGS, TRAINED, UNSEEN, check_evidence
+from helpers.training.evidence import SAVED, SETTINGS, STOPPED, TRAINED, UNSEEN, check_evidence
 from helpers.training.held_out import held_out_losses
 from helpers.training.loaded import same_adapter, same_tokenizer
 
@@ -185,6 +185,8 @@ def test_settings_that_are_not_in_force_are_named(run):
     assert failed(run, settings=chosen) == {SETTINGS: said}
     run[0].state.global_step = 4
     assert failed(run, settings={"max_steps": 8}) == {SETTINGS: "4 of 8 steps were made"}
+    run[0].state.log_history.append({STOPPED: 4, "step": 4})  # as `keep_best` ends a run
+    assert failed(run, settings={"max_steps": 8}) == {}
 
 
 def test_half_of_the_rows_is_not_all(run):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.base import replace_file
-from helpers.training.evidence import RESTORED
+from helpers.training.evidence import RESTORED, STOPPED
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -105,5 +105,6 @@ def _callback(best: BestWeights, patience: int) -> "TrainerCallback":
             elif since >= patience and state.global_step < state.max_steps:
                 print(f"Stopped at step {state.global_step}: {since} measurements in a row without a new best")
                 control.should_training_stop = True
+                state.log_history.append({STOPPED: state.global_step, "step": state.global_step})
 
     return KeepBest()

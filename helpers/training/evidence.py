@@ -23,6 +23,7 @@ SCHEDULE, SETTINGS = "the learning rate followed its schedule", "the settings in
 TRAINED, UNSEEN = "every row was trained, as it was checked", "no held-out row was trained"
 SAVED = "the saved adapter and tokenizer are the trained ones"
 RESTORED = "restored_step"  # in the log of a run that went back to its best weights
+STOPPED = "stopped_step"  # in the log of a run that ended early on purpose
 ROSE, HARDLY_MOVED, FELL_FAR = 1.1, 0.02, 0.5  # shares of the first training losses, see `likely_cause`
 RATE_TOLERANCE = 1e-6  # of the learning rate; a schedule's factor is exactly 1 at its peak
 
@@ -177,7 +178,7 @@ def _settings(trainer: Any, chosen: Mapping[str, Any]) -> tuple[str, str, bool]:
     in_force = {name: getattr(value, "value", value) for name, value in in_force.items()}
     wrong = [f"{name} is {in_force[name]}, not {value}" for name, value in chosen.items() if in_force[name] != value]
     steps, most = trainer.state.global_step, trainer.args.max_steps
-    if steps < most and not any(RESTORED in entry for entry in trainer.state.log_history):
+    if steps < most and not any(STOPPED in entry for entry in trainer.state.log_history):
         wrong.append(f"{steps} of {most} steps were made")
     return SETTINGS, "; ".join(wrong) or f"{len(chosen)} settings, {steps} steps", not wrong
 

@@ -253,6 +253,7 @@ def run_chapter_with(fault: str, chapter: str, *, run_dir: Path, log: Path, para
     given = {"RUN_DIR": str(run_dir)}
     if fault == "another_base":
         given["MODEL_NAME"] = str(model_of_other_weights(run_dir.parent / "another"))
+        log.write_text(f"{fault}\n", encoding="utf-8")
     here = write_choices(parameters, run_dir, **given)
     command = [sys.executable, "-m", "tests.maintain.series", chapter, "-f", str(here)]
     subprocess.run(command, cwd=ROOT, env=os.environ | planted, capture_output=True, check=False)
