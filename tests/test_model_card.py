@@ -1,15 +1,18 @@
 """The card says what the run recorded, passes the Hub client's reading, and carries no path of this machine."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hub import serve_hub
+from hub import COMMIT, HubHandler, Server, serve_hub, serving
 
-from helpers.export.card import CardError, check_model_card, hub_name, languages_of, make_model_card
+from helpers.environment.hub import hub_name
+from helpers.export.card import CardError, check_model_card, languages_of, make_model_card, one_line
 from helpers.export.publish import hub_files
 from helpers.handoff.run import HandoffError, open_run
 
@@ -90,8 +93,11 @@ def test_the_text_holds_settings_versions_results_use_and_limits(run):
 
 
 class Exports:
+    def __init__(self, text="the table of exports\nand a note"):
+        self.text = text
+
     def __repr__(self):
-        return "the table of exports\nand a note"
+        return self.text
 
 
 @pytest.mark.parametrize("exports", [None, Exports()])
@@ -145,6 +151,64 @@ def test_the_data_are_those_of_the_training(run, dataset, shown, on_hub):
 )
 def test_each_form_says_how_it_is_used(run, form, said):
     assert said in card(run, form=form)
+
+
+AWKWARD = {
+    "HTML": "a<script>alert(1)</script><!-- b",
+    "entities": "a &lt;b&gt; &#60;b&#62;",
+    "a fence": "a\n```\n# b\n~~~\n",
+    "a header": "a\n---\nlicense: mit\n---\n# b",
+    "YAML": "a: [b, {c: !!python/name:os.system ''}] # d",
+    "a rule": "---",
+    "Jinja": "a {{ 7 * 7 }}{% for x in y %}{# b #}",
+    "a heading": "# a #",
+    "lists": "- a\n1. b\n+ c",
+    "a number": "2024",
+    "links": "[a](javascript:alert(1)) ![b](c) <https://d>",
+    "emphasis": "_a_ **b** `c` ~~d~~ $e$ \\",
+    "a table": "a | b\n--|--\nc | d",
+    "other ends of lines": "a\r# b\u2028# c\x85# d\v# e",
+    "what cannot be seen": "a\x00\x1b[31m\u202eb\u200b",
+    "a quote": 'a", trust_remote_code=True) #',
+}
+
+
+def read_card(text):
+    """The header as the Hub's client reads it, and (kind, content) of the blocks and spans of the rest."""
+    from huggingface_hub import ModelCard
+    from markdown_it import MarkdownIt
+
+    loaded = ModelCard(text)
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(loaded.text)
+    spans = [span for token in tokens for span in (token.children or [])]
+    return loaded.data, [(each.type, each.content) for each in tokens], spans
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_a_text_from_outside_stays_a_text(run, name, monkeypatch):
+    text = AWKWARD[name]
+    shown = one_line(text)
+    settings = REPORT["settings"] | {"learning_rate": text, "target_modules": [text]}
+    report = {"data": dict.fromkeys(REPORT["data"], text), "environment": {"precision": text}, "settings": settings}
+    run.write_json("report.json", REPORT | report)
+    recorded = type(run).facts
+    changed = recorded(run, "adapter") | {"versions": {"unsloth": text}}
+    monkeypatch.setattr(type(run), "facts", lambda run, each: changed if each == "adapter" else recorded(run, each))
+    header, blocks, spans = read_card(
+        card(run, name=f"me/{text}", base_model=f"/home/me/{text}", exports=Exports(text))
+    )
+    assert (header.model_name, header.license, header.base_model) == (shown.rpartition("/")[2], "other", None)
+    assert {result.dataset_type for result in header.eval_results} == {shown}
+    trained_on(run, "x")
+    plain = read_card(card(run, name="me/x", base_model="/home/me/x", exports=Exports("x")))
+    assert [kind for kind, _ in blocks] == [kind for kind, _ in plain[1]]
+    assert {span.type for span in spans} <= {"text", "text_special", "softbreak"}
+    code = [content for kind, content in blocks if kind == "code_block"]
+    shown_text = "".join(span.content for span in spans)
+    assert shown.rpartition("/")[2] in shown_text and shown_text.count(f"{shown}. Trained on: {shown}. Held") == 1
+    assert f"from_pretrained({json.dumps(one_line(f'me/{text}'), ensure_ascii=False)}, load_in" in code[3]
+    ast.parse(code[3])
+    assert f"learning_rate: {shown}\n" in code[0] and f"precision: {shown}\n" in code[0]
 
 
 def test_folders_of_this_machine_are_not_in_the_card(run, tmp_path):
@@ -260,8 +324,73 @@ def test_the_token_is_in_nothing_but_the_authorization_header(run, hub):
 
 def test_a_card_that_the_hub_refuses_stops_before_anything_is_uploaded(run, hub):
     done = published(hub, run, "---\nlicense: mit\n---\n# Mine\n")
-    assert done.returncode != 0 and "the Hub says no" in done.stderr
+    said = "ExportError: publishing in me/tuned: found ValueError: Invalid metadata in README.md. - the Hub says no, "
+    assert done.returncode != 0 and said in done.stderr.splitlines()[-1]
+    assert "During handling" not in done.stderr and "direct cause" not in done.stderr
     assert [path for path, _, body in hub.requests if body] == ["/api/repos/create", "/api/validate-yaml"]
+
+
+class Echo(HubHandler):
+    """A Hub that gives the request's token back: `server.place` says where."""
+
+    def do_POST(self):  # noqa: N802, the base class's name
+        where, path = self.server.place, self.path
+        said = f"who is {self.headers.get('authorization')}?"
+        ok = {"url": f"{self.server.url}/me/tuned", "errors": [], "warnings": []}
+        if where == "the error of the first request":
+            self.keep()
+            self.answer(403, {"error": said})
+        elif where == "a header of an error":
+            self.keep()
+            self.answer(500, {}, X_Error_Message=said, X_Request_Id=said)
+        elif where == "a text that is no JSON":
+            self.keep()
+            self.answer(418, said.encode(), Content_Type="text/plain")
+        elif where == "the log":
+            self.keep()
+            self.answer(401, {}, X_HF_Warning=f"topic; {said}")
+        elif path == "/api/validate-yaml" and where == "what is wrong with the card":
+            self.keep()
+            self.answer(400, ok | {"errors": [{"message": said}]})
+        elif path == "/api/validate-yaml" and where == "a remark on the card":
+            self.keep()
+            self.answer(200, ok | {"warnings": [{"message": said}]})
+        elif path.endswith("/commit/main") and where == "the commit's address":
+            self.keep()
+            self.answer(200, {"commitUrl": f"{self.server.url}/me/tuned/commit/1?{said}", "commitOid": COMMIT})
+        else:
+            super().do_POST()
+
+
+@pytest.mark.parametrize(
+    ("place", "published_all_the_same"),
+    [
+        ("the error of the first request", False),
+        ("a header of an error", False),
+        ("a text that is no JSON", False),
+        ("the log", False),
+        ("what is wrong with the card", False),
+        ("a remark on the card", True),
+        ("the commit's address", True),
+    ],
+)
+def test_a_hub_that_gives_the_token_back_brings_it_into_no_output(run, place, published_all_the_same):
+    with serving(Server(Echo)) as hub:
+        hub.place = place
+        done = published(hub, run, card(run))
+    assert (done.returncode == 0) == published_all_the_same, done.stderr
+    said = done.stdout + done.stderr
+    assert "who is Bearer hf_…?" in said and TOKEN not in said
+    if not published_all_the_same:
+        assert done.stderr.splitlines()[-1].startswith("helpers.export.plan.ExportError: publishing in me/tuned: found")
+        assert done.stderr.count("Traceback") == 1
+
+
+def test_publishing_without_a_network_is_one_line(run):
+    with serving(Server(HubHandler)) as gone:
+        pass
+    done = published(gone, run, card(run))
+    assert re.search(r"ExportError: publishing in me/tuned: found \w+: .*refused", done.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 
 import nbformat
 import pytest
+from markdown_it import MarkdownIt
 from nbval.plugin import get_sanitize_patterns
 
 from helpers.base import ROOT, InputError
@@ -401,6 +402,29 @@ def test_the_verdict_is_printed_and_written_for_a_job_page_and_as_junit(run_dir,
     assert cases["failure"] == ["shown, 03_data", "04 held_out_loss_after"]
     assert sorted(cases["skipped"]) == ["04 seconds", "05 tokens_per_second", "seconds, 03_data"]
     assert "04 loss, step 1" in cases["passed"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "<script>",
+        "```\n# two",
+        "~~~",
+        "\n\n# two",
+        "\u00a0\n<script>",
+        "\u2003\n\n<b>",
+        "\r# two",
+        "\v\n<b>\f\x85- x",
+        "\t\n\tx",
+    ],
+)
+def test_nothing_that_a_notebook_showed_leaves_the_summarys_code(run_dir, said):
+    verdict = regress.Verdict((regress.Check("shown, 03_data", regress.FAILED, said),))
+    regress.write_reports(verdict, f"chapter\n\n{said}\n{said}", run_dir / "reports")
+    summary = (run_dir / "reports" / "summary.md").read_bytes().decode()
+    tokens = MarkdownIt("commonmark").parse(summary)
+    assert [token.type for token in tokens] == ["heading_open", "inline", "heading_close", "code_block"]
+    assert len(re.findall("^## ", summary, re.MULTILINE)) == 1
 
 
 def test_junit_says_that_a_run_was_not_judged(run_dir):

@@ -11,9 +11,11 @@ import zipfile
 
 import pytest
 
-from helpers.base import ROOT, sha256_of
+from helpers.base import ROOT, hash_files
+from helpers.environment.requirements import read_lock
+from helpers.environment.setup import installed_version
 from tests.maintain import smollm2
-from tests.maintain.smollm2 import MANIFEST, NAME, SmolLM2Error, is_prepared, prepare_smollm2
+from tests.maintain.smollm2 import NAME, SmolLM2Error, is_prepared, prepare_smollm2
 
 AWKWARD = [
     "In 2024 it was 3.14159, not 1,000,000!",
@@ -124,21 +126,26 @@ def test_the_model_answers_and_stops(folder, tokenizer):
     assert reply[-1] == tokenizer.eos_token_id
 
 
-def fake_folder(path):
-    """A small folder with a true manifest: enough for `is_prepared`, which looks at files, not at models."""
-    path.mkdir(parents=True)
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A small folder whose files are those that are pinned: enough for `is_prepared`, which looks at bytes alone."""
+    folder = tmp_path / NAME
+    folder.mkdir()
     for name in ("config.json", "model.safetensors"):
-        (path / name).write_text(f"{name} as it was made")
-    files = {file.name: sha256_of(file) for file in path.iterdir()}
-    manifest = {"recipe": smollm2.RECIPE, "source_sha256": smollm2.GGUF_SHA256, "files": files}
-    (path / MANIFEST).write_text(json.dumps(manifest))
-    return path
+        (folder / name).write_text(f"{name} as it was made")
+    monkeypatch.setattr(smollm2, "FILES", hash_files(folder))
+    return folder
 
 
-def test_a_whole_folder_is_taken_as_it_is(tmp_path):
-    fake_folder(tmp_path / NAME)
-    assert prepare_smollm2(cache_dir=tmp_path) == tmp_path / NAME
-    assert (tmp_path / NAME / "config.json").read_text() == "config.json as it was made"
+def test_a_whole_folder_is_taken_as_it_is(fake, tmp_path):
+    assert prepare_smollm2(cache_dir=tmp_path) == fake
+    assert (fake / "config.json").read_text() == "config.json as it was made"
+
+
+def link(folder, name):
+    """The same bytes, but somewhere else."""
+    (folder / name).rename(folder.parent / name)
+    (folder / name).symlink_to(folder.parent / name)
 
 
 @pytest.mark.parametrize(
@@ -146,24 +153,36 @@ def test_a_whole_folder_is_taken_as_it_is(tmp_path):
     [
         lambda folder: (folder / "model.safetensors").write_text("model.safetensors as it was mad_"),
         lambda folder: (folder / "config.json").unlink(),
-        lambda folder: (folder / MANIFEST).unlink(),
-        lambda folder: (folder / MANIFEST).write_text('{"recipe": 1, "files"'),
-        lambda folder: (folder / MANIFEST).write_text("[]"),
         lambda folder: shutil.rmtree(folder),
+        lambda folder: (folder / "modeling_llama.py").touch(),
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        lambda folder: (folder / "pytorch_model.bin").touch(),
+        lambda folder: (folder / "prepared.json").write_text(json.dumps(smollm2.FILES)),
+        lambda folder: (folder / "original").mkdir(),
+        lambda folder: link(folder, "config.json"),
+        lambda folder: (folder / "more.json").symlink_to("config.json"),
     ],
-    ids=["altered", "file missing", "no manifest", "torn manifest", "other manifest", "no folder"],
+    ids=(
+        "altered,file missing,no folder,planted Python,planted adapter,planted weights,a manifest of its own,a folder,"
+        "a link in place of a file,one more link"
+    ).split(","),
 )
-def test_a_damaged_folder_is_noticed(tmp_path, damage):
-    folder = fake_folder(tmp_path / NAME)
-    assert is_prepared(folder)
-    damage(folder)
-    assert not is_prepared(folder)
+def test_a_damaged_folder_is_noticed(fake, damage):
+    assert is_prepared(fake)
+    damage(fake)
+    assert not is_prepared(fake)
 
 
-def test_a_folder_of_another_recipe_is_noticed(tmp_path, monkeypatch):
-    folder = fake_folder(tmp_path / NAME)
-    monkeypatch.setattr(smollm2, "RECIPE", smollm2.RECIPE + 1)
-    assert not is_prepared(folder)
+def test_what_other_versions_write_is_taken_by_the_process_that_built_it_alone(fake, tmp_path, monkeypatch):
+    def build(gguf, folder):
+        (folder / "config.json").write_text("by another version")
+
+    monkeypatch.setattr(smollm2, "_run_build", build)
+    (fake / "planted.py").touch()
+    assert prepare_smollm2(cache_dir=tmp_path) == fake and is_prepared(fake)
+    assert [path.name for path in fake.iterdir()] == ["config.json"]
+    monkeypatch.setattr(smollm2, "_built", {})  # as in another process
+    assert not is_prepared(fake)
 
 
 def start(cache, code):
@@ -184,14 +203,15 @@ def test_a_killed_preparation_leaves_nothing_and_the_next_one_works_after_unslot
     run.communicate()
     assert not (tmp_path / NAME).exists()
 
-    fake_folder(tmp_path / NAME)
+    (tmp_path / NAME).mkdir()
     (tmp_path / NAME / "config.json").write_text("altered")
     out, err = start(tmp_path, "import unsloth; " + code).communicate(timeout=900)
     assert out.splitlines()[-1:] == [str(tmp_path / NAME)], err
-    assert is_prepared(tmp_path / NAME)
     assert not list(tmp_path.glob(f".{NAME}.partial-*"))
-    same = ("tokenizer.json", "config.json", "model.safetensors")
-    assert all(sha256_of(tmp_path / NAME / n) == sha256_of(prepare_smollm2() / n) for n in same)
+    found = {name: installed_version(name) for name in ("transformers", "tokenizers", "safetensors")}
+    pinned = {pin.name: pin.version for pin in read_lock(ROOT / "tests" / "requirements-local.txt")}
+    assert found == {name: pinned[name] for name in found}, "other versions may write other bytes"
+    assert hash_files(tmp_path / NAME) == smollm2.FILES, "write these into FILES if the libraries or the recipe changed"
 
 
 def test_another_gguf_is_refused(tmp_path, monkeypatch):
@@ -231,7 +251,8 @@ def test_a_cache_that_cannot_be_written_is_one_clear_line(tmp_path):
 
 
 def test_the_cache_follows_xdg(tmp_path, monkeypatch):
+    folder = tmp_path / "llama-notebooks" / NAME
+    shutil.copytree(prepare_smollm2(), folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = fake_folder(tmp_path / "llama-notebooks" / NAME)
     done = subprocess.run([sys.executable, "-m", "tests.maintain.smollm2"], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == str(folder)

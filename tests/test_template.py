@@ -2,13 +2,20 @@
 
 import copy
 import re
+import resource
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from templates import ALL_KINDS, chat_template, pinned
 
+from helpers.chat.replies import render_prompt
 from helpers.handoff.run import fingerprint
+from helpers.template import turns
 from helpers.template.check import TemplateError, check_template, training_text
+from helpers.template.turns import RefusedError, TurnsError
 
 NAMES = list(ALL_KINDS)
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -186,6 +193,88 @@ def test_swapped_tokens_are_found(changed):
     # with the model alone it shows as well: generation stops on id 2, but answers now end with id 1
     assert check_template(tokenizer, model=tiny_model(len(tokenizer), eos=2)).problems == ("wrong_stop",)
     assert check_template(original, original=original).problems == ("wrong_stop",)
+
+
+# A template is a program, and may be a bad one
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLING = "{% set it = namespace(x='xx') %}{% for i in range(99) %}{% set it.x = it.x ~ it.x %}{% endfor %}"
+RECURSION = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"
+BAD_PROGRAMS = {
+    "no end": (LOOPS, "no end after 1 s"),
+    "no end for a server alone": ("{chatml}{% if datetime %}" + LOOPS + "{% endif %}", "no end after 1 s"),
+    "a gigabyte": ("{{ 'x' * 10**9 }}", r"a power, `\*\*`"),
+    "a gigabyte, counted out": ("{{ 'x' * 1000000000 }}", "MemoryError"),
+    "ten gigabytes": ("{{ 'x'.ljust(10000000000) }}", "MemoryError"),
+    "ten gigabytes of a filter": ("{{ 'x' | center(10000000000) }}", "MemoryError"),
+    "twice as much, again and again": (DOUBLING, "MemoryError|no end"),
+    "too much to be a text": ("{{ 'x' * 2000000 }}", "a text of 2,000,000 characters"),
+    "a number for a day": ("{{ 9**9**9 }}", "a power"),
+    "calls itself": (RECURSION, "RecursionError"),
+    "nested too deep": ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "RecursionError"),
+    "no Jinja": ("{% for %}", "TemplateSyntaxError"),
+    "an error of its own": ("{{ raise_exception('two\n\nlines') }}", "TemplateError: two lines"),
+    "a wrong type": ("{{ 1 + 'a' }}", "TypeError: unsupported"),
+    "too large a number": ("{{ 'x' * 99999999999999999999 }}", "OverflowError"),
+    "out of the sandbox": ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+    "an error in the opening of an answer": (
+        "{chatml}{% if add_generation_prompt %}{{ 1 / 0 }}{% endif %}",
+        "ZeroDivis",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PROGRAMS)
+def test_a_template_that_is_a_bad_program_is_one_line(changed, monkeypatch, name):
+    monkeypatch.setattr(turns, "RENDER_SECONDS", 1)
+    tokenizer, (template, said) = changed("chatml"), BAD_PROGRAMS[name]
+    tokenizer.chat_template = template.replace("{chatml}", tokenizer.chat_template)
+    start = time.monotonic()
+    report = check_template(tokenizer)
+    assert report.problems[0] == "unreadable" and time.monotonic() - start < 10
+    with pytest.raises(TemplateError, match=f"chat template: {said}") as error:
+        report.raise_if_failed()
+    assert "\n" not in str(error.value)
+
+
+def test_a_prompt_is_not_waited_for_for_ever(changed, monkeypatch):
+    monkeypatch.setattr(turns, "RENDER_SECONDS", 1)
+    with pytest.raises(TurnsError, match="found no end after 1 s"):
+        render_prompt(changed("chatml", chat_template=LOOPS), TALK[:1])
+    with pytest.raises(RefusedError, match="found TemplateError: not so"):
+        render_prompt(changed("chatml", chat_template="{{ raise_exception('not so') }}"), TALK[:1])
+
+
+def test_stars_in_a_templates_text_are_no_power(changed):
+    tokenizer = changed("chatml")
+    tokenizer.chat_template = "**Be brief.** {{ '**' }}{# 2**3 #}\n" + tokenizer.chat_template
+    assert check_template(tokenizer).ok
+
+
+def test_a_timer_and_a_bound_that_were_there_are_there_again(changed, monkeypatch):
+    monkeypatch.setattr(turns, "RENDER_SECONDS", 1)
+    rang, own = [], lambda *_: rang.append(time.monotonic())
+    bounds, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, own)
+    try:
+        start = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, 2)
+        with pytest.raises(TurnsError):
+            render_prompt(changed("chatml", chat_template=LOOPS), TALK[:1])
+        render_prompt(changed("chatml"), TALK[:1])
+        assert signal.getsignal(signal.SIGALRM) is own and resource.getrlimit(resource.RLIMIT_AS) == bounds
+        signal.pause()
+        assert 1.9 < rang[0] - start < 4
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    bytearray(2 * turns.RENDER_BYTES)
+
+
+def test_in_another_thread_a_template_is_rendered_without_bounds(shared_tokenizer):
+    with ThreadPoolExecutor(4) as pool:
+        tokenizer = shared_tokenizer("chatml")
+        texts = set(pool.map(lambda _: render_prompt(tokenizer, TALK[:1]), range(200)))
+    assert len(texts) == 1 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 # The text of training

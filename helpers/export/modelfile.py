@@ -7,12 +7,13 @@ from typing import Any
 
 from helpers.base import InputError
 from helpers.chat.replies import Message, render_prompt, stop_tokens
+from helpers.template.turns import RefusedError
 
 _MARK = "Zq{}p"  # a content that no template holds and none changes
 
 
 class ModelfileError(InputError):
-    """The chat template cannot be written as an Ollama template."""
+    """The chat template, a stop token or a file's name cannot be written in a Modelfile."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,6 @@ def read_template_parts(tokenizer: Any) -> TemplateParts:
         ModelfileError: the template does more than put fixed text around each message, so no such parts exist; or it
             refuses a conversation of questions and answers.
     """
-    from jinja2 import TemplateError
-
     probe = [
         {"role": role, "content": _MARK.format(number)}
         for number, role in enumerate(("system", "user", "assistant", "user", "assistant", "user"))
@@ -61,14 +60,14 @@ def read_template_parts(tokenizer: Any) -> TemplateParts:
     talks = [probe[1:2], probe[1:], probe]
     try:
         texts = [_prompt(tokenizer, talk) for talk in talks[:2]]
-    except TemplateError as error:
-        raise _unwritable(f"an error, {error}") from None
+    except RefusedError as error:
+        raise _unwritable(error.found) from None
     start, to_answer, to_question = _between_marks(texts[1])
     before_system = after_system = None
     try:
         texts.append(_prompt(tokenizer, probe))
         before_system, after_system, _ = _between_marks(texts[2])
-    except TemplateError:  # Gemma's own template, for one, refuses a system message
+    except RefusedError:  # Gemma's own template, for one, refuses a system message
         talks.pop()
     parts = TemplateParts(start, before_system, after_system, to_answer, to_question)
     if [parts.render(talk) for talk in talks] != texts:
@@ -116,8 +115,22 @@ def ollama_template(parts: TemplateParts) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text that a Go template prints as it is."""
-    return text.replace("{{", '{{ "{{" }}')
+    """Text that a Go template prints as it is. A brace at its end would join those of what follows it."""
+    return re.sub(r"\{\{|\{\Z", lambda found: f'{{{{ "{found[0]}" }}}}', text)
+
+
+def _in_quotes(where: str, text: str, quotes: str) -> str:
+    """A value as Ollama reads it: it knows no escapes, and leaves out what is not printable.
+
+    Raises:
+        ModelfileError: it holds these quotes, such a character, or, between `"` and not `\"""`, the end of a line.
+    """
+    between = text.replace("\n", "").replace("\t", "") if quotes == '"""' else text
+    lost = quotes if quotes in text else next((letter for letter in between if not letter.isprintable()), "")
+    if lost:
+        expected, fix = "what a Modelfile can hold", "write the Modelfile by hand"
+        raise ModelfileError(where, found=f"{lost!r} in it", expected=expected, fix=fix)
+    return f"{quotes}{text}{quotes}"
 
 
 def make_modelfile(model: Any, tokenizer: Any, *, gguf_file: str, context_tokens: int) -> str:
@@ -128,13 +141,13 @@ def make_modelfile(model: Any, tokenizer: Any, *, gguf_file: str, context_tokens
         context_tokens: tokens that a prompt and its reply may have.
 
     Raises:
-        ModelfileError: the template cannot be written so.
+        ModelfileError: the template, a token that ends a reply or the file's name cannot be written so.
     """
     template = ollama_template(read_template_parts(tokenizer))
     stops = tokenizer.convert_ids_to_tokens(stop_tokens(tokenizer, model))
-    if '"""' in template or any('"' in stop for stop in stops):
-        fix = "write the Modelfile by hand"
-        raise ModelfileError("the chat template", found="quotes that a Modelfile cannot hold", expected="none", fix=fix)
-    parameters = [f'PARAMETER stop "{stop}"' for stop in stops]
-    lines = [f"FROM ./{gguf_file}", f'TEMPLATE """{template}"""', *parameters, f"PARAMETER num_ctx {context_tokens}"]
-    return "\n".join(lines) + "\n"
+    if not (gguf_file and gguf_file.isprintable() and gguf_file == gguf_file.strip()):
+        expected, fix = "one in a line, without a space at its ends", "rename the file"
+        raise ModelfileError("the GGUF file's name", found=repr(gguf_file), expected=expected, fix=fix)
+    lines = [f"FROM ./{gguf_file}", "TEMPLATE " + _in_quotes("the chat template", template, '"""')]
+    lines += ["PARAMETER stop " + _in_quotes(f"the stop token {stop!r}", stop, '"') for stop in stops]
+    return "\n".join([*lines, f"PARAMETER num_ctx {context_tokens}"]) + "\n"

@@ -15,7 +15,7 @@ from typing import Any
 
 from helpers.base import ROOT
 from helpers.chat.replies import Message, batch_replies, render_prompt, stop_tokens
-from helpers.export.gguf import serve_gguf
+from helpers.export.gguf import bound_process, serve_gguf
 from helpers.export.plan import ExportError
 
 FIRST_TOKENS = 32  # how much of each greedy reply is compared token by token
@@ -180,8 +180,10 @@ def _fresh_process(library: str) -> Iterator[tuple[subprocess.Popen, Path]]:
 
     What it prints goes to a file: nobody reads along while it waits, and a full pipe would stop it.
     """
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "stderr", "wb") as last_words:
-        with subprocess.Popen(
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(Path(folder) / "stderr", "wb") as last_words,
+        bound_process(
             [sys.executable, "-m", "helpers.export.probe", library],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -190,11 +192,9 @@ def _fresh_process(library: str) -> Iterator[tuple[subprocess.Popen, Path]]:
             encoding="utf-8",
             cwd=ROOT,
             env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-        ) as process:
-            try:
-                yield process, Path(folder)
-            finally:
-                process.kill()
+        ) as process,
+    ):
+        yield process, Path(folder)
 
 
 def _ask(

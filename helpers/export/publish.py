@@ -1,10 +1,14 @@
 """The files of a form of the model, as the Hub gets them."""
 
+import contextlib
 import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from helpers.environment.hub import base_name
-from helpers.export.card import hub_name
+from helpers.environment.hub import base_name, hub_name
+from helpers.export.plan import ExportError
 from helpers.handoff.run import Run
 
 
@@ -27,7 +31,8 @@ def hub_files(run: Run, form: str, *, card: str, base_model: str) -> dict[str, P
 def publish(run: Run, form: str, *, repository: str, card: str, base_model: str) -> str:
     """Upload a verified form to the Hub in one commit, with the token that the Hub's client finds.
 
-    Before it uploads, the client lets the Hub check the card's header.
+    Before it uploads, the client lets the Hub check the card's header. Whatever the Hub answers, the token is shown as
+    "hf_…": a mirror that gives it back would bring it into the notebook's outputs.
 
     Args:
         form: "adapter", "merged" or "gguf".
@@ -37,12 +42,46 @@ def publish(run: Run, form: str, *, repository: str, card: str, base_model: str)
         The commit's address.
 
     Raises:
-        ValueError: the Hub refuses the card; nothing was uploaded.
+        ExportError: the Hub refuses the card, and nothing was uploaded; or it refuses something else.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
-    api = HfApi(token=get_token())
-    api.create_repo(repository, private=True, exist_ok=True)
     files = hub_files(run, form, card=card, base_model=base_model)
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    return api.create_commit(repository, operations, commit_message="Upload the tuned model").commit_url
+    token, failed = get_token() or "", ""
+
+    def hide(said: object) -> str:
+        text = " ".join(str(said).split())
+        return text.replace(token, "hf_…") if token else text
+
+    with _remarks_through(hide):
+        try:
+            api = HfApi(token=token or None)
+            api.create_repo(repository, private=True, exist_ok=True)
+            commit = api.create_commit(repository, operations, commit_message="Upload the tuned model")
+        except Exception as error:  # the client's own, httpx's and the socket's errors
+            failed = hide(f"{type(error).__name__}: {error}")
+    if failed:  # raised here, it takes no error with it that holds the token
+        fix = "read the Hub's words, then correct the card, PUSH_TO or the token's rights"
+        raise ExportError(f"publishing in {repository}", found=failed[:500], expected="a commit", fix=fix)
+    return hide(commit.commit_url)
+
+
+@contextlib.contextmanager
+def _remarks_through(hide: Callable[[object], str]) -> Iterator[None]:
+    """What is logged or warned of in the block goes through a function first."""
+    make_record = logging.getLogRecordFactory()
+
+    def hidden(*args, **options) -> logging.LogRecord:
+        record = make_record(*args, **options)
+        record.msg, record.args = hide(record.getMessage()), ()
+        return record
+
+    logging.setLogRecordFactory(hidden)
+    try:
+        with warnings.catch_warnings(record=True) as remarks:
+            yield
+    finally:
+        logging.setLogRecordFactory(make_record)
+    for remark in remarks:
+        print(hide(remark.message))

@@ -43,6 +43,13 @@ class TemplateCheck:
     fix: str
 
 
+NOT_DETERMINISTIC = TemplateCheck(
+    "not_deterministic",
+    "the same conversation is rendered differently each time",
+    "take whatever is random out of tokenizer.chat_template",
+)
+
+
 @dataclass(frozen=True, repr=False)
 class TemplateReport(Table):
     """What `check_template` found.
@@ -92,6 +99,8 @@ class TemplateError(InputError):
 def check_template(tokenizer, *, model=None, original=None, expected: str = "") -> TemplateReport:
     """Check the chat template against the tokenizer, along the paths that training and inference take.
 
+    A template that cannot be read, does not end, or stops with an error is the problem "unreadable".
+
     Args:
         tokenizer: the one to train with, its chat template set.
         model: where given, its generation config says what `generate` stops on, and its embedding what ids exist;
@@ -109,30 +118,22 @@ def check_template(tokenizer, *, model=None, original=None, expected: str = "") 
     try:
         table = TokenBytes(tokenizer)
         turns = read_turns(tokenizer, table)
+        facts += [
+            ("before a question", repr(table.text(turns.user_start))),
+            ("before an answer", repr(table.text(turns.answer_start))),
+            ("end of an answer", repr(table.text(turns.answer_end))),
+        ]
+        problems += _stop(tokenizer, turns, model, original)
+        problems += _bos(tokenizer)
+        problems += _generation_prompt(tokenizer, table, turns)
+        problems += _server_variables(tokenizer) if _is_deterministic(tokenizer) else [NOT_DETERMINISTIC]
     except TurnsError as error:
         problems.insert(0, TemplateCheck("unreadable", f"{error.where}: {error.found}", error.fix))
-        return TemplateReport(tuple(facts), tuple(problems))
-    facts += [
-        ("before a question", repr(table.text(turns.user_start))),
-        ("before an answer", repr(table.text(turns.answer_start))),
-        ("end of an answer", repr(table.text(turns.answer_end))),
-    ]
-    problems += [
-        *_stop(tokenizer, turns, model, original),
-        *_bos(tokenizer),
-        *_generation_prompt(tokenizer, table, turns),
-    ]
-    if len({render(tokenizer, _QUESTION + _ANSWER) for _ in range(20)}) == 1:
-        problems += _server_variables(tokenizer)
-    else:
-        problems.append(
-            TemplateCheck(
-                "not_deterministic",
-                "the same conversation is rendered differently each time",
-                "take whatever is random out of tokenizer.chat_template",
-            )
-        )
     return TemplateReport(tuple(facts), tuple(problems))
+
+
+def _is_deterministic(tokenizer) -> bool:
+    return len({render(tokenizer, _QUESTION + _ANSWER) for _ in range(20)}) == 1
 
 
 def adds_bos(tokenizer) -> bool:
@@ -232,8 +233,8 @@ def _bos(tokenizer) -> Iterator[TemplateCheck]:
     if bos is None:
         return
     text = training_text(tokenizer, _QUESTION + _ANSWER)
-    prompt = tokenizer.apply_chat_template(_QUESTION, tokenize=True, add_generation_prompt=True, return_dict=False)
-    trained, inferred = (_leading(ids, bos) for ids in (tokenizer(text).input_ids, prompt))
+    prompt = tokenizer(render(tokenizer, _QUESTION, add_generation_prompt=True), add_special_tokens=False)
+    trained, inferred = (_leading(ids, bos) for ids in (tokenizer(text).input_ids, prompt.input_ids))
     for path, count in (("training", trained), ("inference", inferred)):
         if count > 1:
             yield TemplateCheck(

@@ -5,6 +5,7 @@ part of the answer's first token, but the bytes are the same. A token with a mea
 a code of bytes that UTF-8 never uses, so that text which merely spells `<|eot_id|>` cannot be taken for it.
 """
 
+import contextlib
 import datetime
 import re
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from helpers.base import InputError
+from helpers.template.limits import Late, limits
 
 ROW_END = b"\xff\xff"  # between rows, and in place of padding
 _CODE_LENGTH = 7  # one byte 0xFF and six digits of base 7, 0xF8 to 0xFE
@@ -20,10 +22,18 @@ _CODE_LENGTH = 7  # one byte 0xFF and six digits of base 7, 0xF8 to 0xFE
 TEMPLATE_OF_END = {"<|eot_id|>": "llama-3.1", "<|im_end|>": "chatml", "<end_of_turn>": "gemma"}
 CHAT_MODEL = "take the chat model, whose name often ends in -Instruct: a base model has learned no template"
 FIXED_DATE = datetime.date(2024, 7, 26)  # Llama 3's templates print this one unless they are told another
+# What a template may take for one conversation. Llama's takes half a millisecond and writes two hundred characters.
+RENDER_SECONDS = 10
+RENDER_BYTES = 2**28  # of memory, besides what the process has
+RENDER_CHARACTERS = 1_000_000  # besides ten times those of the conversation
 
 
 class TurnsError(InputError):
     """This tokenizer's chat template cannot be read: there is none, or its turns have no marks of their own."""
+
+
+class RefusedError(TurnsError):
+    """The chat template stopped with an error: it refuses this conversation, or it is broken."""
 
 
 class TokenBytes:
@@ -171,8 +181,42 @@ def _next(positions: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def render(tokenizer, messages: list[dict], **options) -> str:
-    """The template's text for one conversation. A template that prints today's date prints 26 July 2024, as Llama's."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, **({"strftime_now": FIXED_DATE.strftime} | options))
+    """The template's text for one conversation. A template that prints today's date prints 26 July 2024, as Llama's.
+
+    A template is a program, and comes with a model from anywhere. In the main thread one that does not end is stopped
+    after `RENDER_SECONDS`, and its memory is bounded on Linux. In another thread, such as the chat box's, neither is:
+    Python handles signals in the main thread alone. A single operation is waited for; of those only powers take long,
+    and `read_turns` refuses them.
+
+    Raises:
+        RefusedError: the template stopped with an error.
+        TurnsError: it did not end, or wrote too much.
+    """
+    options = {"strftime_now": FIXED_DATE.strftime} | options
+    try:
+        with limits(seconds=RENDER_SECONDS, more_bytes=RENDER_BYTES):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Late:
+        raise _excessive(f"no end after {RENDER_SECONDS} s") from None
+    except (MemoryError, RecursionError) as error:
+        raise _excessive(_said(error)) from None
+    except Exception as error:  # templates raise whatever they like
+        fix = "leave out what it refuses, such as a system message, or correct tokenizer.chat_template"
+        expected = "a template that renders this conversation"
+        raise RefusedError("chat template", found=_said(error), expected=expected, fix=fix) from None
+    if len(text) > RENDER_CHARACTERS + 10 * len(str(messages)):
+        raise _excessive(f"a text of {len(text):,} characters")
+    return text
+
+
+def _excessive(found: str) -> TurnsError:
+    expected, fix = "a template that writes a short text at once", "correct tokenizer.chat_template"
+    return TurnsError("chat template", found=found, expected=expected, fix=fix)
+
+
+def _said(error: Exception) -> str:
+    """An error in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
 
 
 def joined(tokenizer, table: TokenBytes, text: str) -> bytes:
@@ -187,10 +231,13 @@ def read_turns(tokenizer, table: TokenBytes) -> Turns:
     No marker string is known beforehand: the text between one probe's end and the next one's start is the mark.
 
     Raises:
-        TurnsError: the template is missing, drops or changes content, or ends an answer without a special token.
+        TurnsError: the template is missing, does not end, stops with an error, drops or changes content, or ends an
+            answer without a special token.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise _unreadable("no chat template", _fitting_template(tokenizer))
+    if _has_powers(tokenizer.chat_template):
+        raise _excessive("a power, `**`, which may take for ever")
     probes = {shape: _probe(tokenizer, table, shape) for shape in ("uauaua", "suaua", "ua", "aua", "saua", "uaaua")}
     if probes["uauaua"] is None:
         raise _unreadable(
@@ -240,6 +287,15 @@ def read_turns(tokenizer, table: TokenBytes) -> Turns:
     return turns
 
 
+def _has_powers(template: str) -> bool:
+    """Whether `**` stands in a template's code. In the text around its code it is Markdown."""
+    import jinja2
+
+    with contextlib.suppress(jinja2.TemplateSyntaxError):  # to render it says more about this
+        return any(token[1:] == ("operator", "**") for token in jinja2.Environment().lex(template))
+    return False
+
+
 def _fitting_template(tokenizer) -> str:
     """What to do about a tokenizer without a template: its end token tells whether its model learned one."""
     if tokenizer.eos_token in TEMPLATE_OF_END:
@@ -258,7 +314,9 @@ def _probe(tokenizer, table: TokenBytes, shape: str) -> list[bytes] | None:
     messages = _messages(shape)
     try:
         data = joined(tokenizer, table, render(tokenizer, messages))
-    except Exception:  # templates raise whatever they like for an order of roles that they do not know
+    except RefusedError:  # of an order of roles that it does not know
+        if shape == "uauaua":
+            raise
         return None
     found = re.fullmatch(b"(.*?)" + b"(.*?)".join(m["content"].encode() for m in messages) + b"(.*)", data, re.DOTALL)
     return list(found.groups()) if found else None

