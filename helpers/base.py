@@ -116,9 +116,13 @@ def html_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """The same rows as Markdown, for a job page or a file; a `|` in a cell is escaped."""
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    """The same rows as Markdown, for a job page or a file: one line each, without HTML, and with `|` escaped."""
+
+    def shown(cell: object) -> str:
+        return html.escape(" ".join(str(cell).split()), quote=False).replace("|", "\\|")
+
+    lines = [headers, ["---"] * len(headers), *([shown(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 class Table:

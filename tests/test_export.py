@@ -420,6 +420,8 @@ def make_run(run_dir):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from helpers.training.held_out import held_out_losses
+    from helpers.training.loaded import held_out_rows
     from tests.maintain.smollm2 import prepare_smollm2
 
     base = prepare_smollm2()
@@ -435,11 +437,15 @@ def make_run(run_dir):
         texts = [tokenizer.apply_chat_template(each, tokenize=False) for each in turns]
         rows = Dataset.from_dict({"conversations": turns, "text": texts})
         DatasetDict({"train": rows, "held_out": rows}).save_to_disk(folder)
+        tokenizer.save_pretrained(folder / "tokenizer")
+    losses = held_out_losses(model, held_out_rows(run, tokenizer, None))
     with run.write("adapter", template=template) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     rows = {"training rows": "2 conversations", "held-out rows": "2 conversations"}
-    report = {"held_out_loss": {"before": 2.0, "after": 1.0}, "house_style": {}, "right_help": {}, "steps": 1}
+    by_row = {"sums": losses.sums, "tokens": losses.tokens}
+    report = {"held_out_loss": {"before": 2.0, "after": 1.0, "by_row": by_row}, "steps": 1}
+    report |= {"house_style": {}, "right_help": {}}
     report |= {"data": {"dataset": "counting.jsonl"} | rows, "environment": {"precision": "bfloat16"}}
     report |= {"settings": {"r": 4, "learning_rate": 1e-3}}
     run.write_json("report.json", report)

@@ -9,6 +9,7 @@ import sys
 import nbformat
 import pytest
 
+from helpers.base import markdown_table
 from helpers.chapters import CHAPTER_NAMES
 from tests.maintain import faults, repeat
 from tests.maintain.faults import (
@@ -290,6 +291,10 @@ def test_the_table_says_where_and_of_what_it_holds():
     assert "1 of 3 faults were caught" in text and "- versions: torch 2.13.0\n- date: 2" in text
     row = f"| no_lora | LoRA is added to no module | {CHAPTER} | claim | code cell 7: EvidenceError: a \\| b | 20 |"
     assert row in text
+
+
+def test_a_cell_of_a_markdown_table_is_one_line_of_text():
+    assert markdown_table(["a", "b"], [["<b>|\n", 1]]).splitlines()[2:] == ["| &lt;b&gt;\\| | 1 |"]
 
 
 def test_what_noticed_is_one_line_without_this_machines_folders():

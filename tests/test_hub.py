@@ -23,6 +23,7 @@ from helpers.environment.hub import (
     base_name,
     choose_hub,
     download_from_modelscope,
+    hide_token,
     missing_files,
     model_url,
     models_address,
@@ -543,3 +544,11 @@ def test_a_model_in_a_folder_asks_no_one_behind_a_mirror_that_hangs(small_model,
         done = run_code(code, folder=tmp_path, timeout=180, **every_way)
         assert last_line(done) == [str(tmp_path / "models" / small_model.name), 2, 49152]
         assert mirror.connections == []
+
+
+def test_a_token_that_an_address_gives_back_is_not_shown(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_1234567890")
+    assert hide_token(ValueError("refused\n hf_1234567890 twice: hf_1234567890")) == "refused hf_… twice: hf_…"
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("HF_TOKEN_PATH", "/nowhere")
+    assert hide_token("no token:  hf_1") == "no token: hf_1"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers.base import InputError
-from helpers.environment.hub import require_hub
+from helpers.environment.hub import hide_token, require_hub
 
 ENDINGS = ".json, .jsonl, .ndjson, .csv, .tsv or .parquet, also with .gz"
 OTHER_FILES = {".xlsx": "save it as .csv, in UTF-8", ".xls": "save it as .csv, in UTF-8", ".zip": "unpack it"}
@@ -248,7 +248,7 @@ def _rows_of_hub(name: str) -> tuple[list[Row], str]:
         dataset = load_dataset(repository, split=parts["split"])
     except Exception as error:  # what its files hold, its author's choices: datasets raises a dozen kinds
         fix = "download one of its files and give its path"
-        found = f"a data set that cannot be loaded ({' '.join(str(error).split())[:160]})"
+        found = f"a data set that cannot be loaded ({hide_token(error)[:160]})"
         raise InputError(where, found=found, expected="one that `load_dataset` reads", fix=fix) from None
     return _rows_of_dataset(dataset, where=where)
 

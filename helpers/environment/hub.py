@@ -213,6 +213,14 @@ def base_name(model: str | Path) -> str:
     return path.parent.parent.name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
 
 
+def hide_token(text: object) -> str:
+    """A text in one line, with the reader's access token as "hf_…": an address that gives it back would show it."""
+    from huggingface_hub import get_token
+
+    line, token = " ".join(str(text).split()), get_token()
+    return line.replace(token, "hf_…") if token else line
+
+
 def hub_name(model: str) -> str:
     """A model's name on the hub, or "" where it is a folder.
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from helpers.environment.hub import base_name, hub_name
+from helpers.environment.hub import base_name, hide_token, hub_name
 from helpers.export.plan import ExportError
 from helpers.handoff.run import Run
 
@@ -48,23 +48,18 @@ def publish(run: Run, form: str, *, repository: str, card: str, base_model: str)
 
     files = hub_files(run, form, card=card, base_model=base_model)
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    token, failed = get_token() or "", ""
-
-    def hide(said: object) -> str:
-        text = " ".join(str(said).split())
-        return text.replace(token, "hf_…") if token else text
-
-    with _remarks_through(hide):
+    failed = ""
+    with _remarks_through(hide_token):
         try:
-            api = HfApi(token=token or None)
+            api = HfApi(token=get_token())
             api.create_repo(repository, private=True, exist_ok=True)
             commit = api.create_commit(repository, operations, commit_message="Upload the tuned model")
         except Exception as error:  # the client's own, httpx's and the socket's errors
-            failed = hide(f"{type(error).__name__}: {error}")
+            failed = hide_token(f"{type(error).__name__}: {error}")
     if failed:  # raised here, it takes no error with it that holds the token
         fix = "read the Hub's words, then correct the card, PUSH_TO or the token's rights"
         raise ExportError(f"publishing in {repository}", found=failed[:500], expected="a commit", fix=fix)
-    return hide(commit.commit_url)
+    return hide_token(commit.commit_url)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Is the model that was loaded the one that was trained?"""
 
+import contextlib
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,18 +124,15 @@ def _same_loss(run: Run, model: Any, tokenizer: Any) -> tuple[str, bool]:
     report = run.read_json("report.json")
     before = report["held_out_loss"].get("by_row") or {}
     then = HeldOutLosses(tuple(before.get("sums", ())[:ROWS]), tuple(before.get("tokens", ())[:ROWS]))
-    now = held_out_losses(model, _held_out_rows(run, tokenizer, report["settings"].get("max_length")))
+    now = held_out_losses(model, held_out_rows(run, tokenizer, report["settings"].get("max_length")))
     if now.tokens != then.tokens or None in then.sums:
         return f"answers of {sum(now.tokens)} tokens, where chapter 04 had {sum(then.tokens)}", False
     seen = f"{now.loss:.3f} on {len(now.sums)} conversations, {then.loss:.3f} in chapter 04"
     return seen, abs(now.loss - then.loss) <= LOSS_TOLERANCE
 
 
-def _held_out_rows(run: Run, tokenizer: Any, max_length: int | None) -> list[Mapping[str, list[int]]]:
+def held_out_rows(run: Run, tokenizer: Any, max_length: int | None) -> list[Mapping[str, list[int]]]:
     """The first held-out conversations as chapter 04's trainer masks them."""
-    import contextlib
-    import io
-
     from datasets import load_from_disk
     from unsloth.chat_templates import train_on_responses_only
 

@@ -4,6 +4,7 @@ python -m tests.maintain.image FOLDER [--fetch] [--resolve] [--json]      `make 
 """
 
 import argparse
+import html
 import json
 import re
 import subprocess
@@ -107,7 +108,8 @@ class ImageReport:
         return text_table(["what", "package", "versions", "reason"], self._rows()) + "\n" + self._verdict()
 
     def _repr_html_(self) -> str:
-        return html_table(["what", "package", "versions", "reason"], self._rows()) + f"<p>{self._verdict()}</p>"
+        verdict = f"<p>{html.escape(self._verdict())}</p>"
+        return html_table(["what", "package", "versions", "reason"], self._rows()) + verdict
 
     def as_json(self) -> dict:
         """The report as plain data, with `ok`."""
