@@ -388,7 +388,7 @@ report = write_report(
 # %% [markdown] lang="en"
 # A claim that does not hold stops the chapter here. The report names it, the adapter is saved either way, and
 # [chapter 07](07_when_it_goes_wrong.ipynb) shows what to change. From here on, running this chapter again trains a new
-# one.
+# one, and keeps this one beside it as `adapter.previous-1`.
 
 # %%
 checkpoints.hand_over()
