@@ -4,7 +4,7 @@ import pytest
 from safetensors import safe_open
 
 from helpers.training.best import FILE, keep_best
-from helpers.training.evidence import RESTORED, describe_overfitting
+from helpers.training.evidence import RESTORED, STOPPED, describe_overfitting
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,7 @@ def test_a_run_that_gets_worse_is_stopped_and_goes_back(trainer_of, capsys):
     assert f"Back to the lowest held-out loss: {losses[4]:.3f} at step 4, {losses[8]:.3f} at step 8" in said
     assert describe_overfitting(trainer.state.log_history) == ""
     assert describe_overfitting([entry for entry in trainer.state.log_history if RESTORED not in entry][:-1]) != ""
+    assert sum(STOPPED in entry for entry in trainer.state.log_history) == 1
 
 
 def test_a_run_that_was_interrupted_goes_back_to_the_best_of_both_sessions(tmp_path, capsys):

@@ -138,7 +138,8 @@ def test_all_processes_end_with_the_python_that_started_them(tmp_path, parent, h
     """Those of a model's forms are caught in their import, where they do not see that their input has ended."""
     silent = program(tmp_path, f"touch '{tmp_path}/'$$.pid; exec sleep 600")
     (tmp_path / "unsloth.py").write_text(f"import os\nos.execlp('sh', 'sh', '{silent}')\n")
-    code = PARENTS[parent].format(program=str(silent))
+    handled = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # not so behind a shell's &
+    code = handled + PARENTS[parent].format(program=str(silent))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as python:
         try:

@@ -155,6 +155,6 @@ def shown(value: Any) -> str:
     return (text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…") + size
 
 
-def bare(name: str) -> str:
-    """A name without quotes where it is one short line that can be seen, else as `shown` says it."""
-    return name if name.isprintable() and 0 < len(name.strip()) and len(name) <= MOST_SHOWN else shown(name)
+def bare(name: str, *, most: int = MOST_SHOWN) -> str:
+    """A name without quotes where it is one line of at most so many letters, all seen, else as `shown` says it."""
+    return name if name.isprintable() and 0 < len(name.strip()) and len(name) <= most else shown(name)

@@ -49,7 +49,7 @@ class MaskReport(Table):
     histogram: tuple[int, ...]
     length_for_99_percent: int | None
     findings: tuple[Finding, ...]
-    keys: Mapping[int, tuple[int, int]] = field(default_factory=dict, repr=False)
+    keys: Mapping[int, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def ok(self) -> bool:

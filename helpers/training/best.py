@@ -91,6 +91,11 @@ def keep_best(trainer: Any, *, patience: int = 2) -> BestWeights:
     return best
 
 
+def _stopped(state: Any) -> bool:
+    """Whether the run was ended already: a later `trainer.evaluate()` is no measurement of it."""
+    return any(STOPPED in entry for entry in state.log_history)
+
+
 def _callback(best: BestWeights, patience: int) -> "TrainerCallback":
     from transformers import TrainerCallback
 
@@ -102,7 +107,7 @@ def _callback(best: BestWeights, patience: int) -> "TrainerCallback":
             since = len(measured) - 1 - measured.index(min(measured))
             if since == 0:
                 best.save()
-            elif since >= patience and state.global_step < state.max_steps:
+            elif since >= patience and state.global_step < state.max_steps and not _stopped(state):
                 print(f"Stopped at step {state.global_step}: {since} measurements in a row without a new best")
                 control.should_training_stop = True
                 state.log_history.append({STOPPED: state.global_step, "step": state.global_step})

@@ -13,7 +13,8 @@ from helpers.template.check import check_template
 from helpers.training.held_out import HeldOutLosses, held_out_losses
 
 ROWS = 8  # held-out conversations whose loss is measured again
-LOSS_TOLERANCE = 0.10  # nats a token: what rounding the base model to 4 bits, or not, may cost
+LOSS_TOLERANCE = 0.10  # nats a token, on a base model in 4 bits, as in training
+ROUNDING = 0.25  # of the loss: what 16 bits in place of 4 may change besides, most where little was trained
 SAMPLE = "Order 1024 from São Paulo — 模型, naïve façade: 3.14 €\n\tWhy?"  # what a tokenizer may get wrong
 
 
@@ -52,7 +53,7 @@ def check_loaded(run: Run, model: Any, tokenizer: Any) -> LoadedReport:
 
     Four claims: each LoRA matrix is that of the file, and scaled as in training; the tokenizer is the one that the data
     were made with; its chat template too, and generation stops where an answer ends; and the loss on the first held-out
-    conversations is what chapter 04 measured, to `LOSS_TOLERANCE`.
+    conversations is what chapter 04 measured, to `LOSS_TOLERANCE`, and `ROUNDING` where the base is not in 4 bits.
 
     Args:
         run: holds `dataset`, `adapter` and `report.json`.
@@ -128,7 +129,8 @@ def _same_loss(run: Run, model: Any, tokenizer: Any) -> tuple[str, bool]:
     if now.tokens != then.tokens or None in then.sums:
         return f"answers of {sum(now.tokens)} tokens, where chapter 04 had {sum(then.tokens)}", False
     seen = f"{now.loss:.3f} on {len(now.sums)} conversations, {then.loss:.3f} in chapter 04"
-    return seen, abs(now.loss - then.loss) <= LOSS_TOLERANCE
+    tolerance = LOSS_TOLERANCE if getattr(model, "is_loaded_in_4bit", False) else LOSS_TOLERANCE + ROUNDING * then.loss
+    return seen, abs(now.loss - then.loss) <= tolerance
 
 
 def held_out_rows(run: Run, tokenizer: Any, max_length: int | None) -> list[Mapping[str, list[int]]]:

@@ -309,13 +309,14 @@ def read_parameter_file(path: str | Path) -> dict[str, Any]:
 
     Example: `LEARNING_RATE = 1e-4` -> {"LEARNING_RATE": 0.0001}
     """
-    where, expected = f"parameter file {bare(str(path))}", "one `NAME = value` a line"
+    where, expected = f"parameter file {bare(str(path), most=500)}", "one `NAME = value` a line"
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SeriesError(where, found=str(error.strerror), expected="a TOML file", fix="correct the path") from None
     except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
-        raise SeriesError(where, found=bare(str(error)), expected=f"TOML, {expected}", fix="correct it") from None
+        found = bare(str(error), most=200)
+        raise SeriesError(where, found=found, expected=f"TOML, {expected}", fix="correct it") from None
     for name, value in values.items():
         if isinstance(value, dict) and name not in CHAPTER_NAMES:
             raise SeriesError(f"{where}, {bare(name)}", found=shown(value), expected=expected, fix="write it so")
