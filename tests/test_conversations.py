@@ -134,6 +134,19 @@ def test_messages_say_where():
     ]
 
 
+def test_a_file_in_another_encoding_is_refused_where_most_rows_cannot_be_read():
+    torn = [sharegpt(("human", f"Frage {number}"), ("gpt", "sch\udcf6n")) for number in range(9)]
+    good = [sharegpt(("human", f"Frage {number}"), ("gpt", "gut")) for number in range(8)]
+    with pytest.raises(InputError, match="8 of 17 conversations.* Fix: save the file again as UTF-8"):
+        validate_conversations(torn + good).raise_if_failed()
+    validate_conversations(torn[:8] + good).raise_if_failed()
+
+
+def test_white_space_around_a_message_makes_no_other_conversation():
+    rows = [sharegpt(("human", "Hi"), ("gpt", answer)) for answer in ("Hello", "Hello \n", "Hell o")]
+    assert validate_conversations(rows).valid_rows == (0, 2)
+
+
 def test_duplicates_in_another_format_are_found():
     report = validate_conversations(
         [sharegpt(("human", "Hi"), ("gpt", "Hello!")), plain(("user", "Hi"), ("assistant", "Hello!"))]

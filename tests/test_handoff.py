@@ -122,8 +122,9 @@ def test_another_base_model_is_refused(run, base_model, fits, capsys):
         open_run(run.path, base_model=base_model, chapter=needing("adapter"))
         assert "adapter: from the run folder" in capsys.readouterr().out
         return
-    other = "trained on owner/base, expected another/base. Fix: set MODEL_NAME to the model that it was trained on"
-    said = "made for the base model base, expected other. Fix: run chapter 04_train" if fits is False else other
+    another_owner = "trained on owner/base, expected another/base. Fix: set MODEL_NAME to the model that"
+    another_name = "made for the base model owner/base, expected other. Fix: set MODEL_NAME to owner/base, or run"
+    said = another_name if fits is False else another_owner
     with pytest.raises(HandoffError, match=said):
         open_run(run.path, base_model=base_model, chapter=needing("adapter"))
 
@@ -133,8 +134,8 @@ def test_the_message_for_a_missing_artefact_is_the_line_that_makes_it(run):
         open_run(run.path, chapter=needing("adapter"))
     assert str(caught.value) == (
         f"{run.path}/adapter: found nothing, expected what chapter 04_train writes. Fix: run "
-        f"`!python -m tests.maintain.series 03_data 04_train -p RUN_DIR {run.path}` in a new cell, with the other "
-        "choices as further -p NAME VALUE; or set DRIVE_DIR to the folder on Drive that holds it."
+        f"`!python -m tests.maintain.series 03_data 04_train -p RUN_DIR {run.path} -p DATASET YOUR_FILE` in a new "
+        "cell, with your other choices as further -p NAME VALUE; or set DRIVE_DIR to the folder on Drive that holds it."
     )
     run.write_json("dataset", {})
     with pytest.raises(HandoffError, match=f"series 04_train -p RUN_DIR {run.path}` in a new cell"):
@@ -143,8 +144,9 @@ def test_the_message_for_a_missing_artefact_is_the_line_that_makes_it(run):
 
 def test_a_missing_artefact_names_drive_only_where_none_is_chosen(run, tmp_path):
     with pytest.raises(HandoffError) as caught:
-        open_run(run.path, chapter=needing("adapter"), drive=tmp_path / "drive")
-    assert "DRIVE_DIR" not in str(caught.value)
+        open_run(run.path, base_model="owner/base", chapter=needing("adapter"), drive=tmp_path / "drive")
+    assert "or set DRIVE_DIR" not in str(caught.value)
+    assert f"-p MODEL_NAME owner/base -p DRIVE_DIR {tmp_path / 'drive'} -p DATASET YOUR_FILE`" in str(caught.value)
 
 
 def test_the_line_that_makes_an_artefact_can_be_typed_whatever_the_folder_is_called(tmp_path):
@@ -152,7 +154,8 @@ def test_the_line_that_makes_an_artefact_can_be_typed_whatever_the_folder_is_cal
     with pytest.raises(HandoffError) as caught:
         open_run(folder, chapter=needing("dataset"))
     command = shlex.split(re.search("`!python -m (.*)` in a new cell", str(caught.value))[1])
-    assert command == ["tests.maintain.series", "03_data", "-p", "RUN_DIR", str(folder)]
+    more = ["-p", "DATASET", "YOUR_FILE"]
+    assert command == ["tests.maintain.series", "03_data", "-p", "RUN_DIR", str(folder), *more]
 
 
 @pytest.mark.parametrize("damage", ["altered", "gone"])
@@ -356,7 +359,7 @@ def test_a_torn_copy_on_drive_is_not_used(tmp_path):
 def test_a_copy_on_drive_that_belongs_to_another_model_is_not_used(tmp_path):
     drive = tmp_path / "drive"
     write_adapter(open_run(tmp_path / "first", base_model="owner/base", drive=drive))
-    with pytest.raises(HandoffError, match="made for the base model base, expected other"):
+    with pytest.raises(HandoffError, match="made for the base model owner/base, expected other"):
         open_run(tmp_path / "second", base_model="owner/other", chapter=needing("adapter"), drive=drive)
     assert not (tmp_path / "second" / "adapter").exists()
 

@@ -247,6 +247,21 @@ def test_a_chapter_is_open_in_one_process_at_a_time(tmp_path, base):
     open_run(tmp_path / "run", chapter="03_data")  # the cell is run again
 
 
+def test_data_that_were_replaced_while_a_chapter_ran_are_noticed(run, base):
+    write(run, "dataset", "rows")
+    training = open_run(run.path, base_model=str(base), chapter=Chapter("test", "", needs=("dataset",)))
+    write(run, "dataset", "other rows")
+    with pytest.raises(HandoffError, match="dataset: found another dataset than when this chapter began.*03_data was"):
+        write(training)
+    write(run, "dataset", "rows")
+    write(training)
+
+
+def test_a_chapter_that_is_none_is_refused(tmp_path):
+    with pytest.raises(KeyError):
+        open_run(tmp_path, chapter="04_trian")
+
+
 WRITER = """
 import sys
 from helpers.handoff.run import open_run

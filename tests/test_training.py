@@ -369,6 +369,12 @@ def test_the_training_losses_say_what_the_cause_is(model, losses, said):
     assert "Likely fix: " in str(evidence._notes())
 
 
+def test_a_held_out_loss_that_rose_again_is_told_to_stop_earlier():
+    losses = [2.0, 1.0, 0.5, 0.3, 0.2]
+    assert "EPOCHS = 3 or KEEP_BEST = True" in likely_cause(8.6, 14, losses, True)
+    assert "a third of LEARNING_RATE" in likely_cause(8.6, 14, losses[::-1], True)  # it did not learn by heart
+
+
 def test_a_run_that_learned_is_told_no_cause(model):
     assert "Likely fix" not in str(evidence_of(model)._notes())
 

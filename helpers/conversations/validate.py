@@ -43,6 +43,7 @@ FIXES = {
     "unknown_role": "rename the roles to user and assistant",
     "refused": "change what the template does not accept, or take another CHAT_TEMPLATE",
     "duplicate": "add conversations that differ",
+    "invalid_unicode": "save the file again as UTF-8 (in Excel: CSV UTF-8)",
 }
 USUAL_FIX = "correct what the table names"
 
@@ -82,11 +83,14 @@ class ConversationReport(Table):
         return not self.dropped_rows
 
     def raise_if_failed(self) -> None:
-        """Raises InputError, below the table, where fewer than `SMALLEST` rows are left: none could be held out."""
-        if len(self.valid_rows) < SMALLEST:
+        """Raises InputError, below the table, where fewer than `SMALLEST` rows are left: none could be held out.
+
+        So it does where more rows are no UTF-8 than are left: then the file is in another encoding.
+        """
+        codes = [problem.code for problem in self.problems]
+        if len(self.valid_rows) < SMALLEST or codes.count("invalid_unicode") > len(self.valid_rows):
             print(self, flush=True)
             found = f"{len(self.valid_rows)} of {self.rows} conversations that can be trained on"
-            codes = [problem.code for problem in self.problems]
             usual = max(codes, key=codes.count, default="")
             raise InputError("DATASET", found=found, expected=f"{SMALLEST} or more", fix=FIXES.get(usual, USUAL_FIX))
 
@@ -162,8 +166,8 @@ def _order_problems(roles: list[str | None]) -> Iterator[tuple[str, str]]:
 
 
 def digest(messages: Sequence[Mapping[str, str]]) -> bytes:
-    """Equal for equal conversations."""
-    text = "\0".join(f"{message['role']}\1{message['content']}" for message in messages)
+    """Equal for conversations that are equal but for white space around a message, which is not trained."""
+    text = "\0".join(f"{message['role']}\1{message['content'].strip()}" for message in messages)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

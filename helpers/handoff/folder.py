@@ -46,7 +46,9 @@ def mount_drive(folder: Path) -> None:
 
 
 def check_writable(folder: Path, *, setting: str) -> None:
-    with one_line(f"{setting} {folder}", "a folder that can be written", f"set {setting} to a folder of your own"):
+    fix = f"free disk space, or set {setting} to a folder of your own"
+    fix = f"mount Drive again or make room there, or set {setting} to another folder" if setting == "DRIVE_DIR" else fix
+    with one_line(f"{setting} {folder}", "a folder that can be written", fix):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
         probe.write_text("")
@@ -74,7 +76,7 @@ def lock_chapter(folder: Path, chapter: Chapter) -> Any:
             f"RUN_DIR {folder}",
             found=f"another process that has chapter {chapter.name} open in it",
             expected="one at a time",
-            fix="shut that notebook's kernel down or wait for it, or set RUN_DIR to another folder",
+            fix="shut that notebook's kernel down, which holds the folder even when its cells are done",
         ) from None
     return lock
 

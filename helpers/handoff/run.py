@@ -48,6 +48,7 @@ from helpers.handoff.manifest import (
     difference,
     entry_files,
     fingerprint,
+    identity,
     identity_of,
     needs_of,
     read_entries,
@@ -92,6 +93,7 @@ class Run:
         mirror: a folder that gets a copy of what is written, such as one on Drive.
         base: the model as it was chosen, a name on the hub or a folder.
         lock: keeps another process from opening the same chapter here.
+        needs: {artefact: its identity} of what the chapter that opened it was given.
     """
 
     path: Path
@@ -99,6 +101,7 @@ class Run:
     mirror: Path | None = field(default=None, repr=False)
     base: str = field(default="", repr=False)
     lock: Any = field(default=None, repr=False, compare=False)
+    needs: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def artefact(self, name: str) -> Path:
         """The path of an artefact such as "adapter", where it is whole, unaltered and made for this base model."""
@@ -112,8 +115,10 @@ class Run:
                 name, str(self.path / name), f"made from another {need}", f"made from the {need} that is here"
             )
         if self.base_model and entry.get("base_model") != self.base_model:
-            found = f"made for the base model {entry.get('base_model')}"
-            raise _refused(name, str(self.path / name), found, self.base_model)
+            made_for = str(entry.get("base") or entry.get("base_model"))
+            fix = f"set MODEL_NAME to {made_for}, or run chapter {producer_of(name).name} again for this one"
+            found = f"made for the base model {made_for}"
+            raise HandoffError(str(self.path / name), found=found, expected=self.base_model, fix=fix)
         return self.path / name
 
     def facts(self, name: str) -> dict[str, Any]:
@@ -144,6 +149,7 @@ class Run:
                 raise HandoffError(str(link), found="a symbolic link", expected="a file", fix="write the file itself")
             with writing(self.path):
                 entries = self._read()
+                self._require_the_same_needs(entries)
                 entry = {
                     "chapter": producer_of(name).name,
                     "base_model": self.base_model,
@@ -164,7 +170,8 @@ class Run:
             try:
                 _copy_artefact(self.path, self.mirror, name, entry)
             except (OSError, HandoffError) as error:  # Drive drops out; what is in the run folder is whole
-                print(f"NO COPY of {name} in DRIVE_DIR {self.mirror} ({reason(error)}): mount it, copy RUN_DIR there")
+                told = f"make room there or mount it again, then `!cp -r {self.path}/. {self.mirror}`"
+                print(f"NO COPY of {name} in DRIVE_DIR {self.mirror} ({reason(error)}): {told}")
         return target
 
     @contextlib.contextmanager
@@ -204,6 +211,14 @@ class Run:
 
     def _read(self) -> dict[str, Any]:
         return read_entries(self.path)
+
+    def _require_the_same_needs(self, entries: Mapping[str, Any]) -> None:
+        """Raises HandoffError where what the chapter was given was replaced while it ran."""
+        for name, was in self.needs.items():
+            if name in entries and identity(entries[name]) != was:
+                found, expected = f"another {name} than when this chapter began", "the same until it ends"
+                fix = f"run this chapter again from its top: chapter {producer_of(name).name} was run meanwhile"
+                raise HandoffError(str(self.path / name), found=found, expected=expected, fix=fix)
 
 
 def open_run(path: str | Path, *, chapter: str | Chapter = "", base_model: str = "", drive: str | Path = "") -> Run:
@@ -248,7 +263,7 @@ def open_run(path: str | Path, *, chapter: str | Chapter = "", base_model: str =
             _require_base(run, name)
             _put_on_base(run, name)
         _require_source(run, name, trained="adapter" in chapter.needs)
-    return run
+    return replace(run, needs={name: identity(run.facts(name)) for name in chapter.needs})
 
 
 def _is_trained(name: str) -> bool:
@@ -280,7 +295,7 @@ def _require_base(run: Run, name: str) -> None:
     then, fix = entry.get("weights", ""), "set MODEL_NAME to the model that it was trained on, or run chapter 04 again"
     if then and now and then != now:
         found = f"trained on other weights than those in {run.base}"
-        raise HandoffError(str(run.path / name), found=found, expected=f"weights {then}, not {now}", fix=fix)
+        raise HandoffError(str(run.path / name), found=found, expected="the weights it was trained on", fix=fix)
     named, chosen = entry.get("base", ""), hub_name(run.base)
     if named and chosen and named.lower() != chosen.lower():
         raise HandoffError(str(run.path / name), found=f"trained on {named}", expected=chosen, fix=fix)
@@ -316,7 +331,8 @@ def _fetch(run: Run, name: str) -> str:
         if need := stale_need(entry, run._read()):
             found, expected = f"made from another {need}", f"made from the {need} in {run.path}"
             raise _refused(name, str(copies.path / name), found, expected)
-        with one_line(run.path / name, f"room for the copy in {copies.path}, and Drive to answer", ROOM):
+        mount = f"mount Drive again, or {ROOM}"
+        with one_line(run.path / name, f"room for the copy in {copies.path}, and Drive to answer", mount):
             _copy_artefact(copies.path, run.path, name, entry)
         run.artefact(name)
         return f"copied from {short_path(copies.path)}"
@@ -355,8 +371,12 @@ def _missing(run: Run, name: str) -> HandoffError:
     """An artefact that is nowhere, with the one line that makes it here: on Colab each notebook has its own machine."""
     where = run.path / name
     state = "a folder or file that no chapter finished" if where.exists() else "nothing"
-    words = ["python", "-m", "tests.maintain.series", *missing_chapters(run, name), "-p", "RUN_DIR", str(run.path)]
-    fix = f"run `!{shlex.join(words)}` in a new cell, with the other choices as further -p NAME VALUE"
+    chapters = missing_chapters(run, name)
+    words = ["python", "-m", "tests.maintain.series", *chapters, "-p", "RUN_DIR", str(run.path)]
+    words += ["-p", "MODEL_NAME", run.base] if run.base else []
+    words += ["-p", "DRIVE_DIR", str(run.mirror)] if run.mirror is not None else []
+    words += ["-p", "DATASET", "YOUR_FILE"] if "03_data" in chapters else []
+    fix = f"run `!{shlex.join(words)}` in a new cell, with your other choices as further -p NAME VALUE"
     fix = f"{fix}; or set DRIVE_DIR to the folder on Drive that holds it" if run.mirror is None else fix
     return HandoffError(str(where), found=state, expected=f"what chapter {producer_of(name).name} writes", fix=fix)
 

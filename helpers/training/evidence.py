@@ -29,8 +29,8 @@ RATE_TOLERANCE = 1e-6  # of the learning rate; a schedule's factor is exactly 1 
 
 
 FIXES = {
-    SCHEDULE: "set learning_rate and lr_scheduler_type in SFTConfig to what is checked, and train anew",
-    SETTINGS: "look for what changes the settings after SFTConfig, and train anew",
+    SCHEDULE: "give SFTConfig and check_evidence the same rate and schedule; else look for what changes them",
+    SETTINGS: "change them in Choices and not in SFTConfig; else look for what changes them, and train anew",
     TRAINED: "look for what leaves rows out, a sampler or a filter, and train anew",
     UNSEEN: "run chapter 03 again, whose data are in two parts, and train anew",
     SAVED: "save it again: run the cells from Save the adapter on",
@@ -129,7 +129,8 @@ def check_evidence(
     claims += [_unseen(trainer, before), *([_saved(trainer, Path(adapter))] if adapter else []), _fall(before, after)]
     passes = max((entry.get("epoch") or 0 for entry in log), default=0)
     losses = [float(entry["loss"]) for entry in log if "loss" in entry]
-    return Evidence(tuple(claims), describe_overfitting(log), likely_cause(passes, len(after.sums), losses))
+    overfitting = describe_overfitting(log)
+    return Evidence(tuple(claims), overfitting, likely_cause(passes, len(after.sums), losses, bool(overfitting)))
 
 
 def scheduled_rates(args: Any, schedule: str, learning_rate: float, *, steps: int) -> list[float]:
@@ -204,13 +205,14 @@ def _saved(trainer: Any, folder: Path) -> tuple[str, str, bool]:
     return SAVED, f"{matrices}; {tokens}", same and alike
 
 
-def likely_cause(passes: float, held_out: int, losses: Sequence[float] = ()) -> str:
+def likely_cause(passes: float, held_out: int, losses: Sequence[float] = (), overfitting: bool = False) -> str:
     """What to do about a held-out loss that did not fall, from the run's own numbers.
 
     Args:
         passes: how often each row was seen.
         held_out: how many rows were held out.
         losses: the training losses, in order. The means of their first and last fifth are compared.
+        overfitting: whether the held-out loss rose again.
 
     Example: (36, 2) -> "train for fewer steps or on more conversations (each row was seen 36 times); hold back …"
     """
@@ -223,12 +225,15 @@ def likely_cause(passes: float, held_out: int, losses: Sequence[float] = ()) -> 
             return f"train anew with a third of LEARNING_RATE ({seen})"
         if last >= (1 - HARDLY_MOVED) * first:
             return f"train anew with three times the LEARNING_RATE, or more steps ({seen})"
+        if last <= FELL_FAR * first and overfitting:
+            return f"train anew with EPOCHS = 3 or KEEP_BEST = True ({seen}, and the held-out loss rose again)"
         if last <= FELL_FAR * first and passes < OFTEN and held_out >= FEW:
             return f"look at the mask and the template, and whether the held-out rows are of the same kind ({seen})"
     if passes >= OFTEN:
         causes.append(f"train for fewer steps or on more conversations (each row was seen {passes:.0f} times)")
     if held_out < FEW:
-        causes.append(f"hold back {2 * FEW} or more ({held_out} held-out rows can tell little)")
+        enough = f"hold back {2 * FEW} or more, which takes {10 * FEW} conversations"
+        causes.append(f"{enough} ({held_out} held-out rows can tell little)")
     return "; ".join(causes)
 
 

@@ -262,7 +262,7 @@ print(f"Result: {len(train_dataset)} + {len(eval_dataset)} conversations, longes
 #
 # You have `dataset/` in the run folder: two sets of checked conversations as text, and the tokenizer.
 #
-# On your own: write ten questions and answers into a table, save it as `.csv` with the columns `question` and `answer`,
-# and give its path as `DATASET`. Set `MAX_SEQ_LENGTH` to 96 and see how many rows no longer fit.
+# On your own, with another `RUN_DIR`: write ten questions and answers into a table, save it as `.csv` with the columns
+# `question` and `answer`, and give its path as `DATASET`. Set `MAX_SEQ_LENGTH` to 96 and see how many rows no longer fit.
 #
 # {{next}}

@@ -264,7 +264,7 @@ held_out_before
 #
 # The picture grows with each step. The training loss jumps from batch to batch; the held-out loss is what counts.
 #
-# Cells without `helpers` stand alone; here your own line would be `trainer.train()`. Helpers stand by it.
+# Without helpers this cell would be the one line `trainer.train()`.
 #
 # `Checkpoints` saves the run every five minutes and when you press Stop, also to `DRIVE_DIR`; run
 # the chapter again, and it goes on where it was. `stop_on_divergence` ends a run whose loss explodes, `watch` one
@@ -304,8 +304,8 @@ run.keep("adapter", template=run.facts("dataset")["template"])
 # %% [markdown] lang="en"
 # ## Did it learn?
 #
-# The held-out loss again, on the same conversations as before. Then nine claims, each checked by a program. The
-# *gradient norm* is the size of a step's gradients, all taken together.
+# The held-out loss again, on the same conversations as before. Then nine claims, each checked by a program. It is given
+# what you chose, and compares that with what the trainer did. The *gradient norm* is the size of a step's gradients, all taken together.
 #
 # Llama answers general questions such as FineTome's well before it is trained. With those data expect a far smaller
 # fall.
@@ -388,7 +388,7 @@ report = write_report(
 # %% [markdown] lang="en"
 # A claim that does not hold stops the chapter here. The report names it, the adapter is saved either way, and
 # [chapter 07](07_when_it_goes_wrong.ipynb) shows what to change. From here on, running this chapter again trains a new
-# one, and keeps this one beside it as `adapter.previous-1`.
+# one, and keeps this one beside it as `adapter.previous-1`, which `from_pretrained` loads as well.
 
 # %%
 checkpoints.hand_over()
@@ -407,7 +407,7 @@ print(f"Result: {figure}")
 # that it never saw. On Colab download the folder `adapter` now (the folder icon), unless you set `DRIVE_DIR`: it is the
 # whole of your work.
 #
-# On your own, with another `RUN_DIR`, so that your adapter stays: set `MAX_STEPS` to 5 and see which claims still hold.
+# On your own, with another `RUN_DIR` for chapters 03 and 04 and no `DRIVE_DIR`: set `MAX_STEPS` to 5 and see which claims still hold.
 # Leave `train_on_responses_only` out and see what stops the chapter. Set `LEARNING_RATE` to 0.1.
 #
 # In practice: 1e-4 to 5e-4 suits Llama with LoRA, about

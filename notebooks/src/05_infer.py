@@ -220,7 +220,7 @@ print(f"Result: {differing} of {len(tuned)} held-out replies differ from the bas
 # %% [markdown] lang="en"
 # ## Where you are
 #
-# Nothing new is on disk, unless you saved a transcript. You know how your model talks.
+# Nothing that a later chapter needs is new on disk. You know how your model talks.
 #
 # On your own: set `temperature` to 0.3 and to 3 and sample again. Leave `min_p` out. Give the chat box a system prompt.
 #
