@@ -1,6 +1,7 @@
 """What reaches the loss is held against what was checked: real trainers, and for each claim one that must fail it."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,8 @@ from helpers.masking.check import check_masking
 from helpers.masking.rows import MaskingError
 from helpers.memory.fit import fit_into_memory
 from helpers.training.evidence import SAVED, SETTINGS, STOPPED, TRAINED, UNSEEN, check_evidence
-from helpers.training.held_out import held_out_losses
-from helpers.training.loaded import same_adapter, same_tokenizer
+from helpers.training.held_out import HeldOutLosses, held_out_losses
+from helpers.training.loaded import same_adapter, same_loss, same_tokenizer
 
 
 def batches_of(rows):
@@ -258,3 +259,31 @@ def test_a_tokenizer_with_two_ids_swapped_is_noticed(shared_tokenizer, tmp_path)
     vocabulary["Ġcat"], vocabulary["Ġdog"] = vocabulary["Ġdog"], vocabulary["Ġcat"]
     file.write_text(json.dumps(content), encoding="utf-8")
     assert same_tokenizer(tokenizer, tmp_path) == ("49,152 tokens, 2 with another id", False)
+
+
+@pytest.mark.parametrize(
+    ("sums", "in_4bit", "holds"),
+    [
+        ((1.0, 3.0), True, True),
+        ((1.2, 3.1), True, True),
+        ((1.5, 3.1), True, False),
+        ((1.5, 3.1), False, True),
+        ((3.0, 4.5), False, False),
+        ((math.nan, 3.0), False, False),
+    ],
+)
+def test_another_held_out_loss_is_noticed(sums, in_4bit, holds):
+    then = HeldOutLosses((1.0, 3.0), (2, 2))
+    assert same_loss(HeldOutLosses(sums, (2, 2)), then, in_4bit=in_4bit)[1] is holds
+
+
+def test_a_loss_of_other_answers_or_of_none_does_not_agree():
+    now = HeldOutLosses((1.0, 3.0), (2, 2))
+    assert same_loss(now, HeldOutLosses((1.0, 3.0), (2, 3)), in_4bit=True) == (
+        "answers of 4 tokens, where chapter 04 had 5",
+        False,
+    )
+    assert (
+        same_loss(now, HeldOutLosses((None, 3.0), (2, 2)), in_4bit=True)[0]
+        == "a loss that was not finite in chapter 04"
+    )

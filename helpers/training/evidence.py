@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.base import InputError, Table
+from helpers.base import InputError
 from helpers.masking.batches import row_key
 from helpers.training.divergence import allowed_overflows
 from helpers.training.held_out import HeldOutLosses, fall_interval
-from helpers.training.loaded import same_adapter, same_tokenizer
+from helpers.training.loaded import Claims, same_adapter, same_tokenizer
 from helpers.training.weights import count_changed_adapters
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ RESTORED = "restored_step"  # in the log of a run that went back to its best wei
 STOPPED = "stopped_step"  # in the log of a run that ended early on purpose
 ROSE, HARDLY_MOVED, FELL_FAR = 1.1, 0.02, 0.5  # shares of the first training losses, see `likely_cause`
 RATE_TOLERANCE = 1e-6  # of the learning rate; a schedule's factor is exactly 1 at its peak
-
-
 FIXES = {
     SCHEDULE: "give SFTConfig and check_evidence the same rate and schedule; else look for what changes them",
     SETTINGS: "change them in Choices and not in SFTConfig; else look for what changes them, and train anew",
@@ -42,20 +40,14 @@ class EvidenceError(InputError):
 
 
 @dataclass(frozen=True, repr=False)
-class Evidence(Table):
-    """Claims about a training run and whether each holds: rows of (claim, what was seen, holds), and a warning.
+class Evidence(Claims):
+    """Claims about a training run, and a warning.
 
     `cause` is what the run's numbers make the likely cause of a held-out loss that did not fall, or "".
     """
 
-    rows: tuple[tuple[str, str, bool], ...]
     warning: str = ""
     cause: str = ""
-
-    @property
-    def ok(self) -> bool:
-        """Whether every claim holds."""
-        return all(holds for _, _, holds in self.rows)
 
     def raise_if_failed(self) -> None:
         """Raises EvidenceError naming the first claim that does not hold."""
@@ -66,17 +58,10 @@ class Evidence(Table):
                 fix = self.cause if claim == FELL and self.cause else fix
                 raise EvidenceError("training", found=seen, expected=claim, fix=fix)
 
-    def _table(self) -> tuple[list[str], list[list[object]]]:
-        return ["claim", "seen", "holds"], [list(row) for row in self.rows]
-
     def _notes(self) -> list[str]:
         notes = [f"Warning: {self.warning}"] if self.warning else []
         fell = all(holds for claim, _, holds in self.rows if claim == FELL)
         return notes if fell or not self.cause else [*notes, f"Likely fix: {self.cause}"]
-
-    def __repr__(self) -> str:
-        """The claims alone: what was seen differs from run to run."""
-        return "\n".join([*(f"{claim}: {holds}" for claim, _, holds in self.rows), *self._notes()])
 
 
 def check_evidence(

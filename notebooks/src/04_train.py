@@ -268,7 +268,7 @@ held_out_before
 #
 # `Checkpoints` saves the run every five minutes and when you press Stop, also to `DRIVE_DIR`; run
 # the chapter again, and it goes on where it was. `stop_on_divergence` ends a run whose loss explodes, `watch` one
-# whose batches are not the checked rows. `fit_into_memory` tries the longest conversations first: too large fails now.
+# whose batches are not the checked rows. `fit_into_memory` tries the longest conversations first, so what cannot fit fails now.
 
 # %%
 from helpers.memory import fit_into_memory, track_memory
@@ -304,8 +304,9 @@ run.keep("adapter", template=run.facts("dataset")["template"])
 # %% [markdown] lang="en"
 # ## Did it learn?
 #
-# The held-out loss again, on the same conversations as before. Then nine claims, each checked by a program. It is given
-# what you chose, and compares that with what the trainer did. The *gradient norm* is the size of a step's gradients, all taken together.
+# The held-out loss again, on the same conversations as before. Then nine claims, each checked by a program.
+# `check_evidence` is given what you chose, and compares that with what the trainer did. A run of less than one pass
+# reaches some rows only, and judges those. The *gradient norm* is the size of a step's gradients, all taken together.
 #
 # Llama answers general questions such as FineTome's well before it is trained. With those data expect a far smaller
 # fall.
@@ -407,7 +408,8 @@ print(f"Result: {figure}")
 # that it never saw. On Colab download the folder `adapter` now (the folder icon), unless you set `DRIVE_DIR`: it is the
 # whole of your work.
 #
-# On your own, with another `RUN_DIR` for chapters 03 and 04 and no `DRIVE_DIR`: set `MAX_STEPS` to 5 and see which claims still hold.
+# On your own, with another `RUN_DIR` for chapters 03 and 04 and no `DRIVE_DIR`: set `MAX_STEPS` to 5 and see which
+# claims still hold.
 # Leave `train_on_responses_only` out and see what stops the chapter. Set `LEARNING_RATE` to 0.1.
 #
 # In practice: 1e-4 to 5e-4 suits Llama with LoRA, about

@@ -131,7 +131,7 @@ if GGUF:
     model.save_pretrained_gguf(f"{RUN_DIR}/new/gguf/model", tokenizer, quantization_method=GGUF)
 
 # %% [markdown] lang="en"
-# Unsloth writes a 16-bit file too; `keep_gguf` drops it and gives the others short names. It also writes a `Modelfile`
+# Unsloth writes a 16-bit file too; `keep_gguf` drops it and gives the others short names. The same helper writes a `Modelfile`
 # for Ollama, whose template and stop words come from the tokenizer: a model that is asked in another form than it was
 # trained in answers worse.
 
