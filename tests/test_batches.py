@@ -50,7 +50,7 @@ def test_every_row_of_a_good_run_is_counted(tmp_path, settings):
     rows = 2 * trainer.args.max_steps * trainer.args.gradient_accumulation_steps
     assert batches.holds and sum(batches.trained.values()) == rows
     times = "once" if rows <= 16 else f"{rows // 16} to {-(-rows // 16)} times"
-    assert str(batches) == f"{min(rows, 16)} of 16 rows, each {times}"
+    assert str(batches) == f"in this session {min(rows, 16)} of 16 rows, each {times}"
     assert not trainer.model._forward_pre_hooks
 
 

@@ -49,11 +49,9 @@ class Batches:
         return not self.faults
 
     def __str__(self) -> str:
-        seen = f"{len(self.trained):,} of {len(self.labels):,} rows"
+        seen = f"in this session {len(self.trained):,} of {len(self.labels):,} rows"
         times = sorted(self.trained.values())
-        if not times:
-            seen += " in this session"
-        else:
+        if times:
             seen += ", each once" if times[-1] == 1 else f", each {times[0]} to {times[-1]} times"
         return "; ".join([seen, *self.faults])
 

@@ -14,6 +14,7 @@ from helpers.training.held_out import HeldOutLosses, held_out_losses
 
 ROWS = 8  # held-out conversations whose loss is measured again
 LOSS_TOLERANCE = 0.10  # nats a token, on a base model in 4 bits, as in training
+LOSS = "the held-out loss is close to chapter 04's"
 ROUNDING = 0.25  # of the loss: what 16 bits in place of 4 may change besides, most where little was trained
 SAMPLE = "Order 1024 from São Paulo — 模型, naïve façade: 3.14 €\n\tWhy?"  # what a tokenizer may get wrong
 
@@ -72,7 +73,7 @@ def check_loaded(run: Run, model: Any, tokenizer: Any) -> LoadedReport:
         ("the chat template is that of the training", template, True),
         ("every LoRA matrix is that of the file", *same_adapter(model, adapter)),
         ("the tokenizer is that of the data", *same_tokenizer(tokenizer, dataset / "tokenizer")),
-        ("the held-out loss is what chapter 04 measured", *_same_loss(run, model, tokenizer)),
+        (LOSS, *_same_loss(run, model, tokenizer)),
     ]
     report = LoadedReport(tuple(rows))
     report.raise_if_failed()
@@ -137,14 +138,15 @@ def _same_loss(run: Run, model: Any, tokenizer: Any) -> tuple[str, bool]:
 def same_loss(now: HeldOutLosses, then: HeldOutLosses, *, in_4bit: bool) -> tuple[str, bool]:
     """Whether two losses of the same answers agree, to `LOSS_TOLERANCE` and `ROUNDING`; what was seen comes first.
 
-    Example: ("0.229 on 8 conversations, 0.229 in chapter 04", True)
+    Example: ("0.229 on the first 8 conversations, 0.229 in chapter 04; may differ by 0.10", True)
     """
     if None in then.sums:
         return "a loss that was not finite in chapter 04", False
     if now.tokens != then.tokens:
         return f"answers of {sum(now.tokens)} tokens, where chapter 04 had {sum(then.tokens)}", False
     tolerance = LOSS_TOLERANCE if in_4bit else LOSS_TOLERANCE + ROUNDING * then.loss
-    seen = f"{now.loss:.3f} on {len(now.sums)} conversations, {then.loss:.3f} in chapter 04"
+    seen = f"{now.loss:.3f} on the first {len(now.sums)} conversations, {then.loss:.3f} in chapter 04"
+    seen += f"; may differ by {tolerance:.2f}"
     return seen, abs(now.loss - then.loss) <= tolerance
 
 

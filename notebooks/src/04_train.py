@@ -221,7 +221,7 @@ print(f"{len(train_dataset) - len(trainer.train_dataset)} rows dropped because n
 row = trainer.train_dataset[0]
 print(tokenizer.decode(row["input_ids"]))
 print("—" * 60)
-print(tokenizer.decode([label for label in row["labels"] if label != -100]))
+print(tokenizer.decode([label for label in row.get("labels", []) if label != -100]))
 
 # %% [markdown] lang="en"
 # One row that looks right proves little. `check_masking` reads the turns of *every* row from the chat template and
@@ -315,12 +315,14 @@ run.keep("adapter", template=run.facts("dataset")["template"])
 from helpers.training import check_evidence
 
 held_out_after = held_out_losses(model, trainer.eval_dataset)
+chosen = {"max_steps": MAX_STEPS, "per_device_train_batch_size": MICRO_BATCH, "lr_scheduler_type": "linear"}
+chosen |= {"gradient_accumulation_steps": ACCUMULATION, "max_length": MAX_SEQ_LENGTH}
 evidence = check_evidence(
     trainer,
     before=held_out_before,
     after=held_out_after,
     learning_rate=LEARNING_RATE,
-    settings={"max_steps": MAX_STEPS, "per_device_train_batch_size": MICRO_BATCH, "lr_scheduler_type": "linear"},
+    settings=chosen,
     rows=run.facts("dataset")["train_rows"],
     batches=batches,
     adapter=f"{RUN_DIR}/adapter",

@@ -168,7 +168,7 @@ for turns, base_reply, tuned_reply in zip(questions, base, tuned):
 # %%
 differing = sum(first != second for first, second in zip(base, tuned))
 if differing == 0:
-    raise RuntimeError(f"All {len(tuned)} replies are the base model's. Run chapter 04 again, then this one.")
+    raise RuntimeError(f"All {len(tuned)} replies are the base model's: it learned too little. Train longer.")
 print(f"{differing} of {len(tuned)} replies differ from the base model's")
 
 # %% [markdown] lang="en"

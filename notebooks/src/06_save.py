@@ -119,6 +119,8 @@ print(f"{conversations[0][-2]['content']}\n\n{in_memory.replies[0]}\n\nPerplexit
 
 # %% tags=["handoff"]
 model.save_pretrained_merged(f"{RUN_DIR}/new/merged", tokenizer, save_method="merged_16bit")
+template = run.facts("adapter")["template"]
+run.keep("merged", template=template)
 
 # %% [markdown] lang="en"
 # ## Export to GGUF
@@ -138,8 +140,6 @@ if GGUF:
 # %% tags=["handoff"]
 from helpers.export import keep_gguf
 
-template = run.facts("adapter")["template"]
-run.keep("merged", template=template)
 if GGUF:
     modelfile = keep_gguf(f"{RUN_DIR}/new/gguf", GGUF, model, tokenizer, context_tokens=MAX_SEQ_LENGTH)
     run.keep("gguf", template=template)
