@@ -254,7 +254,7 @@ show_masking(unmasked, tokenizer=tokenizer)
 # The interval holds the mean of all such conversations, 95 times of 100.
 
 # %%
-from helpers.training import held_out_losses
+from helpers.training import check_evidence, held_out_losses
 
 held_out_before = held_out_losses(model, trainer.eval_dataset)
 held_out_before
@@ -312,8 +312,6 @@ run.keep("adapter", template=run.facts("dataset")["template"])
 # fall.
 
 # %% tags=["nbval-check-output"]
-from helpers.training import check_evidence
-
 held_out_after = held_out_losses(model, trainer.eval_dataset)
 chosen = {"max_steps": MAX_STEPS, "per_device_train_batch_size": MICRO_BATCH, "lr_scheduler_type": "linear"}
 chosen |= {"gradient_accumulation_steps": ACCUMULATION, "max_length": MAX_SEQ_LENGTH}
