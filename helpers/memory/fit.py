@@ -42,12 +42,13 @@ def fit_into_memory(trainer: Any, checkpointed_layers: Callable[[int], int] | No
     """Inside this block `trainer.train()` rehearses its longest batches, and survives when memory runs out.
 
     Before the first step the longest conversations are trained once and evaluated once, without any effect: gradients
-    are dropped and random numbers put back. Where a micro-batch does not fit, there or later, and layers are spared,
-    every layer is checkpointed from then on. If it still does not fit, it is halved until it does, and later ones of
-    that size are from the start. No step is lost: the halves' gradients add up to the same step, because each is
-    divided by the answer tokens of the whole step. A batch of an evaluation is split likewise, and has the same loss:
-    its parts' means, weighted by their answer tokens. On a processor without bfloat16 the trained weights are turned
-    back into 32 bits first, see `undo_emulated_bfloat16`.
+    are dropped and random numbers put back. They are as many as go through without checkpointing, because a plan that
+    checkpoints as needed takes no more memory for more of them. Where a micro-batch does not fit, there or later, and
+    layers are spared, every layer is checkpointed from then on. If it still does not fit, it is halved until it does,
+    and later ones of that size are from the start. No step is lost: the halves' gradients add up to the same step,
+    because each is divided by the answer tokens of the whole step. A batch of an evaluation is split likewise, and
+    has the same loss: its parts' means, weighted by their answer tokens. On a processor without bfloat16 the trained
+    weights are turned back into 32 bits first, see `undo_emulated_bfloat16`.
 
     Args:
         trainer: a Transformers or TRL trainer; its rows hold `input_ids` (and `labels`, or its collator makes them).
@@ -157,6 +158,12 @@ class _Steps:
 
         return _until_it_fits(attempt, make_smaller)
 
+    def peaks_beyond(self, tokens: int) -> bool:
+        """Whether a micro-batch takes the more memory the longer it is, also one of more than so many tokens."""
+        if not self.flags or self.checkpointed_layers is None or self.checkpointed_layers(1):
+            return True
+        return self.checkpointed_layers(tokens) == 0
+
     def _spare_layers(self, part: Any) -> None:
         """Checkpoint only the first layers, as many as a part needs."""
         count = len(self.flags)
@@ -188,7 +195,7 @@ def _measure(steps: _Steps) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             steps.flags[:] = _checkpointing_flags(steps.trainer.model)  # the trainer has just switched them on
             with track_memory(REHEARSAL) as steps.fitting.rehearsal:
-                _rehearse(steps.trainer)
+                _rehearse(steps)
             self.is_first = True
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -254,16 +261,18 @@ def _mean_loss(done: list[Any], parts: list[Any]) -> Any:
     return sum(sums) / sum(counts).to(done[0][0].device)
 
 
-def _rehearse(trainer: Any) -> None:
+def _rehearse(steps: _Steps) -> None:
     """Train and evaluate the longest rows, and leave everything as it was but the memory's high-water mark."""
     import torch
 
+    trainer = steps.trainer
     args, model = trainer.args, trainer.model_wrapped
     kept = [name for name in ("_metrics", "_total_train_tokens") if name in vars(trainer)]
     metrics = {name: copy.deepcopy(vars(trainer)[name]) for name in kept}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
-        rows = _longest(trainer.train_dataset, args.per_device_train_batch_size)
+        padded = not getattr(args, "padding_free", False)
+        rows = _longest(trainer.train_dataset, args.per_device_train_batch_size, steps.peaks_beyond, padded=padded)
         batches, items = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, args.device)
         model.train()
         trainer.current_gradient_accumulation_steps = 1  # the trainer sets it for each step, and not before the first
@@ -271,7 +280,7 @@ def _rehearse(trainer: Any) -> None:
         _drop_gradients(model, [])
         if trainer.eval_dataset is not None and args.eval_strategy != "no":
             model.eval()  # as the trainer's own loop does, and prediction_step alone does not
-            rows = _longest(trainer.eval_dataset, args.per_device_eval_batch_size)
+            rows = _longest(trainer.eval_dataset, args.per_device_eval_batch_size, lambda tokens: True, padded=padded)
             trainer.prediction_step(model, trainer.data_collator(rows), prediction_loss_only=True)
         model.train()
     vars(trainer).update(metrics)
@@ -290,10 +299,17 @@ def _split(inputs: Any, tokens_at_once: int | None) -> list[Any]:
     return [{name: value[start : start + rows] for name, value in inputs.items()} for start in starts]
 
 
-def _longest(dataset: Any, count: int) -> list[dict[str, Any]]:
+def _longest(dataset: Any, count: int, fits: Callable[[int], bool], *, padded: bool) -> list[dict[str, Any]]:
+    """The longest row, and then the next longest ones, up to so many, with which the tokens of all of them fit."""
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:count]
-    rows = [dataset[row] for row in order]
+    first, *others = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    chosen, tokens = [first], lengths[first]
+    for row in others:
+        more = lengths[first] if padded else lengths[row]
+        if len(chosen) < count and fits(tokens + more):
+            chosen.append(row)
+            tokens += more
+    rows = [dataset[row] for row in chosen]
     return [{name: row[name] for name in ("input_ids", "labels") if name in row} for row in rows]
 
 

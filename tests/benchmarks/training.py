@@ -14,17 +14,27 @@ import dataclasses
 import gc
 import json
 import pathlib
+import re
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 PROCESS_START = time.perf_counter()
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
-from in_turns import device_and_versions, make_models, run_in_turns, wait_for_turn, write_csv  # noqa: E402
+from in_turns import (  # noqa: E402
+    device_and_versions,
+    make_models,
+    run_in_turns,
+    run_side_by_side,
+    wait_for_turn,
+    write_csv,
+)
+from multiprocessors import multiprocessors_each  # noqa: E402
 
 from helpers.memory.plan import T4_GIB  # noqa: E402
 
@@ -41,19 +51,27 @@ ROWS = {
     "b": ("plain Transformers + PEFT + TRL: 4 × 2", dict(library="hf", batch=4, accumulation=2)),
     "c": (
         "this series: the fastest of plan_batch, nothing compiled first, longest batch rehearsed",
-        dict(planned=True, env={"UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_FUSED_LINEAR_TRITON": "0"}),
+        dict(planned=0, env={"UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_FUSED_LINEAR_TRITON": "0"}),
     ),
 }
+KINDS = {"NF4 unpacking": "nf4|dequant", "attention": "flash|sdpa|fmha|attention", "products": "nvjet|gemm|cutlass"}
+KINDS |= {"loss": "cross_entropy|logprob|_ce_|fused_linear|softmax", "optimiser": "ptimizer|adam|Adam"}
+KINDS |= {"norms, SwiGLU, positions": "norm|glu|rope|silu", "copies": "Memcpy|copy|Cat", "element-wise": "elementwise"}
 # The columns of the CSV file, and what they are called in a result.
 COLUMNS = {"shape": "shape", "dtype": "dtype", "row": "row", "steps": "steps", "lengths": "lengths"}
 COLUMNS |= {"micro_batch": "batch", "accumulation": "accumulation", "checkpointing": "checkpointing"}
 COLUMNS |= {"padding_free": "padding_free", "seconds_a_step": "settled_s", "tokens_a_second": "settled_tokens_per_s"}
 COLUMNS |= {name: name for name in ("peak_reserved_gib", "predicted_gib", "first_step_s", "load_s", "cold_s")}
 COLUMNS |= {name: name for name in ("import_s", "held_out_loss", "loss", "rehearsal_s", "splits", "device", "name")}
+COLUMNS |= {"estimated_s_a_step": "estimate_s", "multiprocessors": "multiprocessors"}
+
+
+# (mean before the longest are cut, most) tokens of a conversation; "short" is what the quickstart keeps.
+LENGTHS = {"conversations": (512, 1722), "long": (1080, 2000), "short": (512, 1024)}
 
 
 def make_rows(count: int, *, lengths: str, seed: int) -> list[dict]:
-    """Tokenised conversations: log-normal lengths (mean 512, at most 1,722 tokens), or all of one length ("1024").
+    """Tokenised conversations: log-normal lengths (of `LENGTHS`), or all of one length ("1024").
 
     Turns alternate: 30 tokens of a user, which are not trained, then 90 of an assistant. Tokens follow a noisy cycle,
     so that a model with random weights has something to learn.
@@ -61,11 +79,12 @@ def make_rows(count: int, *, lengths: str, seed: int) -> list[dict]:
     import numpy
 
     random = numpy.random.default_rng(seed)
+    mean, most = LENGTHS.get(lengths, (0, 0))
     sigma = 0.6
     rows = []
     for _ in range(count):
-        drawn = random.lognormal(numpy.log(512) - sigma**2 / 2, sigma)
-        length = int(lengths) if lengths.isdigit() else int(min(max(drawn, 48), 1722))
+        drawn = random.lognormal(numpy.log(mean or 1) - sigma**2 / 2, sigma)
+        length = int(min(max(drawn, 48), most)) if mean else int(lengths)
         tokens = 10 + (random.integers(0, 2000) + 7 * numpy.arange(length)) % 2000
         noise = random.random(length) < 0.2
         tokens = numpy.where(noise, 10 + random.integers(0, 2000, length), tokens)
@@ -85,7 +104,7 @@ def load(job: dict):
         from unsloth import FastLanguageModel
 
         model, tokenizer = FastLanguageModel.from_pretrained(
-            job["folder"], max_seq_length=2048, dtype=dtype, load_in_4bit=True
+            job["folder"], max_seq_length=2048, dtype=dtype, load_in_4bit=job.get("load_in_4bit", True)
         )
         model = FastLanguageModel.get_peft_model(
             model, **lora, use_gradient_checkpointing=job["checkpointing"], random_state=3407, **job["lora"]
@@ -110,7 +129,8 @@ def measure(job: dict) -> dict:
     from transformers import DataCollatorForSeq2Seq, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    if job.get("planned"):
+    planned = job.get("planned")
+    if planned is not None:
         gc.freeze()  # as chapter 04
     import_s = time.perf_counter() - PROCESS_START
     wait_for_turn(job)
@@ -121,7 +141,7 @@ def measure(job: dict) -> dict:
     start = time.perf_counter()
     steps = job.get("steps", STEPS)
     rows = make_rows(steps * EFFECTIVE_BATCH, lengths=job["lengths"], seed=1)
-    if job.get("planned"):
+    if planned is not None:
         from transformers import AutoConfig
 
         from helpers.memory.fit import fit_into_memory
@@ -130,11 +150,17 @@ def measure(job: dict) -> dict:
         lengths, config = [len(row["input_ids"]) for row in rows], AutoConfig.from_pretrained(job["folder"])
         card = dict(memory_gib=T4_GIB, capability=job.get("capability") or torch.cuda.get_device_capability())
         whole = dict(micro_batch=EFFECTIVE_BATCH, accumulation=1, checkpointing=True, padding_free=True)
-        plan = plan_batch(config, lengths=lengths, lora_rank=16, **whole, **card)
-        plan = dataclasses.replace(plan, yours=plan.fastest)  # as a reader who copies it
+        card |= dict(load_in_4bit=job.get("load_in_4bit", True))
+        if isinstance(planned, dict):
+            plan = plan_batch(config, lengths=lengths, lora_rank=16, **planned, **card)
+        else:
+            plan = plan_batch(config, lengths=lengths, lora_rank=16, **whole, **card)
+            plan = dataclasses.replace(plan, yours=plan.fitting[planned])  # as a reader who copies it
         job |= dict(checkpointing=plan.yours.checkpointing, batch=plan.yours.micro_batch)
-        batches = dict(padding_free=plan.yours.padding_free, train_sampling_strategy="group_by_length")
+        order = "random" if plan.yours.padding_free else "group_by_length"  # as chapter 04
+        batches = dict(padding_free=plan.yours.padding_free, train_sampling_strategy=order)
         job |= dict(accumulation=plan.yours.accumulation, args=batches | job["args"])
+        estimate_s = plan.yours.seconds
 
     class Clock(TrainerCallback):
         def __init__(self):
@@ -196,8 +222,8 @@ def measure(job: dict) -> dict:
     if "cap_gib" in job:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(job["cap_gib"] * 2**30 / total)
-    planned = job.get("planned")
-    with fit_into_memory(trainer, plan.checkpointed_layers) if planned else contextlib.nullcontext() as fitting:
+    fit = contextlib.nullcontext() if planned is None else fit_into_memory(trainer, plan.checkpointed_layers)
+    with fit as fitting:
         trainer.train()
     torch.cuda.synchronize()
     end = time.perf_counter()
@@ -220,7 +246,9 @@ def measure(job: dict) -> dict:
         "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
         "padding_free": bool(trainer.args.padding_free),
-        "predicted_gib": plan.yours.predicted_gib if job.get("planned") else None,
+        "predicted_gib": None if planned is None else plan.yours.predicted_gib,
+        "estimate_s": None if planned is None else estimate_s,
+        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
         "splits": fitting.splits if fitting else None,
         "tokens_at_once": fitting.tokens_at_once if fitting else None,
         "rehearsal_s": fitting.rehearsal.seconds if fitting else None,
@@ -255,7 +283,7 @@ def measure(job: dict) -> dict:
 
         profiler = Profiler()
         probe = trainer_of(4, profiler)
-        with fit_into_memory(probe, plan.checkpointed_layers) if planned else contextlib.nullcontext():
+        with contextlib.nullcontext() if planned is None else fit_into_memory(probe, plan.checkpointed_layers):
             probe.train()
         wall = profiler.at[4] - profiler.at[1]
         events = sorted(prof.key_averages(), key=lambda event: -event.self_device_time_total)
@@ -264,6 +292,7 @@ def measure(job: dict) -> dict:
             "wall_s": wall,
             "gpu_s": sum(event.self_device_time_total for event in kernels) / 1e6,
             "launches": sum(event.count for event in kernels),
+            "kinds": kernels_by_kind(kernels),
             "top": [(e.key[:70], round(e.self_device_time_total / 1e3, 1), e.count) for e in kernels[:14]],
             "cpu_top": [
                 (e.key[:50], round(e.self_cpu_time_total / 1e3, 1), e.count)
@@ -273,6 +302,23 @@ def measure(job: dict) -> dict:
     if not job.get("skip_eval"):
         result["held_out_loss"] = trainer.evaluate()["eval_loss"]
     return result
+
+
+def kernels_by_kind(kernels: list) -> dict[str, float]:
+    """Seconds on the GPU, by what the kernels do; told by their names."""
+    seconds = dict.fromkeys([*KINDS, "other"], 0.0)
+    for kernel in kernels:
+        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel.key)), "other")
+        seconds[kind] += kernel.self_device_time_total / 1e6
+    return {kind: round(figure, 3) for kind, figure in seconds.items()}
+
+
+def run(jobs: list[dict], options: argparse.Namespace) -> Iterator[tuple[dict, dict]]:
+    if options.multiprocessors is None:
+        yield from run_in_turns(__file__, jobs, ahead=options.ahead)
+        return
+    with multiprocessors_each(options.multiprocessors) as env:
+        yield from run_side_by_side(__file__, jobs, at_once=options.at_once, env=env)
 
 
 def main() -> int:
@@ -291,6 +337,8 @@ def main() -> int:
     )
     parser.add_argument("--models", help="a folder to keep the random models in")
     parser.add_argument("--ahead", type=int, default=6, help="processes that import at the same time")
+    parser.add_argument("--multiprocessors", type=int, help="of the GPU, for each row, with two CPU cores: 8 is a T4's")
+    parser.add_argument("--at-once", type=int, default=8, help="rows side by side, with --multiprocessors")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("training.jsonl"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -312,7 +360,7 @@ def main() -> int:
             ]
         jobs = [COMMON | job | {"folder": models[job["shape"]]} for job in jobs]
         done = []
-        for job, result in run_in_turns(__file__, jobs, ahead=options.ahead):
+        for job, result in run(jobs, options):
             done.append(job | result)
             with open(options.out, "a") as file:
                 file.write(json.dumps(done[-1]) + "\n")

@@ -14,12 +14,13 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from helpers.base import ROOT, InputError, replace_file, set_aside, short_path, 
 from helpers.chapters import CHAPTER_NAMES
 from helpers.environment import check_choices
 from helpers.environment.choices import bare, shown
-from helpers.export.gguf import find_llama_cpp
+from helpers.export.gguf import bound_process, find_llama_cpp
 from helpers.handoff.folder import check_writable, one_line
+from tests.maintain.lanes import in_lanes, lanes_here, threads_each
 from tests.maintain.smollm2 import NAME as SMOLLM2
 from tests.maintain.smollm2 import prepare_smollm2
 
@@ -199,27 +201,53 @@ def read_result(executed: Path) -> str:
 
 
 def run_chapters(
-    chapters: Iterable[str], *, executed_dir: str | Path, parameters: Mapping[str, Any] | None = None
+    chapters: Iterable[str], *, executed_dir: str | Path, parameters: Mapping[str, Any] | None = None, lanes: int = 1
 ) -> list[ChapterRun]:
-    """Run chapters in order, with a line when each starts and ends; stops after the first that fails."""
-    chapters, runs, parameters = list(chapters), [], resolved(parameters or {})
+    """Run chapters with a line when each starts and ends; none starts after one has failed.
+
+    Args:
+        lanes: how many run at once, each with its share of the cores; a chapter waits for those whose artefacts it
+            needs. 1: in the order in which they are given.
+    """
+    chapters, parameters = list(chapters), resolved(parameters or {})
     find_llama_cpp()  # the quickstart has no line for it
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `set_up`, which the quickstart does not call
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else each kernel start prints four lines about it
-    before = os.environ.get("HEADLESS")
-    os.environ["HEADLESS"] = "1"  # Colab's kernel does not know that nobody reads along
+    given = {"HEADLESS": "1"}  # Colab's kernel does not know that nobody reads along
+    given |= {"OMP_NUM_THREADS": threads_each(lanes)} if lanes > 1 else {}
+    run, before = run_chapter if lanes == 1 else run_in_process, {name: os.environ.get(name) for name in given}
+    os.environ |= given
     try:
-        for number, chapter in enumerate(chapters, 1):
-            print(f"[{number}/{len(chapters)}] {chapter} …", flush=True)
-            run = run_chapter(chapter, executed_dir=executed_dir, parameters=parameters)
-            runs.append(run)
-            print(f"[{number}/{len(chapters)}] {chapter}: {run.seconds:.0f} s, {run.failure or run.result}", flush=True)
-            if run.failure:
-                break
+        runs = in_lanes(chapters, lambda name: run(name, executed_dir=executed_dir, parameters=parameters), lanes)
     finally:
-        os.environ.pop("HEADLESS")
-        os.environ |= {} if before is None else {"HEADLESS": before}
-    return runs
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ |= {} if value is None else {name: value}
+    return sorted(runs, key=lambda run: chapters.index(run.chapter))
+
+
+def run_in_process(chapter: str, *, executed_dir: str | Path, parameters: Mapping[str, Any]) -> ChapterRun:
+    """As `run_chapter`, in a process of its own, so that several can run at once and each be measured."""
+    job = dict(chapter=chapter, executed_dir=str(executed_dir), parameters=parameters, notebooks=str(NOTEBOOKS))
+    command = [sys.executable, "-m", "tests.maintain.series", "--job", json.dumps(job)]
+    # A session of its own: Ctrl-C reaches this process alone, which passes it on.
+    options = dict(cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    with bound_process(command, **options) as process:
+        last = process.communicate()[0].strip().splitlines()[-1:]
+    if process.returncode or not last:
+        failure = f"its process, which ended with status {process.returncode}: out of memory, or stopped from outside"
+        return ChapterRun(chapter, 0.0, failure, "", Path(executed_dir) / f"{chapter}.ipynb", 0.0)
+    run = ChapterRun(**json.loads(last[0]))
+    return replace(run, executed=Path(run.executed))
+
+
+def run_job(job: Mapping[str, Any]) -> int:
+    """What `run_in_process` starts: one chapter, and what came of it as JSON in the last line."""
+    global NOTEBOOKS
+    NOTEBOOKS = Path(job["notebooks"])
+    run = run_chapter(job["chapter"], executed_dir=job["executed_dir"], parameters=job["parameters"])
+    print("\n" + json.dumps(asdict(run) | {"executed": str(run.executed)}))
+    return 0
 
 
 def resolved(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,7 +285,9 @@ def prepare_chapters(chapters: Iterable[str], *, folder: Path, parameters: Mappi
     return paths
 
 
-def save_measures(runs: Iterable[ChapterRun], path: Path, *, profile: str, choices: Mapping[str, Any]) -> None:
+def save_measures(
+    runs: Iterable[ChapterRun], path: Path, *, profile: str, choices: Mapping[str, Any], lanes: int = 1
+) -> None:
     """Write what the README, the budget lines and the regression quote: time, memory, choices, and where it was.
 
     Chapters that an earlier run of the same profile on the same machine measured, and this one left out, are kept.
@@ -268,7 +298,8 @@ def save_measures(runs: Iterable[ChapterRun], path: Path, *, profile: str, choic
     # Losses depend on a CPU's kind, not on how many cores it has: the regression asks for this name.
     capability = torch.backends.cpu.get_cpu_capability()
     kind = torch.cuda.get_device_name(0) if gpu else f"{capability} CPU"
-    device = kind if gpu else f"{os.cpu_count()} CPU cores with {capability}"
+    used = threads_each(lanes) if lanes > 1 else os.environ.get("OMP_NUM_THREADS", "")
+    device = kind if gpu else f"{f'{used} of ' if used else ''}{os.cpu_count()} CPU cores with {capability}"
     where = {"profile": profile, "device": device, "kind": kind}
     kept: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError, AttributeError):  # none, or one that was cut off
@@ -394,6 +425,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-f", type=Path, action="append", default=[], metavar="FILE", help="a TOML file of choices")
     parser.add_argument("--fresh", action="store_true", help="set the run folder aside first, under a number")
     parser.add_argument("--open", action="store_true", help="write the chapters with the choices in them, run nothing")
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
 
     def refuse(message: str) -> None:
         raise SeriesError("command line", found=bare(message), expected="what --help lists", fix="correct it")
@@ -417,6 +449,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_series(options: argparse.Namespace) -> int:
     """What the command line asks for: prepare the chapters, or run them and print one table."""
+    if options.job:
+        return run_job(options.job)
     parameters = read_choices(options.f, options.p, chapters=options.chapters)
     if options.open:
         paths = prepare_chapters(options.chapters, folder=ROOT / "runs" / "open", parameters=parameters)
@@ -428,23 +462,27 @@ def run_series(options: argparse.Namespace) -> int:
         with one_line(f"RUN_DIR {short_path(run_dir)}", *TO_WRITE):
             set_run_aside(run_dir)
     check_writable(run_dir / "executed", setting="RUN_DIR")
-    runs = run_chapters(options.chapters, executed_dir=run_dir / "executed", parameters=given)
-    return _report(runs, run_dir=run_dir, profile=options.f.stem if options.f else run_dir.name, choices=parameters)
+    start, lanes = time.perf_counter(), lanes_here() if len(options.chapters) > 1 else 1
+    runs = run_chapters(options.chapters, executed_dir=run_dir / "executed", parameters=given, lanes=lanes)
+    profile, seconds = options.f.stem if options.f else run_dir.name, time.perf_counter() - start
+    return _report(runs, seconds=seconds, lanes=lanes, run_dir=run_dir, profile=profile, choices=parameters)
 
 
-def _report(runs: list[ChapterRun], *, run_dir: Path, profile: str, choices: Mapping[str, Any]) -> int:
+def _report(
+    runs: list[ChapterRun], *, seconds: float, lanes: int, run_dir: Path, profile: str, choices: Mapping[str, Any]
+) -> int:
     """Print one table, keep the measures; the status to exit with."""
     rows = [
         [run.chapter, round(run.seconds), f"{run.peak_gib:.1f}", "FAILED" if run.failure else "ok", run.result]
         for run in runs
     ]
-    last, total, peak = runs[-1], sum(run.seconds for run in runs), max(run.peak_gib for run in runs)
-    rows.append(["in all", round(total), f"{peak:.1f}", "FAILED" if last.failure else "ok", ""])
+    failed, peak = [run for run in runs if run.failure], max(run.peak_gib for run in runs)
+    rows.append(["in all", round(seconds), f"{peak:.1f}", "FAILED" if failed else "ok", ""])
     print("\n" + text_table(["chapter", "seconds", "peak GiB", "verdict", "key figure"], rows))
-    if last.failure:
-        print(f"\n{last.chapter} failed in {last.failure}\nExecuted notebook: {short_path(last.executed)}")
-    save_measures(runs, run_dir / "executed" / "measured.json", profile=profile, choices=choices)
-    return 130 if last.failure == STOPPED else int(last.failure != "")
+    for run in failed:
+        print(f"\n{run.chapter} failed in {run.failure}\nExecuted notebook: {short_path(run.executed)}")
+    save_measures(runs, run_dir / "executed" / "measured.json", profile=profile, choices=choices, lanes=lanes)
+    return 130 if any(run.failure == STOPPED for run in failed) else int(bool(failed))
 
 
 if __name__ == "__main__":
