@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_training import small_rows, small_trainer
 
-from helpers.memory.fit import DoesNotFit, fit_into_memory
+from helpers.memory.fit import DoesNotFit, fit_into_memory, longest
 from helpers.memory.stats import track_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,6 +132,24 @@ def test_the_rehearsal_changes_nothing(tmp_path):
         seen.append((digest_of(trainer.model), log))
     assert seen[0] == seen[1]
     assert set(LOGGED) == {name for entry in seen[0][1] for name in entry}
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "padded", "expected"),
+    [
+        (8, 1000, False, [50, 40, 30, 20, 10]),
+        (3, 1000, False, [50, 40, 30]),
+        (8, 100, False, [50, 40, 10]),  # what would be too much is passed over
+        (8, 100, True, [50, 40]),  # each as wide as the longest
+        (8, 20, False, [50]),  # the longest in any case
+    ],
+)
+def test_the_longest_rows_are_rehearsed_as_far_as_nothing_needs_checkpointing(count, most, padded, expected):
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"input_ids": [1] * length} for length in (30, 10, 50, 20, 40)])
+    chosen = longest(rows, count, lambda tokens: tokens <= most, padded=padded)
+    assert [len(row["input_ids"]) for row in chosen] == expected
 
 
 def test_where_nothing_is_trained_the_rehearsal_and_the_first_step_took_no_time(tmp_path):

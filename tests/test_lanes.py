@@ -72,7 +72,8 @@ def test_a_signal_ends_every_process(chapters, number):
         )
     code = (
         "import pathlib, sys\nfrom tests.maintain import series\n"
-        f"series.NOTEBOOKS, series.CHAPTER_NAMES = pathlib.Path({str(chapters)!r}), {NAMES!r}\nseries.lanes_here = lambda: 2\n"
+        f"series.NOTEBOOKS, series.CHAPTER_NAMES = pathlib.Path({str(chapters)!r}), {NAMES!r}\n"
+        "series.lanes_here = lambda: 2\n"
         f"sys.exit(series.main([*{NAMES!r}, '-p', 'RUN_DIR', {str(chapters / 'run')!r}]))"
     )
     options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

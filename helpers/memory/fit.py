@@ -272,7 +272,7 @@ def _rehearse(steps: _Steps) -> None:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         padded = not getattr(args, "padding_free", False)
-        rows = _longest(trainer.train_dataset, args.per_device_train_batch_size, steps.peaks_beyond, padded=padded)
+        rows = longest(trainer.train_dataset, args.per_device_train_batch_size, steps.peaks_beyond, padded=padded)
         batches, items = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, args.device)
         model.train()
         trainer.current_gradient_accumulation_steps = 1  # the trainer sets it for each step, and not before the first
@@ -280,7 +280,7 @@ def _rehearse(steps: _Steps) -> None:
         _drop_gradients(model, [])
         if trainer.eval_dataset is not None and args.eval_strategy != "no":
             model.eval()  # as the trainer's own loop does, and prediction_step alone does not
-            rows = _longest(trainer.eval_dataset, args.per_device_eval_batch_size, lambda tokens: True, padded=padded)
+            rows = longest(trainer.eval_dataset, args.per_device_eval_batch_size, lambda tokens: True, padded=padded)
             trainer.prediction_step(model, trainer.data_collator(rows), prediction_loss_only=True)
         model.train()
     vars(trainer).update(metrics)
@@ -299,7 +299,7 @@ def _split(inputs: Any, tokens_at_once: int | None) -> list[Any]:
     return [{name: value[start : start + rows] for name, value in inputs.items()} for start in starts]
 
 
-def _longest(dataset: Any, count: int, fits: Callable[[int], bool], *, padded: bool) -> list[dict[str, Any]]:
+def longest(dataset: Any, count: int, fits: Callable[[int], bool], *, padded: bool) -> list[dict[str, Any]]:
     """The longest row, and then the next longest ones, up to so many, with which the tokens of all of them fit."""
     lengths = [len(ids) for ids in dataset["input_ids"]]
     first, *others = sorted(range(len(lengths)), key=lambda row: -lengths[row])

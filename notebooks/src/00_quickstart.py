@@ -18,8 +18,9 @@
 # `MODEL_NAME` is a model on the Hugging Face Hub, where models and data are published. `DATASET` is a data set there, or
 # a `.jsonl`, `.json` or `.csv` file of yours. `EVAL_ROWS`, a fifth of yours at most, are *held out*: never trained on.
 #
-# A *token* is a word or a piece of one, and `MAX_SEQ_LENGTH` the most that a conversation may have. `OUTPUT_DIR` is the
-# folder for the results, `REQUIREMENTS` the list of packages.
+# A *token* is a word or a piece of one, and `MAX_SEQ_LENGTH` the most that a conversation may have. `GGUF` names the
+# files for Ollama; `[]` writes none, and saves a download of 6 GB. `OUTPUT_DIR` is the folder for the results,
+# `REQUIREMENTS` the list of packages.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -31,6 +32,7 @@ EVAL_ROWS = 32  # @param {type:"integer"}
 MAX_SEQ_LENGTH = 1024  # @param {type:"integer"}
 MAX_STEPS = 60  # @param {type:"integer"}
 LEARNING_RATE = 2e-4  # @param {type:"number"}
+GGUF = ["q4_k_m"]  # @param {type:"raw"}
 OUTPUT_DIR = "quickstart"  # @param {type:"string"}
 REQUIREMENTS = "https://raw.githubusercontent.com/your-org/llama-3.2-unsloth-t4/v0.1.0/requirements-colab.txt"
 
@@ -121,7 +123,7 @@ train_dataset, eval_dataset = dataset.train_test_split(test_size=EVAL_ROWS, seed
 print(f"{len(train_dataset)} to train on, {len(eval_dataset)} held out, {len(rows) - len(dataset)} left out")
 
 # %% [markdown] lang="en"
-# These settings fit a T4: with 1,024 tokens they need about 9 of its 14.7 GiB, by calculation. `LEARNING_RATE` is how
+# These settings fit a T4: with 1,024 tokens they need about 12 of its 14.7 GiB, by calculation. `LEARNING_RATE` is how
 # far a step goes. Why, and how we know: [chapter 04](04_train.ipynb).
 
 # %%
@@ -132,8 +134,8 @@ settings = SFTConfig(
     max_steps=MAX_STEPS,
     learning_rate=LEARNING_RATE,
     warmup_steps=0.1,  # the first tenth of the steps goes less far
-    per_device_train_batch_size=2,  # conversations at once
-    gradient_accumulation_steps=4,  # times before a step: 2 × 4 = 8 conversations
+    per_device_train_batch_size=4,  # conversations at once
+    gradient_accumulation_steps=2,  # times before a step: 4 × 2 = 8 conversations
     gradient_checkpointing=False,  # keep results in memory instead of computing them twice
     padding_free=True,  # conversations one behind the other, nothing filled up
     max_length=MAX_SEQ_LENGTH,  # in tokens
@@ -197,19 +199,20 @@ tokenizer.save_pretrained(f"{OUTPUT_DIR}/adapter")
 model.save_pretrained(f"{OUTPUT_DIR}/adapter")
 
 # %% [markdown] lang="en"
-# A GGUF file is the whole model for programs such as Ollama. The adapter joins weights of 16 bits, a download of 6 GB,
-# so that nothing is rounded twice. Why, and how we know: [chapter 06](06_save.ipynb).
+# A GGUF file is the whole model for programs such as Ollama. The adapter joins weights of 16 bits, which are downloaded
+# for it, so that nothing is rounded twice. Why, and how we know: [chapter 06](06_save.ipynb).
 
 # %% tags=["handoff"]
 import gc
 
-del model, trainer  # make room for the larger weights
-gc.collect()
-torch.cuda.empty_cache()
-model, tokenizer = FastLanguageModel.from_pretrained(
-    model_name=f"{OUTPUT_DIR}/adapter", max_seq_length=MAX_SEQ_LENGTH, load_in_4bit=False
-)
-model.save_pretrained_gguf(f"{OUTPUT_DIR}/model", tokenizer, quantization_method="q4_k_m");
+if GGUF:
+    del model, trainer  # make room for the larger weights
+    gc.collect()
+    torch.cuda.empty_cache()
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        model_name=f"{OUTPUT_DIR}/adapter", max_seq_length=MAX_SEQ_LENGTH, load_in_4bit=False
+    )
+    model.save_pretrained_gguf(f"{OUTPUT_DIR}/model", tokenizer, quantization_method=GGUF)
 
 # %% [markdown] lang="en"
 # Any Python loads the adapter:

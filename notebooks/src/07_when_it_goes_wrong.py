@@ -53,7 +53,7 @@ run = open_run(RUN_DIR)
 # %%
 import os
 
-os.environ |= {"UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_FUSED_LINEAR_TRITON": "0"}
+os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"
 from unsloth import FastLanguageModel  # before transformers, peft and trl: it patches them
 from unsloth.chat_templates import get_chat_template, train_on_responses_only
 from peft import get_peft_model_state_dict, set_peft_model_state_dict

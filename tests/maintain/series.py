@@ -42,6 +42,8 @@ AT_THE_END = {"shutdown_kernel": "immediate"}
 STOPPED = "a cell that Ctrl-C or SIGTERM stopped"
 TO_WRITE = ("room and permission to write", "free disk space, or set RUN_DIR to a folder of your own")
 RESULT = re.compile(r"^Result: (.+)$", re.MULTILINE)
+# What chapters 00, 04 and 05 print of a held-out question, up to the line below it.
+ASKED = re.compile(r"^QUESTION  .+?^(?:TRAINED|AFTER|TUNED)  .+?(?=\n—)", re.MULTILINE | re.DOTALL)
 # Python's own way to write what JSON has too. Not "1_000", "0x10", "1j", "b'x'", "(1, 2)": those stay text.
 SCALAR = r"""(True|False|None|[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|'[^'\\]*'|"[^"\\]*")"""
 PLAIN = re.compile(rf"\s*({SCALAR}|\[\s*({SCALAR}\s*(,\s*{SCALAR}\s*)*(,\s*)?)?\])\s*", re.ASCII)
@@ -60,6 +62,7 @@ class ChapterRun:
         seconds: wall time, kernel start included.
         failure: "" or which cell failed and why.
         result: its key figure, from the line `Result: …` that its last code cell prints.
+        asked: "" or a question with the untouched model's answer and the tuned one's, as the chapter prints them.
         executed: the executed notebook.
         peak_gib: the most memory that the chapter's kernel and its children held together, sampled.
     """
@@ -70,6 +73,7 @@ class ChapterRun:
     result: str
     executed: Path
     peak_gib: float
+    asked: str = ""
 
 
 def chapter_parameters(chapter: str) -> set[str]:
@@ -139,8 +143,9 @@ def run_chapter(chapter: str, *, executed_dir: str | Path, parameters: Mapping[s
             failure = str(error)
         except KeyboardInterrupt:
             failure = STOPPED
-    seconds, result = time.perf_counter() - start, "" if failure else read_result(executed)
-    return ChapterRun(chapter, seconds, failure, result, executed, peak[0])
+    seconds = time.perf_counter() - start
+    result, asked = ("", "") if failure else (read_result(executed), read_asked(executed))
+    return ChapterRun(chapter, seconds, failure, result, executed, peak[0], asked)
 
 
 def with_new_ports(execute: Callable[[], Any], *, starts: int = 3) -> Any:
@@ -188,16 +193,21 @@ def peak_of_children() -> Iterator[list[float]]:
 
 def read_result(executed: Path) -> str:
     """The chapter's key figure: what its last `Result: …` line says."""
+    figures = RESULT.findall(printed_in(executed))
+    return figures[-1] if figures else ""
+
+
+def read_asked(executed: Path) -> str:
+    """The first held-out question that a chapter shows with the untouched model's answer and the tuned one's, or ""."""
+    asked = ASKED.search(printed_in(executed))
+    return asked[0] if asked else ""
+
+
+def printed_in(executed: Path) -> str:
     import nbformat
 
-    printed = "\n".join(
-        output.get("text", "")
-        for cell in nbformat.read(executed, as_version=4).cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-    )
-    found = RESULT.findall(printed)
-    return found[-1] if found else ""
+    cells = nbformat.read(executed, as_version=4).cells
+    return "\n".join(output.get("text", "") for cell in cells for output in cell.get("outputs", ()))
 
 
 def run_chapters(
@@ -479,6 +489,8 @@ def _report(
     failed, peak = [run for run in runs if run.failure], max(run.peak_gib for run in runs)
     rows.append(["in all", round(seconds), f"{peak:.1f}", "FAILED" if failed else "ok", ""])
     print("\n" + text_table(["chapter", "seconds", "peak GiB", "verdict", "key figure"], rows))
+    if asked := [run.asked for run in runs if run.asked]:
+        print(f"\n{asked[0]}")
     for run in failed:
         print(f"\n{run.chapter} failed in {run.failure}\nExecuted notebook: {short_path(run.executed)}")
     save_measures(runs, run_dir / "executed" / "measured.json", profile=profile, choices=choices, lanes=lanes)
