@@ -31,8 +31,6 @@ def threads_each(lanes: int) -> str:
 
 def in_lanes(chapters: Sequence[str], run: Callable[[str], Any], lanes: int) -> list[Any]:
     """A `ChapterRun` of `run` for each chapter that could be run, those first that were done first."""
-    import psutil
-
     runs: list[Any] = []
 
     def begin(chapter: str) -> Any:
@@ -52,24 +50,34 @@ def in_lanes(chapters: Sequence[str], run: Callable[[str], Any], lanes: int) -> 
         return runs
     waiting, running = list(chapters), set()
     with ThreadPoolExecutor(lanes) as pool:
-        while True:
-            unfinished = {name for name in chapters if name not in {run.chapter for run in runs}}
-            for chapter in ready(waiting, unfinished)[: lanes - len(running)]:
-                waiting.remove(chapter)
-                running.add(pool.submit(begin, chapter))
-            if not running:
-                return runs
-            try:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-            except KeyboardInterrupt:
-                waiting.clear()
-                for process in psutil.Process().children():
-                    process.terminate()
-                continue
-            for future in done:
-                end(future.result())
-            if any(run.failure for run in runs):
-                waiting.clear()
+        try:
+            while True:
+                unfinished = {name for name in chapters if name not in {run.chapter for run in runs}}
+                for chapter in ready(waiting, unfinished)[: lanes - len(running)]:
+                    waiting.remove(chapter)
+                    running.add(pool.submit(begin, chapter))
+                if not running:
+                    return runs
+                try:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                except KeyboardInterrupt:
+                    waiting.clear()
+                    _stop_processes()
+                    continue
+                for future in done:
+                    end(future.result())
+                if any(run.failure for run in runs):
+                    waiting.clear()
+        except BaseException:
+            _stop_processes()  # the pool waits for what runs in it
+            raise
+
+
+def _stop_processes() -> None:
+    import psutil
+
+    for process in psutil.Process().children():
+        process.terminate()
 
 
 def ready(waiting: Sequence[str], unfinished: Container[str]) -> list[str]:

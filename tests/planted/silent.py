@@ -194,7 +194,8 @@ def flat_answer_key():
 
         return load_from_disk
 
-    planted.wrap(datasets, "load_from_disk", make)
+    # The method, because chapter 04 has imported the function `load_from_disk` when this is planted.
+    planted.wrap(datasets.DatasetDict, "load_from_disk", make)
 
 
 def layers_not_loaded():
