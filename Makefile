@@ -17,7 +17,8 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
-# uv takes half a minute where pip takes two or more. It reads no pip.conf, so a mirror that is named there is passed on.
+# uv takes half a minute where pip takes two or more. It reads no pip.conf, so a mirror that is named there is passed on;
+# where only pip gets through, pip does it.
 # torch has no hash and comes last: what it needs on a CPU is there by then. pip would warn of what only a GPU needs.
 setup: $(READY)  ## build .venv (once)
 
@@ -27,9 +28,9 @@ $(READY): tests/requirements-local.txt
 	  || { echo "Python 3.11, 3.12 or 3.13 is needed, found $$($(PYTHON) --version). Fix: make setup PYTHON=python3.11"; exit 1; }; \
 	echo "Building .venv ..."; $(PYTHON) -m venv --clear .venv && \
 	awk '/^[^ ]/ {keep = /^uv==/} keep' $< | $(PIP) --no-deps --require-hashes -r /dev/stdin && \
-	index=$$($(BIN)/python -m pip config get global.index-url 2>/dev/null); \
-	grep -v '^torch==' $< | $(BIN)/uv pip install -q --python $(BIN)/python $${index:+--default-index "$$index"} \
-	  --no-deps --require-hashes -r - && \
+	{ index=$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}; true; } && \
+	{ grep -v '^torch==' $< | $(BIN)/uv pip install -q --python $(BIN)/python $${index:+--default-index "$$index"} \
+	    --no-deps --require-hashes -r - || grep -v '^torch==' $< | $(PIP) --no-deps --require-hashes -r /dev/stdin; } && \
 	$(PIP) --no-warn-conflicts --no-compile "$$(grep '^torch==' $<)" && \
 	touch $(READY) && echo ".venv is ready: $$(( $$(date +%s) - start )) s"
 
@@ -46,7 +47,7 @@ run: model llama-cpp notebooks  ## run the chapters and print one table, with th
 	@python -m tests.maintain.series --fresh -f tests/profiles/$(or $(PROFILE),cpu).toml
 
 quickstart: model notebooks  ## the quickstart alone, without llama.cpp: a tuned reply, soonest
-	@python -m tests.maintain.series 00_quickstart -f tests/profiles/cpu.toml -p GGUF '[]'
+	@python -m tests.maintain.series 00_quickstart -f tests/profiles/quickstart.toml
 
 open: model llama-cpp notebooks .venv-proof  ## open the chapters in JupyterLab, with choices that suit a laptop
 	@python -m tests.maintain.series --open -f tests/profiles/$(or $(PROFILE),cpu).toml

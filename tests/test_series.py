@@ -457,7 +457,7 @@ def test_a_file_that_is_missing_or_empty(tmp_path):
     assert read_parameter_file(tmp_path / "file.toml") == {"ROWS": 9}
 
 
-@pytest.mark.parametrize("profile", ["cpu", "t4", "t4-smollm2"])
+@pytest.mark.parametrize("profile", ["cpu", "quickstart", "t4", "t4-smollm2"])
 def test_the_profiles_files_name_parameters_that_exist(profile):
     parameters = read_parameter_file(Path(__file__).parent / "profiles" / f"{profile}.toml")
     check_parameters(series.CHAPTER_NAMES, parameters)

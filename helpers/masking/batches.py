@@ -153,7 +153,7 @@ def watch_batches(batches: Batches, trainer: Any) -> "TrainerCallback":
             batches.trained.update(self.step_rows)
 
         def on_epoch_end(self, args, state, control, **kwargs) -> None:
-            ended = state.global_step < state.max_steps and not control.should_training_stop
+            ended = abs(state.epoch - round(state.epoch)) < 1e-6  # else the run ended within the pass
             batches.pass_ended(self.pass_rows, whole=ended and self.from_the_first and not args.dataloader_drop_last)
 
         def on_train_end(self, args, state, control, **kwargs) -> None:

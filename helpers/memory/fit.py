@@ -42,13 +42,13 @@ def fit_into_memory(trainer: Any, checkpointed_layers: Callable[[int], int] | No
     """Inside this block `trainer.train()` rehearses its longest batches, and survives when memory runs out.
 
     Before the first step the longest conversations are trained once and evaluated once, without any effect: gradients
-    are dropped and random numbers put back. They are as many as go through without checkpointing, because a plan that
-    checkpoints as needed takes no more memory for more of them. Where a micro-batch does not fit, there or later, and
-    layers are spared, every layer is checkpointed from then on. If it still does not fit, it is halved until it does,
-    and later ones of that size are from the start. No step is lost: the halves' gradients add up to the same step,
-    because each is divided by the answer tokens of the whole step. A batch of an evaluation is split likewise, and
-    has the same loss: its parts' means, weighted by their answer tokens. On a processor without bfloat16 the trained
-    weights are turned back into 32 bits first, see `undo_emulated_bfloat16`.
+    are dropped and random numbers put back. They are as many as go through without checkpointing, and one at least:
+    for more of them a plan that checkpoints as needed stays below its limit. Where a micro-batch does not fit, there
+    or later, and layers are spared, every layer is checkpointed from then on. If it still does not fit, it is halved
+    until it does, and later ones of that size are from the start. No step is lost: the halves' gradients add up to
+    the same step, because each is divided by the answer tokens of the whole step. A batch of an evaluation is split
+    likewise, and has the same loss: its parts' means, weighted by their answer tokens. On a processor without
+    bfloat16 the trained weights are turned back into 32 bits first, see `undo_emulated_bfloat16`.
 
     Args:
         trainer: a Transformers or TRL trainer; its rows hold `input_ids` (and `labels`, or its collator makes them).
@@ -159,7 +159,7 @@ class _Steps:
         return _until_it_fits(attempt, make_smaller)
 
     def peaks_beyond(self, tokens: int) -> bool:
-        """Whether a micro-batch takes the more memory the longer it is, also one of more than so many tokens."""
+        """Whether a micro-batch of more than so many tokens takes more memory than what is planned for."""
         if not self.flags or self.checkpointed_layers is None or self.checkpointed_layers(1):
             return True
         return self.checkpointed_layers(tokens) == 0

@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import operator
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -221,8 +222,9 @@ def plan_batch(
     `PADDING_FREE_HOST_SECONDS` a layer and pass), plus copying where activations are offloaded. So padding pays where
     the host is what takes the time; elsewhere it is wasted.
 
-    Of 24 runs with a T4's arithmetic (`tests/benchmarks/results/t4_arithmetic.csv`) each estimate is within 16 % of
-    what was measured, and the first of the plan is the fastest that was measured, for 1B and 3B and two kinds of rows.
+    Of 20 runs with a T4's arithmetic (the options in `tests/benchmarks/results/t4_arithmetic.csv`) each estimate is
+    within 16 % of the time that was measured, and the first of the plan is the fastest of five, for 1B and 3B and two
+    kinds of rows. The logits were added after those runs.
 
     Checkpointing (`True`) looks at each micro-batch: the memory that the longest one leaves no room in has room for
     what most layers of an ordinary one keep, and those are not computed again. `fit_into_memory` does it.
@@ -309,7 +311,7 @@ class _Costs:
             load_in_4bit=self.load_in_4bit,
             use_gradient_checkpointing=mode,
             checkpointed_layers=checkpointed_layers,
-            triton_loss=True,
+            triton_loss=os.environ.get("UNSLOTH_FUSED_LINEAR_TRITON", "1") != "0",
         )
 
     @functools.cached_property

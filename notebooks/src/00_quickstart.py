@@ -16,7 +16,8 @@
 
 # %% [markdown] lang="en"
 # `MODEL_NAME` is a model on the Hugging Face Hub, where models and data are published. `DATASET` is a data set there, or
-# a `.jsonl`, `.json` or `.csv` file of yours. `EVAL_ROWS`, a fifth of yours at most, are *held out*: never trained on.
+# a `.jsonl`, `.json` or `.csv` file of yours: connect, drop it on the folder icon on the left, and write its name here.
+# `EVAL_ROWS`, a fifth of yours at most, are *held out*: never trained on.
 #
 # A *token* is a word or a piece of one, and `MAX_SEQ_LENGTH` the most that a conversation may have. `GGUF` names the
 # files for Ollama; `[]` writes none, and saves a download of 6 GB. `OUTPUT_DIR` is the folder for the results,
@@ -80,7 +81,7 @@ QUESTION, ANSWER = "instruction input question prompt".split(), "output answer r
 def to_messages(row):
     turns = row.get("conversations") or row.get("messages")
     if not turns:  # then a question and its answer, each in a column
-        texts = ["\n\n".join(row[name] for name in names if row.get(name)) for names in (QUESTION, ANSWER)]
+        texts = ["\n\n".join(str(row[name]) for name in names if row.get(name)) for names in (QUESTION, ANSWER)]
         turns = [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}]
     turns = [{"role": "system", "content": row.get("system")}, *turns]
     pairs = [(turn.get("role") or turn["from"], turn.get("content") or turn.get("value") or "") for turn in turns]
@@ -112,7 +113,7 @@ def to_text(row):
 # %% tags=["nbval-check-output"]
 from datasets import load_dataset
 
-kind = {"jsonl": "json", "json": "json", "csv": "csv"}.get(DATASET.rpartition(".")[2])
+kind = {"jsonl": "json", "json": "json", "csv": "csv"}.get(DATASET.rpartition(".")[2].lower())
 rows = load_dataset(kind, data_files=DATASET, split="train") if kind else load_dataset(DATASET, split="train")
 rows = rows.shuffle(seed=3407).select(range(min(len(rows), 8 * MAX_STEPS + EVAL_ROWS)))
 dataset = rows.map(to_text, remove_columns=rows.column_names)
@@ -242,7 +243,7 @@ print(f"Result: held-out loss {before:.2f} → {after:.2f} in {seconds:.0f} s of
 # %% [markdown] lang="en"
 # Download both now: Colab takes its machines back.
 #
-# On your own: upload a `.jsonl` file (the folder icon) and name it in `DATASET`. 50 conversations teach a form, hundreds
-# better; hold back 20. Here `MAX_STEPS` times 8 rows are trained on: raise it for more.
+# On your own: 50 conversations teach a form, hundreds better. `MAX_STEPS` times 8 rows are trained on, a small file
+# several times over.
 #
 # {{next}}

@@ -39,7 +39,7 @@ KEEP_BEST = False  # @param {type:"boolean"}
 LEARNING_RATE = 2e-4  # @param {type:"number"}
 MICRO_BATCH = 8  # @param {type:"integer"}
 ACCUMULATION = 1  # @param {type:"integer"}
-CHECKPOINTING = False  # @param [False, True, "unsloth"] {type:"raw"}
+CHECKPOINTING = True  # @param [False, True, "unsloth"] {type:"raw"}
 PADDING_FREE = True  # @param {type:"boolean"}
 START_AFRESH = False  # @param {type:"boolean"}
 RUN_DIR = "runs/llama"  # @param {type:"string"}
@@ -58,8 +58,8 @@ run = open_run(RUN_DIR, chapter="04_train", base_model=MODEL_NAME, drive=DRIVE_D
 # %% [markdown] lang="en"
 # ## Load the data
 #
-# The rows and the tokenizer are those of chapter 03. The first line tells Unsloth not to compile the model's layers
-# first: that takes most of a minute, and makes padded batches alone faster.
+# The rows and the tokenizer are those of chapter 03. `UNSLOTH_BLOCK_COMPILE` keeps Unsloth from compiling the layers:
+# that takes most of a minute, and only padded batches become faster.
 
 # %%
 import os
@@ -84,11 +84,11 @@ print(f"{len(train_dataset)} conversations, each trained about {times:.1f} times
 # all at once, a large *micro-batch*, or in turns whose gradients add up, *accumulation*. The result is the same; memory
 # and time are not.
 #
-# *Checkpointing* keeps less in memory and computes it again. `False` keeps all, `True` drops what does not fit, and
-# `"unsloth"` drops all and moves the rest to the computer's main memory. *Padding-free* lays the conversations of a
+# *Checkpointing* keeps less in memory and computes it again. `False` keeps all, `True` drops only what does not fit, and
+# `"unsloth"` keeps little, in the computer's main memory. *Padding-free* lays the conversations of a
 # batch end to end, instead of filling the shorter ones up: less to compute, and more single calls.
 #
-# `plan_batch` predicts memory and time of every combination from the longest conversations of these data. The five
+# `plan_batch` predicts the time of every combination, and its memory with the longest of these conversations. The five
 # fastest that fit are shown, and yours. Without a GPU the figures are a T4's.
 
 # %%
@@ -268,7 +268,8 @@ held_out_before
 #
 # `Checkpoints` saves the run every five minutes and when you press Stop, also to `DRIVE_DIR`; run
 # the chapter again, and it goes on where it was. `stop_on_divergence` ends a run whose loss explodes, `watch` one
-# whose batches are not the checked rows. `fit_into_memory` tries the longest conversations first, so what cannot fit fails now.
+# whose batches are not the checked rows. `fit_into_memory` tries the longest conversations first: what is too long by
+# itself fails now.
 
 # %%
 from helpers.memory import fit_into_memory, track_memory

@@ -51,7 +51,7 @@ ROWS = {
     "b": ("plain Transformers + PEFT + TRL: 4 × 2", dict(library="hf", batch=4, accumulation=2)),
     "c": (
         "this series: the fastest of plan_batch, nothing compiled first, longest batch rehearsed",
-        dict(planned=0, env={"UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_FUSED_LINEAR_TRITON": "0"}),
+        dict(planned=0, env={"UNSLOTH_BLOCK_COMPILE": "0"}),
     ),
 }
 KINDS = {"NF4 unpacking": "nf4|dequant", "attention": "flash|sdpa|fmha|attention", "products": "nvjet|gemm|cutlass"}

@@ -1,5 +1,6 @@
 """Chapters side by side, on a machine whose cores would otherwise wait."""
 
+import contextlib
 import os
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -7,26 +8,36 @@ from typing import Any
 
 from helpers.chapters import chapter_of, producer_of
 
-ENOUGH_GIB = 12  # of main memory: two chapters hold up to 7 together
+ENOUGH_GIB = 8  # of free main memory: two chapters hold up to 7 together
 
 
 def lanes_here() -> int:
     """How many chapters to run at once: two where no GPU computes, unless somebody has shared the cores out already.
 
-    A small model hardly gains from a second core: with one, chapter 04 took 302 s, with both 379 s (two cores with
-    AVX2, 2026-11-29).
+    A small model gains nothing from a second core. On two cores with AVX2 (2026-11-29, one run each) chapters 04 to 06
+    took 724 s with two threads and 602 s with one; 02 to 06 with one thread 630 s alone, 677 s beside another such run.
     """
     import psutil
     import torch
 
     if torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ:
         return 1
-    return 2 if (os.cpu_count() or 1) > 1 and psutil.virtual_memory().total >= ENOUGH_GIB * 2**30 else 1
+    return 2 if cores_here() > 1 and psutil.virtual_memory().available >= ENOUGH_GIB * 2**30 else 1
+
+
+def cores_here() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_each(lanes: int) -> str:
     """The threads that a chapter computes with, for OMP_NUM_THREADS."""
-    return str(max(1, (os.cpu_count() or 1) // lanes))
+    return str(max(1, cores_here() // lanes))
+
+
+def fork(chapters: Sequence[str]) -> bool:
+    """Whether two of these chapters can ever run side by side. Example: 03_data and 04_train cannot."""
+    return any(len(ready(chapters[first:], chapters[first:])) > 1 for first in range(len(chapters)))
 
 
 def in_lanes(chapters: Sequence[str], run: Callable[[str], Any], lanes: int) -> list[Any]:
@@ -48,7 +59,7 @@ def in_lanes(chapters: Sequence[str], run: Callable[[str], Any], lanes: int) -> 
             if runs[-1].failure:
                 break
         return runs
-    waiting, running = list(chapters), set()
+    waiting, running, told = list(chapters), set(), None  # told: the processes that were asked to stop
     with ThreadPoolExecutor(lanes) as pool:
         try:
             while True:
@@ -59,25 +70,29 @@ def in_lanes(chapters: Sequence[str], run: Callable[[str], Any], lanes: int) -> 
                 if not running:
                     return runs
                 try:
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    done, running = wait(running, timeout=None if told is None else 1, return_when=FIRST_COMPLETED)
                 except KeyboardInterrupt:
-                    waiting.clear()
-                    _stop_processes()
-                    continue
+                    waiting, told, done = [], set(), ()
                 for future in done:
                     end(future.result())
                 if any(run.failure for run in runs):
-                    waiting.clear()
+                    waiting = []
+                if told is not None:
+                    _stop_processes(told)
         except BaseException:
-            _stop_processes()  # the pool waits for what runs in it
+            _stop_processes(set())  # the pool waits for what runs in it
             raise
 
 
-def _stop_processes() -> None:
+def _stop_processes(told: set[int]) -> None:
+    """Ask this process's children to end, each once: a second signal would break off how it ends."""
     import psutil
 
     for process in psutil.Process().children():
-        process.terminate()
+        if process.pid not in told:
+            told.add(process.pid)
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
 
 
 def ready(waiting: Sequence[str], unfinished: Container[str]) -> list[str]:

@@ -30,7 +30,7 @@ from helpers.environment import check_choices
 from helpers.environment.choices import bare, shown
 from helpers.export.gguf import bound_process, find_llama_cpp
 from helpers.handoff.folder import check_writable, one_line
-from tests.maintain.lanes import in_lanes, lanes_here, threads_each
+from tests.maintain.lanes import fork, in_lanes, lanes_here, threads_each
 from tests.maintain.smollm2 import NAME as SMOLLM2
 from tests.maintain.smollm2 import prepare_smollm2
 
@@ -109,7 +109,9 @@ def of_chapter(chapter: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in {**parameters, **own}.items() if name in known}
 
 
-def run_chapter(chapter: str, *, executed_dir: str | Path, parameters: Mapping[str, Any] | None = None) -> ChapterRun:
+def run_chapter(
+    chapter: str, *, executed_dir: str | Path, parameters: Mapping[str, Any] | None = None, progress_bar: bool = True
+) -> ChapterRun:
     """Execute one chapter; the executed notebook is written to `executed_dir`, also when a cell fails.
 
     Args:
@@ -128,7 +130,8 @@ def run_chapter(chapter: str, *, executed_dir: str | Path, parameters: Mapping[s
     start, failure = time.perf_counter(), ""
     with peak_of_children() as peak:
         try:
-            options = dict(kernel_name="python3", cwd=ROOT, progress_bar=sys.stderr.isatty(), **AT_THE_END)
+            shown = progress_bar and sys.stderr.isatty()
+            options = dict(kernel_name="python3", cwd=ROOT, progress_bar=shown, **AT_THE_END)
             with one_line(short_path(executed), *TO_WRITE):
                 executed.parent.mkdir(parents=True, exist_ok=True)
                 # papermill fills in what stands between braces
@@ -245,7 +248,9 @@ def run_in_process(chapter: str, *, executed_dir: str | Path, parameters: Mappin
     with bound_process(command, **options) as process:
         last = process.communicate()[0].strip().splitlines()[-1:]
     if process.returncode or not last:
-        failure = f"its process, which ended with status {process.returncode}: out of memory, or stopped from outside"
+        why = "out of memory, or killed" if process.returncode < 0 else "what it said is further up"
+        failure = f"its process, which ended with status {process.returncode}: {why}"
+        failure = STOPPED if process.returncode in (130, -signal.SIGTERM) else failure
         return ChapterRun(chapter, 0.0, failure, "", Path(executed_dir) / f"{chapter}.ipynb", 0.0)
     run = ChapterRun(**json.loads(last[0]))
     return replace(run, executed=Path(run.executed))
@@ -255,7 +260,8 @@ def run_job(job: Mapping[str, Any]) -> int:
     """What `run_in_process` starts: one chapter, and what came of it as JSON in the last line."""
     global NOTEBOOKS
     NOTEBOOKS = Path(job["notebooks"])
-    run = run_chapter(job["chapter"], executed_dir=job["executed_dir"], parameters=job["parameters"])
+    options = {name: job[name] for name in ("executed_dir", "parameters")}
+    run = run_chapter(job["chapter"], **options, progress_bar=False)  # two bars would overwrite each other
     print("\n" + json.dumps(asdict(run) | {"executed": str(run.executed)}))
     return 0
 
@@ -314,7 +320,7 @@ def save_measures(
     kept: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError, AttributeError):  # none, or one that was cut off
         before = json.loads(path.read_text(encoding="utf-8"))
-        kept = before if all(before.get(name) == value for name, value in where.items()) else {}
+        kept = before if all(before.get(name) == where[name] for name in ("profile", "kind")) else {}
     chapters = {
         run.chapter: {"minutes": round(run.seconds / 60, 1), "peak_gib": round(run.peak_gib, 1)} for run in runs
     }
@@ -440,7 +446,8 @@ def main(arguments: list[str] | None = None) -> int:
     def refuse(message: str) -> None:
         raise SeriesError("command line", found=bare(message), expected="what --help lists", fix="correct it")
 
-    parser.error, before = refuse, signal.signal(signal.SIGTERM, signal.default_int_handler)
+    parser.error = refuse
+    before = {each: signal.signal(each, signal.default_int_handler) for each in (signal.SIGTERM, signal.SIGHUP)}
     try:
         options = parser.parse_args(arguments)
         if len(options.f) > 1:
@@ -454,7 +461,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("Stopped by Ctrl-C or SIGTERM.", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def run_series(options: argparse.Namespace) -> int:
@@ -472,7 +480,7 @@ def run_series(options: argparse.Namespace) -> int:
         with one_line(f"RUN_DIR {short_path(run_dir)}", *TO_WRITE):
             set_run_aside(run_dir)
     check_writable(run_dir / "executed", setting="RUN_DIR")
-    start, lanes = time.perf_counter(), lanes_here() if len(options.chapters) > 1 else 1
+    start, lanes = time.perf_counter(), lanes_here() if fork(options.chapters) else 1
     runs = run_chapters(options.chapters, executed_dir=run_dir / "executed", parameters=given, lanes=lanes)
     profile, seconds = options.f.stem if options.f else run_dir.name, time.perf_counter() - start
     return _report(runs, seconds=seconds, lanes=lanes, run_dir=run_dir, profile=profile, choices=parameters)
@@ -487,7 +495,7 @@ def _report(
         for run in runs
     ]
     failed, peak = [run for run in runs if run.failure], max(run.peak_gib for run in runs)
-    rows.append(["in all", round(seconds), f"{peak:.1f}", "FAILED" if failed else "ok", ""])
+    rows.append(["in all", round(seconds), f"{peak:.1f}" if lanes == 1 else "", "FAILED" if failed else "ok", ""])
     print("\n" + text_table(["chapter", "seconds", "peak GiB", "verdict", "key figure"], rows))
     if asked := [run.asked for run in runs if run.asked]:
         print(f"\n{asked[0]}")
