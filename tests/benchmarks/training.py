@@ -13,9 +13,11 @@ import contextlib
 import dataclasses
 import gc
 import json
+import math
 import pathlib
 import re
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -40,6 +42,7 @@ from helpers.memory.plan import T4_GIB  # noqa: E402
 
 LIMIT_SECONDS = 300
 STEPS, EFFECTIVE_BATCH = 60, 8
+EQUAL = 0.005  # what held-out losses of the same rows may differ by
 COMMON = dict(library="unsloth", dtype="bfloat16", batch=8, accumulation=1, checkpointing=True)
 COMMON |= dict(args={}, env={}, lora={}, lengths="conversations")
 ROWS = {
@@ -53,6 +56,10 @@ ROWS = {
         "this series: the fastest of plan_batch, nothing compiled first, longest batch rehearsed",
         dict(planned=0, env={"UNSLOTH_BLOCK_COMPILE": "0"}),
     ),
+    "q": (
+        "the quickstart: 4 × 2, nothing checkpointed, no helper; its rows are short, compare with --lengths short",
+        dict(batch=4, accumulation=2, checkpointing=False, args={"padding_free": True}, lengths="short"),
+    ),
 }
 KINDS = {"NF4 unpacking": "nf4|dequant", "attention": "flash|sdpa|fmha|attention", "products": "nvjet|gemm|cutlass"}
 KINDS |= {"loss": "cross_entropy|logprob|_ce_|fused_linear|softmax", "optimiser": "ptimizer|adam|Adam"}
@@ -63,7 +70,7 @@ COLUMNS |= {"micro_batch": "batch", "accumulation": "accumulation", "checkpointi
 COLUMNS |= {"padding_free": "padding_free", "seconds_a_step": "settled_s", "tokens_a_second": "settled_tokens_per_s"}
 COLUMNS |= {name: name for name in ("peak_reserved_gib", "predicted_gib", "first_step_s", "load_s", "cold_s")}
 COLUMNS |= {name: name for name in ("import_s", "held_out_loss", "loss", "rehearsal_s", "splits", "device", "name")}
-COLUMNS |= {"estimated_s_a_step": "estimate_s", "multiprocessors": "multiprocessors"}
+COLUMNS |= {"estimated_s_a_step": "estimate_s", "multiprocessors": "multiprocessors", "failed": "failed"}
 
 
 # (mean before the longest are cut, most) tokens of a conversation; "short" is what the quickstart keeps.
@@ -313,6 +320,19 @@ def kernels_by_kind(kernels: list) -> dict[str, float]:
     return {kind: round(figure, 3) for kind, figure in seconds.items()}
 
 
+def mark_unequal(rows: list[dict]) -> None:
+    """A row whose held-out loss is not finite, or 0.5 % off the median of its like, has computed something else."""
+    for row in (row for row in rows if "held_out_loss" in row):
+        like = [other["held_out_loss"] for other in rows if "held_out_loss" in other and alike(row, other)]
+        finite = [loss for loss in like if math.isfinite(loss)]
+        if not finite or not abs(row["held_out_loss"] / statistics.median(finite) - 1) <= EQUAL:
+            row["failed"] = f"no result: a held-out loss of {row['held_out_loss']:.4f}, where others have {like}"
+
+
+def alike(row: dict, other: dict) -> bool:
+    return all(row[name] == other[name] for name in ("shape", "dtype", "lengths", "steps"))
+
+
 def run(jobs: list[dict], options: argparse.Namespace) -> Iterator[tuple[dict, dict]]:
     if options.multiprocessors is None:
         yield from run_in_turns(__file__, jobs, ahead=options.ahead)
@@ -351,9 +371,9 @@ def main() -> int:
             jobs = json.loads(pathlib.Path(options.jobs).read_text())
         else:
             jobs = [
-                ROWS[row][1]
-                | {"name": f"{shape} {dtype} {row}", "shape": shape, "dtype": dtype, "row": row}
+                {"name": f"{shape} {dtype} {row}", "shape": shape, "dtype": dtype, "row": row}
                 | {"lengths": options.lengths, "steps": options.steps, "capability": options.capability}
+                | ROWS[row][1]
                 for shape in options.shapes
                 for dtype in options.dtypes
                 for row in options.rows
@@ -368,6 +388,9 @@ def main() -> int:
             keys = ("settled_s", "settled_tokens_per_s", "peak_reserved_gib", "first_step_s", "cold_s", "held_out_loss")
             figures = {key: round(result[key], 2) for key in keys if key in result}
             print(job["name"], figures, result.get("failed", ""), flush=True)
+        mark_unequal(done)
+        write_csv(options.out.with_suffix(".csv"), done, COLUMNS)
+        print(*(f"{row['name']}: {row['failed']}" for row in done if row.get("failed")), sep="\n")
     return 0
 
 
