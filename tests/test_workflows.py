@@ -390,18 +390,28 @@ def test_the_tools_of_the_drift_check_are_the_pinned_ones(run_alone, tmp_path):
     )
 
 
-def test_make_setup_installs_all_with_hashes_but_torch_which_comes_last(run_alone, tmp_path):
+@pytest.mark.parametrize("reached", [True, False], ids=["uv", "pip where uv does not get through"])
+@pytest.mark.parametrize("mirror", ["", "https://mirror.example/simple"])
+def test_make_setup_installs_all_with_hashes_but_torch_which_comes_last(run_alone, tmp_path, reached, mirror):
     (tmp_path / "tests/requirements-local.txt").write_text(HASHED)
-    python = tmp_path / ".venv/bin/python"
-    python.write_text('#!/bin/sh\necho "called: $*"; case "$*" in *stdin) cat ;; esac\n')
+    calls = tmp_path / "calls"
+    said = f"""case "$*" in *"config get"*) echo {mirror}; exit;; esac; echo "called: ${{0##*/}} $*" >>{calls}"""
+    read = f"""case "$*" in *stdin | *" -") cat >>{calls} ;; esac"""
+    for name, end in (("python", ""), ("uv", "" if reached else "exit 2")):
+        (tmp_path / ".venv/bin" / name).write_text(f"#!/bin/sh\n{said}\n{read}\n{end}\n")
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
     (tmp_path / ".venv/.ready").unlink()
     done = run_alone("make", "setup")
-    first, *rows, last, ready = done.stdout.partition("called: ")[2].splitlines()
-    assert first.endswith("--no-deps --require-hashes -r /dev/stdin") and ready.startswith(".venv is ready"), (
-        done.stderr
-    )
-    assert "\n".join(rows) + "\n" == HASHED.replace("torch==5\n", "")
-    assert last.endswith(" torch==5") and "-r" not in last.split()
+    assert done.stdout.splitlines()[-1].startswith(".venv is ready"), done.stderr
+    rest = HASHED.replace("torch==5\n", "")
+    uv = "uv==1 \\\n    --hash=sha256:a \\\n    --hash=sha256:b\n"
+    hashed = "--no-deps --require-hashes -r /dev/stdin\n"
+    first, second, *others = calls.read_text().split("called: ")[1:]
+    assert first.startswith("python -m pip install") and first.endswith(hashed + uv)
+    index = f" --default-index {mirror}" if mirror else ""
+    assert second == f"uv pip install -q --python .venv/bin/python{index} --no-deps --require-hashes -r -\n{rest}"
+    assert calls.read_text().count(rest) == (1 if reached else 2)
+    assert others[-1].startswith("python -m pip install") and others[-1].endswith(" torch==5\n")
 
 
 def test_every_local_package_but_torch_has_hashes():
