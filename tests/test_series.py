@@ -541,7 +541,7 @@ def test_chapters_are_prepared_to_be_opened_with_the_choices_and_without_outputs
     assert "Prepared: " in capsys.readouterr().out and "MAX_STEPS = 9" in prepared.read_text(encoding="utf-8")
 
 
-TABLED = {"MAX_STEPS": 72, "DATASET": "a.jsonl", "GGUF": ["q8_0"], "00_quickstart": {"MAX_STEPS": 16}}
+TABLED = {"MAX_STEPS": 72, "DATASET": "a.jsonl", "MAX_NEW_TOKENS": 9, "00_quickstart": {"MAX_STEPS": 16}}
 
 
 def test_a_chapters_own_table_goes_before_the_rest_and_what_is_typed_before_both(tmp_path):
@@ -559,7 +559,7 @@ def test_a_chapters_own_table_goes_before_the_rest_and_what_is_typed_before_both
     ("text", "said"),
     [
         ("[00_quickstart]\nMAX_STEPS = 0\n", "MAX_STEPS: found 0"),
-        ("[00_quickstart]\nGGUF = []\n", "parameter: found GGUF"),
+        ("[00_quickstart]\nMICRO_BATCH = 2\n", "parameter: found MICRO_BATCH"),
         ("[07_other]\nMAX_STEPS = 5\n", "07_other"),
         ("[04_train]\nRUN_DIR = '~nobody-here'\n", "RUN_DIR: found '~nobody-here'"),
         ("[04_train.05_infer]\nMAX_STEPS = 5\n", "parameter: found 05_infer"),

@@ -16,12 +16,12 @@
 
 # %% [markdown] lang="en"
 # `MODEL_NAME` is a model on the Hugging Face Hub, where models and data are published. `DATASET` is a data set there, or
-# a `.jsonl`, `.json` or `.csv` file of yours: connect, drop it on the folder icon on the left, and write its name here.
-# `EVAL_ROWS`, a fifth of yours at most, are *held out*: never trained on.
+# a `.jsonl`, `.json` or `.csv` file of yours: drop it on the folder icon at the left. `EVAL_ROWS`, a fifth of yours at
+# most, are *held out*: never trained on.
 #
-# A *token* is a word or a piece of one, and `MAX_SEQ_LENGTH` the most that a conversation may have. `GGUF` names the
-# files for Ollama; `[]` writes none, and saves a download of 6 GB. `OUTPUT_DIR` is the folder for the results,
-# `REQUIREMENTS` the list of packages.
+# A *token* is a word or a piece of one, and `MAX_SEQ_LENGTH` the most that a conversation may have. `GGUF` names
+# files for Ollama; `[]` saves their download of 6 GB. `OUTPUT_DIR` is the folder for the results, `REQUIREMENTS` the list
+# of packages.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -200,8 +200,8 @@ tokenizer.save_pretrained(f"{OUTPUT_DIR}/adapter")
 model.save_pretrained(f"{OUTPUT_DIR}/adapter")
 
 # %% [markdown] lang="en"
-# A GGUF file is the whole model for programs such as Ollama. The adapter joins weights of 16 bits, which are downloaded
-# for it, so that nothing is rounded twice. Why, and how we know: [chapter 06](06_save.ipynb).
+# A GGUF file is the whole model for programs such as Ollama. The adapter joins weights of 16 bits, so that
+# nothing is rounded twice. Why, and how we know: [chapter 06](06_save.ipynb).
 
 # %% tags=["handoff"]
 import gc
@@ -210,9 +210,7 @@ if GGUF:
     del model, trainer  # make room for the larger weights
     gc.collect()
     torch.cuda.empty_cache()
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        model_name=f"{OUTPUT_DIR}/adapter", max_seq_length=MAX_SEQ_LENGTH, load_in_4bit=False
-    )
+    model, tokenizer = FastLanguageModel.from_pretrained(f"{OUTPUT_DIR}/adapter", load_in_4bit=False)
     model.save_pretrained_gguf(f"{OUTPUT_DIR}/model", tokenizer, quantization_method=GGUF)
 
 # %% [markdown] lang="en"

@@ -41,6 +41,7 @@ SENT = (
     "notebooks/data/*",
     "tests/__init__.py",
     "tests/maintain/__init__.py",
+    "tests/maintain/lanes.py",
     "tests/maintain/series.py",
     "tests/maintain/smollm2.py",
     "requirements-colab.txt",
