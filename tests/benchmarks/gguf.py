@@ -50,7 +50,7 @@ def measure(shape: str, folder: pathlib.Path, *, tokens: int) -> dict:
     quantise_s = seconds_of([llama_cpp / "llama-quantize", whole, small, KIND])
     whole.unlink()
     seen = []
-    with serve_gguf(small, context_tokens=PROMPT_TOKENS + tokens) as server:
+    with serve_gguf(small, context_tokens=2 * (PROMPT_TOKENS + tokens)) as server:
         for number in range(ROUNDS + 1):
             # Another beginning each time, or the server would know the prompt from the time before.
             prompt = [1000 + number, *(1000 + 7 * place % 20_000 for place in range(PROMPT_TOKENS - 1))]
