@@ -11,7 +11,7 @@ import pytest
 from test_series import ROOT, write_chapter
 
 from tests.maintain import series
-from tests.maintain.lanes import ready
+from tests.maintain.lanes import cores_here, fork, ready
 from tests.maintain.series import run_chapters
 
 NAMES = ("03_data", "04_train", "07_when_it_goes_wrong")
@@ -40,7 +40,7 @@ def test_what_needs_nothing_runs_beside_and_what_needs_something_waits(chapters,
     write_chapter(chapters, NAMES[0], *times(chapters / NAMES[0]), "print('Result:', os.environ['OMP_NUM_THREADS'])")
     runs = run_chapters(NAMES, executed_dir=chapters / "executed", lanes=2)
     assert [(run.chapter, run.failure) for run in runs] == [(name, "") for name in NAMES]
-    assert runs[0].result == str(max(1, os.cpu_count() // 2)) and "OMP_NUM_THREADS" not in os.environ
+    assert runs[0].result == str(max(1, cores_here() // 2)) and "OMP_NUM_THREADS" not in os.environ
     data, train, other = (when(chapters, name) for name in NAMES)
     assert train[0] > data[1] and other[0] < data[1]
     assert all(run.peak_gib > 0.02 and run.seconds > 3 and run.executed.exists() for run in runs)
@@ -106,3 +106,11 @@ def test_a_signal_ends_every_process(chapters, number):
 )
 def test_a_chapter_waits_for_those_whose_artefacts_it_needs(waiting, unfinished, expected):
     assert ready(waiting, unfinished) == expected
+
+
+@pytest.mark.parametrize(
+    ("chapters", "forks"),
+    [(("03_data", "04_train"), False), (("04_train", "05_infer", "06_save"), True), (NAMES, True)],
+)
+def test_a_chain_of_chapters_keeps_all_cores(chapters, forks):
+    assert fork(chapters) is forks

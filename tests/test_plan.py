@@ -193,7 +193,7 @@ def test_the_plan_of_a_t4_is_the_fastest_that_was_measured_and_costs_what_was_es
         chosen = dict(batch=batch, checkpointing=MODES[row["checkpointing"]], padding_free=padding_free)
         option = planned(configs[shape], tokens, **chosen, capability=(7, 5)).yours
         seconds = sum(tokens) / int(row["steps"]) / float(row["tokens_a_second"])
-        assert option.seconds == pytest.approx(seconds, rel=0.17), row
+        assert option.seconds == pytest.approx(seconds, rel=0.16), row
         assert float(row["peak_reserved_gib"]) < 1.03 * option.predicted_gib and row["splits"] == "0", row
         measured[batch, padding_free], estimated[batch, padding_free] = seconds, option.seconds
     best = planned(configs[shape], tokens, batch=(8, 1), checkpointing=True, capability=(7, 5)).fastest

@@ -14,7 +14,20 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
 from typing import Any
 
+from multiprocessors import multiprocessors_each
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def run_jobs(
+    script: str, jobs: Sequence[dict], *, multiprocessors: int | None, ahead: int = 6, at_once: int = 8
+) -> Iterator[tuple[dict, dict]]:
+    """`run_in_turns` with the whole GPU, or `run_side_by_side` with so many of its multiprocessors for each job."""
+    if multiprocessors is None:
+        yield from run_in_turns(script, jobs, ahead=ahead)
+        return
+    with multiprocessors_each(multiprocessors) as env:
+        yield from run_side_by_side(script, jobs, at_once=at_once, env=env)
 
 
 def run_in_turns(script: str, jobs: Sequence[dict], *, ahead: int = 6) -> Iterator[tuple[dict, dict]]:

@@ -18,20 +18,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from typing import Any
 
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[2]), str(pathlib.Path(__file__).resolve().parent)]
 
-from in_turns import (  # noqa: E402
-    device_and_versions,
-    make_models,
-    run_in_turns,
-    run_side_by_side,
-    wait_for_turn,
-    write_csv,
-)
-from multiprocessors import multiprocessors_each  # noqa: E402
+from in_turns import device_and_versions, make_models, run_jobs, wait_for_turn, write_csv  # noqa: E402
 
 PROMPT_TOKENS = 256
 ROUNDS, LIMIT_SECONDS = 3, 240
@@ -119,14 +109,6 @@ def measure_batch(model, batch: int, *, tokens: int) -> dict[str, float]:
     }
 
 
-def run(jobs: list[dict], multiprocessors: int | None) -> Iterator[tuple[dict, Any]]:
-    if multiprocessors is None:
-        yield from run_in_turns(__file__, jobs, ahead=len(jobs))
-        return
-    with multiprocessors_each(multiprocessors) as env:
-        yield from run_side_by_side(__file__, jobs, at_once=8, env=env)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["1B", "3B"])
@@ -151,7 +133,7 @@ def main() -> int:
             for shape in options.shapes
             for way in options.ways
         ]
-        for job, results in run(jobs, options.multiprocessors):
+        for job, results in run_jobs(__file__, jobs, ahead=len(jobs), multiprocessors=options.multiprocessors):
             for result in [results] if isinstance(results, dict) else results:
                 rows.append(job | result)
                 columns = {name: name for name in (*COLUMNS, *device_and_versions(), "failed")}

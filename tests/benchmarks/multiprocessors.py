@@ -14,8 +14,8 @@ COMMAND = "nvidia-cuda-mps-control"
 
 
 @contextlib.contextmanager
-def multiprocessors_each(count: int | None) -> Iterator[dict[str, str]]:
-    """The environment with which a process has so many multiprocessors; None: the whole GPU, and no service.
+def multiprocessors_each(count: int) -> Iterator[dict[str, str]]:
+    """The environment with which a process has so many multiprocessors.
 
     Eight of an H200's 132 multiply float16 matrices at 56 TFLOP/s and copy 650 GB/s. A T4's data sheet says 65 and 320,
     and it does not hold the former at 70 W. Several such processes at once do not slow each other down: eight of them
@@ -24,9 +24,6 @@ def multiprocessors_each(count: int | None) -> Iterator[dict[str, str]]:
     Raises:
         SystemExit: there is no `nvidia-cuda-mps-control`, which comes with the driver.
     """
-    if count is None:
-        yield {}
-        return
     if not shutil.which(COMMAND):
         raise SystemExit(f"--multiprocessors: found no {COMMAND}. Fix: leave it out, or use a machine with CUDA.")
     # In a process of its own: one that has used the GPU before the service began takes turns with all others.

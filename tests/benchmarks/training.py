@@ -21,22 +21,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 
 PROCESS_START = time.perf_counter()
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
-from in_turns import (  # noqa: E402
-    device_and_versions,
-    make_models,
-    run_in_turns,
-    run_side_by_side,
-    wait_for_turn,
-    write_csv,
-)
-from multiprocessors import multiprocessors_each  # noqa: E402
+from in_turns import device_and_versions, make_models, run_jobs, wait_for_turn, write_csv  # noqa: E402
 
 from helpers.memory.plan import T4_GIB  # noqa: E402
 
@@ -333,14 +324,6 @@ def alike(row: dict, other: dict) -> bool:
     return all(row[name] == other[name] for name in ("shape", "dtype", "lengths", "steps"))
 
 
-def run(jobs: list[dict], options: argparse.Namespace) -> Iterator[tuple[dict, dict]]:
-    if options.multiprocessors is None:
-        yield from run_in_turns(__file__, jobs, ahead=options.ahead)
-        return
-    with multiprocessors_each(options.multiprocessors) as env:
-        yield from run_side_by_side(__file__, jobs, at_once=options.at_once, env=env)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["1B", "3B"])
@@ -380,7 +363,8 @@ def main() -> int:
             ]
         jobs = [COMMON | job | {"folder": models[job["shape"]]} for job in jobs]
         done = []
-        for job, result in run(jobs, options):
+        given = dict(multiprocessors=options.multiprocessors, ahead=options.ahead, at_once=options.at_once)
+        for job, result in run_jobs(__file__, jobs, **given):
             done.append(job | result)
             with open(options.out, "a") as file:
                 file.write(json.dumps(done[-1]) + "\n")
