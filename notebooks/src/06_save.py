@@ -209,7 +209,7 @@ else:
 # %% [markdown] lang="en"
 # ## Use it elsewhere
 #
-# **Python.** The merged model needs nothing but Transformers, and is the fastest form on a GPU.
+# **Python.** The merged model needs nothing but Transformers, and is the fastest of these forms on a GPU.
 
 # %%
 from transformers import AutoModelForCausalLM, AutoTokenizer
