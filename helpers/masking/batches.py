@@ -4,6 +4,7 @@ A mask is checked in the data set. What is trained is what comes out of the samp
 preparation, so every batch is read once more at the model's door.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from helpers.masking.rows import MaskingError, flat
+from helpers.ranks import on_all, rank_and_size
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -19,13 +21,17 @@ FIRST_TOKENS = 12  # of a row that is quoted
 
 
 def row_key(ids: np.ndarray) -> int:
-    """Names a row by its token ids, within this process."""
-    return hash(np.asarray(ids, np.int64).tobytes())
+    """Names a row by its token ids, the same in every process."""
+    return _key(np.asarray(ids, np.int64))
 
 
 def label_key(labels: np.ndarray) -> int:
     """Names a row's labels. The first predicts nothing, and collators without padding mask it."""
-    return hash(np.asarray(labels, np.int64)[1:].tobytes())
+    return _key(np.asarray(labels, np.int64)[1:])
+
+
+def _key(numbers: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(numbers.tobytes(), digest_size=8).digest())
 
 
 class Batches:
@@ -63,6 +69,8 @@ class Batches:
         """
         rows = set()
         for ids, labels in rows_of(inputs):
+            if rank_and_size()[1] > 1 and (labels == -100).all():  # it fills a round up, see `Checkpoints`
+                continue
             row = row_key(ids)
             if self.labels.get(row) != label_key(labels):
                 known = row in self.labels
@@ -121,7 +129,8 @@ def _require_apart(batches: Batches, held_out: Any) -> None:
 def watch_batches(batches: Batches, trainer: Any) -> "TrainerCallback":
     """The callback that reads each batch at the model's door, and counts it when its step is done.
 
-    A row is counted once a step: where memory runs out, a batch goes in again, in parts.
+    A row is counted once a step: where memory runs out, a batch goes in again, in parts. Of several processes each
+    counts its own, and all are added up at the end of a pass and of the run.
     """
     from transformers import TrainerCallback
 
@@ -154,10 +163,12 @@ def watch_batches(batches: Batches, trainer: Any) -> "TrainerCallback":
 
         def on_epoch_end(self, args, state, control, **kwargs) -> None:
             ended = abs(state.epoch - round(state.epoch)) < 1e-6  # else the run ended within the pass
-            batches.pass_ended(self.pass_rows, whole=ended and self.from_the_first and not args.dataloader_drop_last)
+            seen = sum(on_all(self.pass_rows), Counter())
+            batches.pass_ended(seen, whole=ended and self.from_the_first and not args.dataloader_drop_last)
 
         def on_train_end(self, args, state, control, **kwargs) -> None:
             self.close()
+            batches.trained = sum(on_all(batches.trained), Counter())
 
         def close(self) -> None:
             if self.hook is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from helpers.base import InputError
 from helpers.memory.stats import Stage, memory_stats, track_memory
+from helpers.ranks import rank_and_size
 
 REHEARSAL, FIRST_STEP = "rehearsal of the longest", "first step"
 
@@ -50,6 +51,9 @@ def fit_into_memory(trainer: Any, checkpointed_layers: Callable[[int], int] | No
     likewise, and has the same loss: its parts' means, weighted by their answer tokens. On a processor without
     bfloat16 the trained weights are turned back into 32 bits first, see `undo_emulated_bfloat16`.
 
+    Of several processes none can split alone, because all add their gradients up together: there a micro-batch that
+    does not fit ends the run.
+
     Args:
         trainer: a Transformers or TRL trainer; its rows hold `input_ids` (and `labels`, or its collator makes them).
         checkpointed_layers: such as `BatchPlan.checkpointed_layers`: in how many layers, from the first, a micro-batch
@@ -57,8 +61,8 @@ def fit_into_memory(trainer: Any, checkpointed_layers: Callable[[int], int] | No
 
     Raises:
         DoesNotFit: one conversation alone is too much; or a batch is that cannot be split, because the trainer does not
-            count the step's answer tokens (its `num_items_in_batch` is None), or because an evaluation asks for more
-            than a loss (`compute_metrics`).
+            count the step's answer tokens (its `num_items_in_batch` is None), because an evaluation asks for more
+            than a loss (`compute_metrics`), or because other processes train along.
 
     Example:
         >>> with fit_into_memory(trainer, plan.checkpointed_layers) as fitting:
@@ -127,6 +131,7 @@ class _Steps:
             return sum(losses)
 
         def make_smaller() -> None:
+            _require_alone(inputs, "train")
             _drop_gradients(model, kept)
             if self.spared:
                 self.fitting.all_checkpointed = True
@@ -149,6 +154,7 @@ class _Steps:
             return done[0] if len(done) == 1 else (_mean_loss(done, parts), None, None)
 
         def make_smaller() -> None:
+            _require_alone(inputs, "eval")
             _empty_cache()
             cannot = "" if can_split else "more is asked for than the loss of its labels"
             most = self.fitting.evaluated_at_once = _halve(inputs, parts, "eval", cannot=cannot)
@@ -251,6 +257,19 @@ def _halve(inputs: Any, parts: list[Any], kind: str, *, cannot: str) -> int:
             fix="set a smaller MAX_SEQ_LENGTH, a smaller model, or restart the session if other work fills it",
         )
     return largest // 2
+
+
+def _require_alone(inputs: Any, kind: str) -> None:
+    """Raises DoesNotFit where other processes train along: they may have begun to add this batch's gradients up."""
+    rank, size = rank_and_size()
+    if size > 1:
+        setting = f"per_device_{kind}_batch_size"
+        raise DoesNotFit(
+            f"{setting} on rank {rank}",
+            found=f"a batch of {inputs['input_ids'].numel():,} tokens that does not fit",
+            expected="one that fits on every device",
+            fix="set a smaller MICRO_BATCH and a larger ACCUMULATION, or CHECKPOINTING, and start again",
+        )
 
 
 def _mean_loss(done: list[Any], parts: list[Any]) -> Any:

@@ -281,14 +281,14 @@ def _device(memory_gib: float | None, capability: tuple[int, int] | None) -> tup
 
     gpu = torch.cuda.is_available()
     if capability is None:
-        capability = torch.cuda.get_device_capability(0) if gpu else (7, 5)
+        capability = torch.cuda.get_device_capability() if gpu else (7, 5)
     if memory_gib is not None:
         return memory_gib, capability, f"{memory_gib:.1f} GiB"
     if not gpu:
         return T4_GIB, capability, "a T4 (there is no GPU here)"
     free, _ = torch.cuda.mem_get_info()
     memory_gib = (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / GIB
-    return memory_gib, capability, torch.cuda.get_device_name(0)
+    return memory_gib, capability, torch.cuda.get_device_name()
 
 
 @dataclass(frozen=True, kw_only=True)

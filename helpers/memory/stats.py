@@ -70,7 +70,7 @@ def memory_stats() -> MemoryStats:
     import torch
 
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         return MemoryStats(
             device=properties.name,
             is_gpu=True,

@@ -37,6 +37,7 @@ from typing import Any
 from helpers.base import InputError, reason, replace_file, set_aside
 from helpers.environment.hub import base_name
 from helpers.handoff.run import fingerprint_rows
+from helpers.ranks import first_failure, on_all, on_first, rank_and_size
 from helpers.training.saved import (
     HANDED_OVER,
     MANIFEST,
@@ -117,12 +118,14 @@ class Checkpoints:
         self.settings: dict[str, Any] = {}
         self.step = 0  # where training is to begin
         self.interrupted = False
+        self.is_first = rank_and_size()[0] == 0  # of several processes only the first one writes
 
     def __enter__(self) -> str | None:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_locked(self.folder))
+            if self.is_first:
+                stack.enter_context(_locked(self.folder))
             self.settings = settings_of(self.trainer)
-            last = self._find_last()
+            last = on_first(self._find_last)
             self.run = last.run if last else datetime.now(UTC).isoformat()
             self.step = last.step if last else 0
             self._guard(stack)
@@ -239,10 +242,13 @@ class Checkpoints:
         from transformers import set_seed
 
         trainer = self.trainer
-        self.copier = stack.enter_context(Copier(self.mirror, self.run, {self.run, *self.over}))
+        mirror = self.mirror if self.is_first else None
+        self.copier = stack.enter_context(Copier(mirror, self.run, {self.run, *self.over}))
         _replace(stack, trainer, "_save_checkpoint", self._save)
         _replace(stack, trainer, "_load_from_checkpoint", self._load)
-        _replace(stack, trainer, "_get_train_sampler", lambda make, *rows: _ordered(make(*rows), trainer.args.seed))
+        count = len(trainer.train_dataset)
+        _replace(stack, trainer, "_get_train_sampler", lambda make, rows: _ordered(make, rows, count, trainer.args))
+        _replace(stack, trainer, "get_train_dataloader", lambda make: _in_whole_rounds(make, trainer))
         set_seed(trainer.args.seed)  # else dropout would depend on what ran before in this session
         callback = _callback(self)
         trainer.add_callback(callback)
@@ -262,27 +268,35 @@ class Checkpoints:
         step, runs = self.trainer.state.global_step, self.copier.runs
         path = self.folder / f"checkpoint-{step}"
         stopped = f"stopped after step {step}; run the chapter again to go on"
-        try:
-            begin(path, runs)
-            write(model, trial)
-            facts = dict(run=self.run, step=step, max_steps=self.trainer.state.max_steps, settings=self.settings)
-            write_manifest(path, **facts)
-        except Exception as error:  # each writer has its own: OSError, RuntimeError (torch), SafetensorError
-            with contextlib.suppress(OSError):
-                if MANIFEST in names_in(path):
-                    remove(path)
-            goes_on = "" if self.interrupted else "training goes on, "
-            print(f"{path.name} could not be saved ({reason(error)}): {goes_on}older checkpoints stay")
+        facts = dict(run=self.run, step=step, max_steps=self.trainer.state.max_steps, settings=self.settings)
+        # With several processes each phase begins when the last one has ended on all of them. A rank writes its random
+        # numbers alone, the first one all the rest.
+        phases = [lambda: write(model, trial)]
+        if self.is_first:
+            phases = [lambda: begin(path, runs), *phases, lambda: write_manifest(path, **facts)]
+        else:
+            phases = [lambda: None, *phases, lambda: None]
+        failure = next(filter(None, map(first_failure, phases)), "")
+        if failure:
+            if self.is_first:
+                self._give_up(path, failure)
             stopped = (
                 f"stopped after step {step}, which could not be saved; run the chapter again to go on from an "
                 "older checkpoint, or from step 0 where there is none"
             )
-        else:
+        elif self.is_first:
             self.copier.put(path)
             with contextlib.suppress(OSError):  # one that cannot be deleted does no harm
                 prune(self.folder, self.run, runs, keep=self.copier.busy)
         if self.interrupted:
             raise KeyboardInterrupt(stopped)
+
+    def _give_up(self, path: Path, failure: str) -> None:
+        with contextlib.suppress(OSError):
+            if MANIFEST in names_in(path):
+                remove(path)
+        goes_on = "" if self.interrupted else "training goes on, "
+        print(f"{path.name} could not be saved ({failure}): {goes_on}older checkpoints stay")
 
     def _load(self, read: Callable, *args: Any) -> None:
         # PEFT turns half-precision adapters into float32 as it loads them; Unsloth may train them as bfloat16.
@@ -298,7 +312,7 @@ def settings_of(trainer: Any) -> dict[str, Any]:
     Example: {"base model": "unsloth/Llama-3.2-3B-Instruct", "LoRA r": 16, "data": "480 rows, 9f3c…", "seed": 3407, …}
     """
     args = trainer.args.to_dict()
-    effective = args["per_device_train_batch_size"] * args["gradient_accumulation_steps"]
+    effective = args["per_device_train_batch_size"] * args["gradient_accumulation_steps"] * trainer.args.world_size
     rows = trainer.train_dataset
     settings = {"data": f"{len(rows)} rows, {fingerprint_rows(rows)}", "effective batch": effective}
     config = getattr(trainer.model, "peft_config", {}).get("default")
@@ -321,16 +335,23 @@ def compare_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     return [f"{name} was {was.get(name)}, is {now.get(name)}" for name in names if was.get(name) != now.get(name)]
 
 
-def _ordered(sampler: Any, seed: int) -> Any:
-    """The sampler, with an order that seed and epoch alone decide.
+def _ordered(make: Callable, rows: Any, count: int, args: Any) -> Any:
+    """The sampler that `make` gives, with an order that seed and epoch alone decide, for any number of processes.
 
     Transformers shuffles by a generator that it seeds with the state of the global one, which depends on all that ran
-    before, and which a resumed run would begin at its first epoch again.
+    before, and which a resumed run would begin at its first epoch again. It groups by length within fifty steps of one
+    process; here they are fifty steps of all.
+
+    Args:
+        rows: those to train on, `count` of them, and behind them what `_in_whole_rounds` added, which comes last.
     """
     import torch
 
-    if not hasattr(sampler, "generator"):  # a sequential one
-        return sampler
+    sampler = make(rows if len(rows) == count else rows.select(range(count)))
+    if sampler is None:
+        return None
+    if hasattr(sampler, "lengths"):
+        sampler.batch_size *= args.world_size
 
     class Ordered(torch.utils.data.Sampler):
         epoch = 0
@@ -339,13 +360,39 @@ def _ordered(sampler: Any, seed: int) -> Any:
             self.epoch = epoch
 
         def __len__(self) -> int:
-            return len(sampler)
+            return len(rows)
 
-        def __iter__(self) -> Any:
-            sampler.generator = torch.Generator().manual_seed(seed + self.epoch)
-            return iter(sampler)
+        def __iter__(self) -> Iterator[int]:
+            if hasattr(sampler, "generator"):  # else a sequential one
+                sampler.generator = torch.Generator().manual_seed(args.seed + self.epoch)
+            yield from sampler
+            yield from range(count, len(rows))
 
     return Ordered()
+
+
+def _in_whole_rounds(make: Callable, trainer: Any) -> Any:
+    """The loader that `make` gives. With several processes each gets a batch in the last round of a pass as well.
+
+    Accelerate would fill that round up with rows of the first one, which would then be trained twice. Here it is
+    filled with copies of the shortest row in which no token is trained: the step's loss and gradients are as of one
+    process.
+    """
+    rows, args = trainer.train_dataset, trainer.args
+    missing = -len(rows) % (args.train_batch_size * args.world_size)
+    if args.world_size == 1 or args.dataloader_drop_last or not missing:
+        return make()
+    from datasets import concatenate_datasets
+
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    empty = rows.select([lengths.index(min(lengths))] * missing).map(
+        lambda row: {"labels": [-100] * len(row["labels"])}, features=rows.features, keep_in_memory=True
+    )
+    trainer.train_dataset = concatenate_datasets([rows, empty])
+    try:
+        return make()
+    finally:
+        trainer.train_dataset = rows
 
 
 def _callback(checkpoints: Checkpoints) -> Any:
@@ -381,6 +428,9 @@ def _callback(checkpoints: Checkpoints) -> Any:
             self.longest, self.stepped = max(self.longest, now - self.stepped), now
             # The next chance to save is a step away: save now if that would be too late.
             due = now - self.saved + self.longest >= checkpoints.every_seconds
+            # All ranks save in the same step: the first one's clock counts, and whoever was interrupted.
+            (due, _), *_ = ranks = on_all((due, checkpoints.interrupted))
+            checkpoints.interrupted = any(interrupted for _, interrupted in ranks)
             if due or checkpoints.interrupted or state.global_step >= state.max_steps:
                 control.should_save = True
                 self.saved = now

@@ -288,11 +288,14 @@ class _LivePlot:
         self.draw()
 
     def draw(self) -> None:
+        from IPython.core.interactiveshell import InteractiveShell
         from IPython.display import display
 
         began = time.monotonic()
         picture = as_image(draw_curves(self.curves))
-        if self.handle is None:
+        if not InteractiveShell.initialized():  # a script: only the file is looked at
+            pass
+        elif self.handle is None:
             self.handle = display(picture, display_id=True)
         else:
             self.handle.update(picture)

@@ -15,7 +15,6 @@ from datetime import timedelta
 from typing import Any
 
 from helpers.base import InputError, reason
-from helpers.handoff.run import library_versions
 
 MEETING_SECONDS = 60
 # What PyTorch says of a rank that has gone: the gloo, NCCL and store back ends, each in its own words.
@@ -39,14 +38,14 @@ def meet_ranks(facts: Mapping[str, Any], *, seconds: float = MEETING_SECONDS) ->
     It comes before anything that takes long: whoever is missing, or would compute something else, is named now.
 
     Args:
-        facts: what must be the same on every rank; the libraries' versions are added.
+        facts: what must be the same on every rank, such as `library_versions()`.
         seconds: how long to wait for the others.
 
     Raises:
         RankError: a rank did not come, or has other facts than rank 0.
 
     Example:
-        >>> meet_ranks({"settings": "9f3c…"}).num_processes
+        >>> meet_ranks(library_versions()).num_processes
         2
     """
     rank, size = rank_and_size()
@@ -57,12 +56,13 @@ def meet_ranks(facts: Mapping[str, Any], *, seconds: float = MEETING_SECONDS) ->
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=seconds))
         attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        mine = {"host": socket.gethostname(), "facts": {**facts, **library_versions()}}
+        mine = {"host": socket.gethostname(), "facts": dict(facts)}
         store.set(f"meeting/{attempt}/{rank}", json.dumps(mine))
         _require_alike([_read(store, f"meeting/{attempt}/{other}", other, seconds) for other in range(size)])
+    import torch
     from accelerate import PartialState
 
-    return PartialState()
+    return PartialState(cpu=not torch.cuda.is_available())  # else processes without GPUs would not know each other
 
 
 def _read(store: Any, key: str, rank: int, seconds: float) -> dict[str, Any]:
