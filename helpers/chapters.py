@@ -42,6 +42,7 @@ CHAPTERS = (
         writes=("merged", "gguf", "README.md"),
     ),
     Chapter("07_when_it_goes_wrong", "Read a run that did not work"),
+    Chapter("08_scale_up", "Train on more than one GPU", needs=("dataset",), writes=("settings.json",)),
 )
 CHAPTER_NAMES = tuple(chapter.name for chapter in CHAPTERS)
 

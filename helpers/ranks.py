@@ -84,8 +84,8 @@ def _require_alike(ranks: list[dict[str, Any]]) -> None:
             if (its := other["facts"].get(name)) != value:
                 raise RankError(
                     f"rank {number} on {other['host']}",
-                    found=f"{name} {its}",
-                    expected=f"{name} {value}, as rank 0 on {ranks[0]['host']} has it",
+                    found=f"{name} {str(its)[:80]}",
+                    expected=f"{name} {str(value)[:80]}, as rank 0 on {ranks[0]['host']} has it",
                     fix="make the hosts alike: the same lock installed, the same run folder",
                 )
 

@@ -208,8 +208,7 @@ def set_up(*, requirements: str | Path = "requirements-colab.txt") -> SetupRepor
             package is missing on a local computer, where installing is left to `make setup`.
     """
     start = time.perf_counter()
-    for name in HARMLESS:
-        logging.getLogger(name).addFilter(_not_harmless)
+    hide_harmless_warnings()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
@@ -245,6 +244,12 @@ def set_up(*, requirements: str | Path = "requirements-colab.txt") -> SetupRepor
     _replaced_while_loaded.update(loaded)
     changes = tuple(Change(pin.name, before[pin.name] or "none", pin.version, pin.reason) for pin in differs)
     return SetupReport(place, changes, present, installer, time.perf_counter() - start, stale_packages(pins))
+
+
+def hide_harmless_warnings() -> None:
+    """From now on this process does not show what `HARMLESS` names."""
+    for name in HARMLESS:
+        logging.getLogger(name).addFilter(_not_harmless)
 
 
 def _not_harmless(record: logging.LogRecord) -> bool:

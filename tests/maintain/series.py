@@ -273,7 +273,8 @@ def resolved(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
     Example, in /home/me with a file my.jsonl: {"DATASET": "my.jsonl"} -> {"DATASET": "/home/me/my.jsonl"}
     """
-    made = {name: str(parameters[name]) for name in ("RUN_DIR", "DRIVE_DIR", "OUTPUT_DIR") if parameters.get(name)}
+    folders = ("RUN_DIR", "SCALED_DIR", "DRIVE_DIR", "OUTPUT_DIR")
+    made = {name: str(parameters[name]) for name in folders if parameters.get(name)}
     given = {name: str(parameters[name]) for name in ("DATASET", "MODEL_NAME", "REQUIREMENTS") if parameters.get(name)}
     present = {name: path for name, path in given.items() if os.path.exists(os.path.expanduser(path))}
     paths = {name: os.path.realpath(os.path.expanduser(path)) for name, path in (made | present).items()}

@@ -1,0 +1,278 @@
+# %% [markdown] lang="en"
+# # Train on more than one GPU
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/08_scale_up.ipynb)
+#
+# At the end you have an adapter that all your GPUs trained together, with the proofs of chapter 04.
+#
+# You can
+# - start one script on any number of GPUs, by torchrun or by Accelerate,
+# - say what GPUs send each other, and what that costs,
+# - keep a step as it was, or make it larger and change the learning rate with it,
+# - say what to do where a model does not fit into one GPU.
+#
+# You need `dataset/` from chapter 03. Colab lends one GPU; Kaggle lends two T4s. With one GPU all of this runs as well.
+#
+# {{budget}}
+
+# %% cellView="form"
+# include: setup_cell.py
+
+# %% [markdown] lang="en"
+# `PROCESSES` is how many GPUs train, 0 for all that are here. `MICRO_BATCH` × `ACCUMULATION` is a step of *one* GPU, as in
+# chapter 04. `GROW_BATCH` gives each GPU as many conversations; without it they share these out.
+#
+# `SCALED_DIR` is the run folder that is made here, beside that of chapter 04, `RUN_DIR`. The other choices are those of
+# chapter 04.
+
+# %% tags=["parameters"]
+# @title Choices
+MODEL_NAME = "unsloth/Llama-3.2-3B-Instruct"  # @param {type:"string"}
+MAX_SEQ_LENGTH = 2048  # @param {type:"integer"}
+PROCESSES = 0  # @param {type:"integer"}
+GROW_BATCH = False  # @param {type:"boolean"}
+MAX_STEPS = 60  # @param {type:"integer"}
+LEARNING_RATE = 2e-4  # @param {type:"number"}
+MICRO_BATCH = 8  # @param {type:"integer"}
+ACCUMULATION = 1  # @param {type:"integer"}
+CHECKPOINTING = True  # @param [False, True, "unsloth"] {type:"raw"}
+PADDING_FREE = True  # @param {type:"boolean"}
+START_AFRESH = False  # @param {type:"boolean"}
+RUN_DIR = "runs/llama"  # @param {type:"string"}
+SCALED_DIR = "runs/scaled"  # @param {type:"string"}
+DRIVE_DIR = ""  # @param {type:"string"}
+HF_ENDPOINT = ""  # @param {type:"string"}
+USE_MODELSCOPE = False  # @param {type:"boolean"}
+
+# %%
+from helpers.environment import check_choices, find_model
+from helpers.handoff import open_run
+
+check_choices(globals())
+MODEL_NAME = find_model(MODEL_NAME, endpoint=HF_ENDPOINT, modelscope=USE_MODELSCOPE)
+run = open_run(RUN_DIR, chapter="08_scale_up")
+scaled = open_run(SCALED_DIR, base_model=MODEL_NAME)
+
+# %% [markdown] lang="en"
+# ## What each GPU does
+#
+# Each GPU has a *process* of its own, which holds the whole model. It takes its share of a step's conversations. Then
+# all average their gradients, which is called *all-reduce*, and make the same change.
+#
+# Only LoRA's gradients travel: at 3B 24 million numbers, 97 MB for each step. This is what they take, by calculation,
+# beside a step of 2 to 8 seconds on a T4:
+#
+# | between the GPUs | 2 GPUs | 8 GPUs |
+# |---|---|---|
+# | NVLink, 300 GB/s | under 1 ms | 1 ms |
+# | PCIe 3, 10 GB/s, as between Kaggle's T4s | 10 ms | 17 ms |
+# | a network of 10 Gbit/s between machines | 78 ms | 136 ms |
+# | a network of 1 Gbit/s | 0.8 s | 1.4 s |
+
+# %% [markdown] lang="en"
+# ## Share a step out
+#
+# Eight conversations on one GPU, or four on each of two: the step is the same, and so is what is learned. That is worth
+# it where the GPUs have enough to do, which T4s have.
+#
+# With `GROW_BATCH` a step has more conversations, and there are fewer steps for the same data. Its gradients are less
+# noisy, so each step may go further. For Adam the rate grows with the
+# [square root](https://arxiv.org/abs/2205.10287) of the step's size.
+
+# %%
+import torch
+
+PROCESSES = PROCESSES or max(1, torch.cuda.device_count())
+conversations = MICRO_BATCH * ACCUMULATION  # a step of one GPU
+if GROW_BATCH:
+    LEARNING_RATE, MAX_STEPS = LEARNING_RATE * PROCESSES**0.5, max(1, MAX_STEPS // PROCESSES)
+    conversations *= PROCESSES
+elif conversations % PROCESSES:
+    raise ValueError(f"{conversations} conversations cannot be shared by {PROCESSES} GPUs. Change MICRO_BATCH.")
+else:
+    MICRO_BATCH = min(MICRO_BATCH, conversations // PROCESSES)
+    while conversations % (MICRO_BATCH * PROCESSES):
+        MICRO_BATCH -= 1
+    ACCUMULATION = conversations // (MICRO_BATCH * PROCESSES)
+print(f"{MICRO_BATCH} × {ACCUMULATION} on each of {PROCESSES}: {conversations} conversations a step, {MAX_STEPS} steps")
+print(f"learning rate {LEARNING_RATE:.3g}")
+
+# %% [markdown] lang="en"
+# The plan of chapter 04, for one GPU's share.
+
+# %%
+from datasets import load_from_disk
+from transformers import AutoConfig, AutoTokenizer
+from helpers.memory import plan_batch
+
+dataset = load_from_disk(f"{RUN_DIR}/dataset")
+tokenizer = AutoTokenizer.from_pretrained(f"{RUN_DIR}/dataset/tokenizer")
+texts = dataset["train"]["text"]
+plan = plan_batch(
+    AutoConfig.from_pretrained(MODEL_NAME),
+    lengths=[len(ids) for ids in tokenizer(texts, truncation=True, max_length=MAX_SEQ_LENGTH).input_ids],
+    micro_batch=MICRO_BATCH,
+    accumulation=ACCUMULATION,
+    checkpointing=CHECKPOINTING,
+    padding_free=PADDING_FREE,
+    lora_rank=16,
+)
+plan.raise_if_failed()
+plan
+
+# %% [markdown] lang="en"
+# ## Prepare the folder
+#
+# A script in a process of its own sees no notebook. So all that it needs goes into one folder: the data, and the
+# arguments of `get_peft_model` and `SFTConfig`, which are those of chapter 04.
+
+# %% tags=["handoff"]
+import shutil
+
+os.makedirs(f"{SCALED_DIR}/new", exist_ok=True)
+shutil.copytree(f"{RUN_DIR}/dataset", f"{SCALED_DIR}/new/dataset", dirs_exist_ok=True)
+facts = run.facts("dataset")
+scaled.keep("dataset", **{name: facts[name] for name in ("template", "source", "dataset", "train_rows")})
+
+# %%
+lora = dict(
+    r=16,
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    lora_alpha=16,
+    lora_dropout=0,
+    bias="none",
+    use_gradient_checkpointing=CHECKPOINTING,
+    random_state=3407,
+)
+
+# %%
+training = dict(
+    output_dir=f"{SCALED_DIR}/checkpoints",
+    max_steps=MAX_STEPS,
+    per_device_train_batch_size=MICRO_BATCH,
+    gradient_accumulation_steps=ACCUMULATION,
+    gradient_checkpointing=bool(CHECKPOINTING),
+    padding_free=PADDING_FREE,
+    train_sampling_strategy="random" if PADDING_FREE else "group_by_length",
+    learning_rate=LEARNING_RATE,
+    lr_scheduler_type="linear",
+    warmup_steps=min(5, MAX_STEPS // 4),
+    optim="adamw_8bit",
+    weight_decay=0.01,
+    max_length=MAX_SEQ_LENGTH,
+    dataset_text_field="text",
+    per_device_eval_batch_size=8,
+    eval_strategy="steps",
+    eval_steps=MAX_STEPS // 2 + 1,
+    logging_steps=1,
+    include_num_input_tokens_seen="non_padding",
+    save_strategy="no",
+    report_to="none",
+    seed=3407,
+    ddp_find_unused_parameters=False,  # every LoRA matrix takes part in every step, so none has to be looked for
+)
+
+# %% tags=["handoff"]
+settings = {"model": MODEL_NAME, "drive": DRIVE_DIR, "start_afresh": START_AFRESH, "lora": lora, "training": training}
+scaled.write_json("settings.json", settings)
+
+# %% [markdown] lang="en"
+# ## Start it
+#
+# [`scale_up.py`](scale_up.py) is chapter 04 as a script, a hundred lines long. Read it beside the quickstart: the calls
+# are the same. Two programs can start it, once for each GPU. `torchrun` comes with PyTorch. `accelerate launch` reads
+# what it needs from a file:
+
+# %%
+accelerate = f"""compute_environment: LOCAL_MACHINE
+distributed_type: {"MULTI_GPU" if PROCESSES > 1 else "'NO'"}
+mixed_precision: 'no'  # the script's own settings decide
+num_machines: 1
+num_processes: {PROCESSES}
+"""
+with open(f"{SCALED_DIR}/accelerate.yaml", "w", encoding="utf-8") as file:
+    file.write(accelerate)
+folder = os.path.relpath(SCALED_DIR)
+print(f"accelerate launch --config_file {folder}/accelerate.yaml notebooks/scale_up.py {folder}")
+print(f"torchrun --nproc_per_node={PROCESSES} notebooks/scale_up.py {folder}")
+
+# %% [markdown] lang="en"
+# Either command does, here or in a terminal. Run again, it goes on from the last checkpoint, on any number of GPUs, as
+# long as a step has as many conversations.
+
+# %%
+!accelerate launch --config_file "{folder}/accelerate.yaml" notebooks/scale_up.py "{folder}"
+if _exit_code:
+    raise RuntimeError("A process failed. Its message is above, and names its rank.")
+
+# %% [markdown] lang="en"
+# ## What came of it
+#
+# The processes are numbered; their number is called *rank*. Rank 0 checked the mask and the evidence, and wrote. At the
+# end all compared their adapters: they are equal, bit for bit.
+
+# %%
+from IPython.display import Image
+
+report = scaled.read_json("report.json")
+before, after = report["held_out_loss"]["before"], report["held_out_loss"]["after"]
+speeds = [row["tokens_per_second"] for row in report["curves"]["rows"] if row["tokens_per_second"]]
+print(f"{report['environment']['device']}, {sorted(speeds)[len(speeds) // 2]:,.0f} tokens a second")
+Image(f"{SCALED_DIR}/curves/curves.png")
+
+# %% [markdown] lang="en"
+# ## Where to type what
+#
+# | you have | type |
+# |---|---|
+# | Kaggle's two T4s: accelerator *GPU T4 x2* | this notebook as it is |
+# | one machine with N GPUs | the same, or one of the commands in a terminal |
+# | several machines | the lines below, on each its own |
+#
+# Two machines with eight GPUs each need a folder that both see, and the same install. Set `PROCESSES` to 16, and run
+# this chapter up to *Start it* on one of them. Then, within a minute of each other:
+#
+# ```
+# torchrun --nnodes=2 --node-rank=0 --nproc-per-node=8 --master-addr=FIRST --rdzv-conf=timeout=60 notebooks/scale_up.py /shared/scaled
+# torchrun --nnodes=2 --node-rank=1 --nproc-per-node=8 --master-addr=FIRST --rdzv-conf=timeout=60 notebooks/scale_up.py /shared/scaled
+# ```
+#
+# `FIRST` is the first machine's name or address.
+#
+# Where a process fails, all end within a minute. The last lines name its rank and the cause, such as memory, a full
+# disk, or other versions than those of rank 0. Mend it and type the command again.
+#
+# ## What does not fit
+#
+# More GPUs train *faster* this way, not larger: each holds the whole model. GiB by chapter 04's formula, with
+# `CHECKPOINTING = True`, 4 bits and rank 16:
+#
+# | model | a conversation of 2,048 tokens | 8,192 | 32,768 |
+# |---|---|---|---|
+# | Llama 3.2 3B | 3.2 | 4.7 | 11.0 |
+# | Llama 3.1 8B | 7.2 | 9.7 | 19.3 |
+# | Llama 3.3 70B | 45.1 | 54.5 | 92.1 |
+#
+# A T4 has room for 13.3 of its 14.7. So the 8B fits, with conversations of up to 16,000 tokens. For longer ones take
+# `CHECKPOINTING = "unsloth"` or a larger card.
+#
+# The 70B needs a card of 80 GB, or its weights spread over several. Of its 45.1 GiB 41.9 are weights, which
+# [FSDP2](https://docs.pytorch.org/tutorials/intermediate/FSDP_tutorial.html) divides: 13.7 on each of four GPUs, 8.4 on
+# each of eight. Unsloth's own switch for it is `UNSLOTH_FSDP2=1` under `torchrun`. This series did not try it; see
+# [Unsloth on several GPUs](https://docs.unsloth.ai/basics/multi-gpu-training-with-unsloth).
+
+# %%
+print(f"Result: held-out loss {before:.2f} → {after:.2f} in {report['seconds']:.0f} s, {PROCESSES} process(es)")
+
+# %% [markdown] lang="en"
+# ## Where you are
+#
+# You have `adapter/`, `report.json` and `report.html` in `SCALED_DIR`. Chapters 05 and 06 read them from there with
+# `RUN_DIR = "runs/scaled"`.
+#
+# On your own: set `GROW_BATCH`, and compare the held-out losses after the same data.
+#
+# In practice: one larger card is simpler than two small ones. First see whether a smaller `MAX_SEQ_LENGTH` or fewer
+# steps do.
+#
+# {{next}}
