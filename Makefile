@@ -11,7 +11,7 @@ export UNSLOTH_DISABLE_STATISTICS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model llama-cpp notebooks run quickstart open release regress record repeat faults lint code workflows unit test lock drift \
+.PHONY: help setup model llama-cpp notebooks run quickstart train open release regress record repeat faults lint code workflows unit test lock drift \
 	future drift-tools colab-rehearsal kaggle colab proof-tools browser location clean
 
 help:  ## list the targets
@@ -48,6 +48,10 @@ run: model llama-cpp notebooks  ## run the chapters and print one table, with th
 
 quickstart: model notebooks  ## the quickstart alone, without llama.cpp: a tuned reply, soonest
 	@python -m tests.maintain.series 00_quickstart -f tests/profiles/quickstart.toml
+
+train: model notebooks  ## make train PROCESSES=2: chapters 03 and 08 on so many processes of this computer
+	@python -m tests.maintain.series 03_data 08_scale_up -f tests/profiles/cpu.toml \
+	  -p PROCESSES $(or $(PROCESSES),2) -p RUN_DIR runs/train -p SCALED_DIR runs/train/scaled
 
 open: model llama-cpp notebooks .venv-proof  ## open the chapters in JupyterLab, with choices that suit a laptop
 	@python -m tests.maintain.series --open -f tests/profiles/$(or $(PROFILE),cpu).toml

@@ -62,7 +62,11 @@ def meet_ranks(facts: Mapping[str, Any], *, seconds: float = MEETING_SECONDS) ->
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available())  # else processes without GPUs would not know each other
+    if torch.cuda.is_available():
+        return PartialState()
+    # Accelerate would call it "cpu:0", a place that torch.load does not know.
+    os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    return PartialState(cpu=True)  # else processes without GPUs would not see each other
 
 
 def _read(store: Any, key: str, rank: int, seconds: float) -> dict[str, Any]:

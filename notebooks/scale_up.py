@@ -82,7 +82,7 @@ def main(run_dir):
         trainer.add_callback(plot)
     trainer.add_callback(stop_on_divergence())
     batches = mask_report.watch(trainer)
-    checkpoints = Checkpoints(trainer, mirror=run and run.mirror, start_afresh=settings["start_afresh"])
+    checkpoints = Checkpoints(trainer, mirror=run and run.mirror, **settings["checkpoints"])
     fit = fit_into_memory(trainer, plan.checkpointed_layers)
     with track_memory("training") as stage, checkpoints as last_checkpoint, fit as fitting:
         trainer.train(resume_from_checkpoint=last_checkpoint)

@@ -376,23 +376,34 @@ def _in_whole_rounds(make: Callable, trainer: Any) -> Any:
 
     Accelerate would fill that round up with rows of the first one, which would then be trained twice. Here it is
     filled with copies of the shortest row in which no token is trained: the step's loss and gradients are as of one
-    process.
+    process. (The trainer counts their tokens as read.)
     """
     rows, args = trainer.train_dataset, trainer.args
-    missing = -len(rows) % (args.train_batch_size * args.world_size)
-    if args.world_size == 1 or args.dataloader_drop_last or not missing:
+    if args.world_size == 1:
         return make()
+    missing = 0 if args.dataloader_drop_last else -len(rows) % (args.train_batch_size * args.world_size)
+    if missing:
+        trainer.train_dataset = _with_empty(rows, missing)
+    try:
+        loader = make()
+    finally:
+        trainer.train_dataset = rows
+    # Accelerate tells the epoch to a sampler that lies two levels deep. In a pass that is resumed, which skips batches,
+    # the one of several processes lies three levels deep, and would begin with the first epoch's order again.
+    shard = loader.batch_sampler
+    shard.sampler = shard.batch_sampler.sampler
+    return loader
+
+
+def _with_empty(rows: Any, count: int) -> Any:
+    """The rows, and behind them so many in which no token is trained."""
     from datasets import concatenate_datasets
 
     lengths = [len(ids) for ids in rows["input_ids"]]
-    empty = rows.select([lengths.index(min(lengths))] * missing).map(
-        lambda row: {"labels": [-100] * len(row["labels"])}, features=rows.features, keep_in_memory=True
-    )
-    trainer.train_dataset = concatenate_datasets([rows, empty])
-    try:
-        return make()
-    finally:
-        trainer.train_dataset = rows
+    shortest = rows.select([lengths.index(min(lengths))] * count)
+    without = {"features": rows.features, "keep_in_memory": True}
+    empty = shortest.map(lambda row: {"labels": [-100] * len(row["labels"])}, **without)
+    return concatenate_datasets([rows, empty])
 
 
 def _callback(checkpoints: Checkpoints) -> Any:

@@ -173,7 +173,8 @@ training = dict(
 )
 
 # %% tags=["handoff"]
-settings = {"model": MODEL_NAME, "drive": DRIVE_DIR, "start_afresh": START_AFRESH, "lora": lora, "training": training}
+checkpoints = {"every_seconds": 300, "start_afresh": START_AFRESH}
+settings = {"model": MODEL_NAME, "drive": DRIVE_DIR, "lora": lora, "training": training, "checkpoints": checkpoints}
 scaled.write_json("settings.json", settings)
 
 # %% [markdown] lang="en"
@@ -262,7 +263,8 @@ Image(f"{SCALED_DIR}/curves/curves.png")
 # [Unsloth on several GPUs](https://docs.unsloth.ai/basics/multi-gpu-training-with-unsloth).
 
 # %%
-print(f"Result: held-out loss {before:.2f} → {after:.2f} in {report['seconds']:.0f} s, {PROCESSES} process(es)")
+trained_on = "1 process" if PROCESSES == 1 else f"{PROCESSES} processes"
+print(f"Result: held-out loss {before:.2f} → {after:.2f} in {report['seconds']:.0f} s, {trained_on}")
 
 # %% [markdown] lang="en"
 # ## Where you are

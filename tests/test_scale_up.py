@@ -1,0 +1,410 @@
+"""The run of chapter 04 on several processes: the same rows, the same result, and one message where a process fails.
+
+Two processes on the CPU stand for two GPUs: gloo takes NCCL's place, all else is what runs there.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from helpers.base import ROOT
+from helpers.handoff import open_run
+from helpers.memory.fit import DoesNotFit, fit_into_memory
+from helpers.ranks import one_message, rank_and_size
+from helpers.training.checkpoints import _in_whole_rounds, _ordered, _with_empty
+
+STEPS, ROWS, CONVERSATIONS = 20, 21, 4  # of 21 rows four steps of a pass take 4, and the sixth one: a rank has none
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+# A network's address is asked for nowhere, and the tests beside this one need the other core.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with a data set as chapter 03 writes it, of short support conversations."""
+    from datasets import Dataset, DatasetDict
+    from transformers import AutoTokenizer
+
+    from helpers.conversations import read_conversations
+    from tests.maintain.smollm2 import prepare_smollm2
+
+    folder = tmp_path_factory.mktemp("data") / "dataset"
+    tokenizer = AutoTokenizer.from_pretrained(prepare_smollm2())
+    read, _ = read_conversations(str(ROOT / "notebooks/data/support_conversations.jsonl"), rows=200)
+    texts = sorted((tokenizer.apply_chat_template(row["conversations"], tokenize=False) for row in read), key=len)
+    train, held_out = texts[: 2 * ROWS : 2], texts[1:9:2]
+    parts = {"train": Dataset.from_dict({"text": train}), "held_out": Dataset.from_dict({"text": held_out})}
+    DatasetDict(parts).save_to_disk(str(folder))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def prepare(folder, data, *, micro_batch, every_seconds=300.0, strategy="group_by_length", **others):
+    """A run folder as chapter 08 prepares it."""
+    from tests.maintain.smollm2 import prepare_smollm2
+
+    model = str(prepare_smollm2())
+    run = open_run(folder, base_model=model)
+    shutil.copytree(data, folder / "new" / "dataset")
+    run.keep("dataset", template="", source={}, dataset="support", train_rows=ROWS)
+    training = dict(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=STEPS,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+        padding_free=False,
+        train_sampling_strategy=strategy,
+        learning_rate=4e-3,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+        optim="adamw_8bit",
+        max_length=256,
+        dataset_text_field="text",
+        eval_strategy="no",
+        logging_steps=1,
+        include_num_input_tokens_seen="non_padding",
+        save_strategy="no",
+        report_to="none",
+        seed=3407,
+        ddp_find_unused_parameters=False,
+    )
+    lora = dict(r=16, target_modules=MODULES, lora_alpha=16, lora_dropout=0, bias="none", random_state=3407)
+    lora |= {"use_gradient_checkpointing": False}
+    checkpoints = {"every_seconds": every_seconds, "start_afresh": False}
+    run.write_json(
+        "settings.json",
+        {"model": model, "drive": "", "lora": lora, "training": training | others, "checkpoints": checkpoints},
+    )
+    return folder
+
+
+def start(folder, *, processes):
+    """The output of a run and its status; `processes` of 1 is the script alone."""
+    launch = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
+    command = [*launch, "notebooks/scale_up.py", str(folder)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def train(folder, *, processes=1, fault=None, after=0):
+    """(status, output, seconds from the fault on) of a run; behind step `after` `fault` gets {rank: process}."""
+    lines, steps, began = [], 0, time.monotonic()
+    with start(folder, processes=processes) as process:
+        for line in process.stdout:
+            lines.append(line)
+            steps += "'loss'" in line
+            if fault is not None and steps == after:
+                ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+                fault({int(rank): child for rank, child in ranks.items() if rank})
+                fault, began = None, time.monotonic()
+    return process.returncode, "".join(lines), time.monotonic() - began
+
+
+def log_of(folder, name):
+    entries = json.loads((folder / "report.json").read_text())["log"]
+    return [entry[name] for entry in entries if name in entry]
+
+
+def weights(folder):
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def on_two(data, tmp_path_factory):
+    """A run on two processes that nothing interrupts."""
+    folder = prepare(tmp_path_factory.mktemp("two") / "run", data, micro_batch=CONVERSATIONS // 2)
+    status, output, _ = train(folder, processes=2)
+    assert status == 0, output
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(data, on_two, tmp_path):
+    folder = prepare(tmp_path / "run", data, micro_batch=CONVERSATIONS)
+    status, output, _ = train(folder)
+    assert status == 0, output
+    assert log_of(on_two, "loss") == pytest.approx(log_of(folder, "loss"), rel=1e-3)  # 0.5 % is asked for
+    assert log_of(on_two, "grad_norm")[0] == pytest.approx(log_of(folder, "grad_norm")[0], rel=1e-3)
+    assert len(log_of(folder, "loss")) == STEPS
+    claims = {claim: seen for claim, seen, _ in json.loads((on_two / "report.json").read_text())["evidence"]["rows"]}
+    assert "in this session 21 of 21 rows" in claims["only checked rows were trained, and no pass left any out"]
+    # The hand-off is chapter 04's: the next chapter takes it.
+    run = open_run(on_two, chapter="05_infer", base_model=open_run(on_two).read_json("settings.json")["model"])
+    assert run.facts("adapter")["chapter"] == "04_train"
+    assert (on_two / "curves" / "curves.png").is_file() and (on_two / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_and_the_run_goes_on(data, on_two, tmp_path):
+    folder = prepare(tmp_path / "run", data, micro_batch=CONVERSATIONS // 2, every_seconds=0)
+    status, output, seconds = train(folder, processes=2, fault=lambda ranks: ranks[1].kill(), after=15)
+    assert status != 0 and seconds < 60
+    cause = output[output.index("Root Cause") :]
+    assert re.search(r"rank +: 1 .*\n.*exitcode +: -9", cause) and "SIGKILL" in cause
+    assert not (folder / "adapter").exists()
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    status, output, _ = train(folder, processes=2)
+    assert status == 0 and re.search(r"Resumed from step 1[45] of 20", output), output
+    assert weights(folder) == weights(on_two)  # bit for bit
+
+    run = open_run(other)
+    settings = run.read_json("settings.json")
+    settings["training"] |= {"output_dir": str(other / "checkpoints")}  # two rows a step, on one process
+    run.write_json("settings.json", settings)
+    status, output, _ = train(other)
+    assert status != 0 and "effective batch was 4, is 2" in output and "Fix: set them back" in output
+    settings["training"] |= {"per_device_train_batch_size": CONVERSATIONS}
+    run.write_json("settings.json", settings)
+    status, output, _ = train(other)
+    assert status == 0 and re.search(r"Resumed from step 1[45] of 20", output), output
+    assert log_of(other, "loss") == pytest.approx(log_of(on_two, "loss"), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_memory_and_disk_that_run_out_are_named_and_the_run_goes_on(data, on_two, tmp_path):
+    folder = prepare(tmp_path / "run", data, micro_batch=CONVERSATIONS // 2, every_seconds=0)
+
+    def no_memory(ranks):
+        used = ranks[1].memory_info().vms
+        ranks[1].rlimit(psutil.RLIMIT_AS, (used, used))
+
+    status, output, seconds = train(folder, processes=2, fault=no_memory, after=2)
+    assert status != 0 and seconds < 60
+    assert re.search(r"rank 1 of 2 on \S+: .*(does not fit|alloc)", output[output.index("Root Cause") :]), output
+
+    def full_disk(ranks):
+        ranks[0].rlimit(psutil.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    status, output, seconds = train(folder, processes=2, fault=full_disk, after=2)
+    assert "could not be saved (" in output and "training goes on, older checkpoints stay" in output
+    assert status != 0 and re.search(r"rank 0 of 2 on \S+: .*[Tt]oo large", output[output.index("Root Cause") :]), (
+        output
+    )
+    assert not (folder / "adapter").exists()
+    status, output, _ = train(folder, processes=2)
+    assert status == 0 and "Resumed from step" in output, output
+    assert weights(folder) == weights(on_two)
+
+
+@pytest.mark.slow
+def test_a_host_with_another_version_is_named(data, tmp_path):
+    folder = prepare(tmp_path / "run", data, micro_batch=2)
+    other = tmp_path / "other" / "peft-9.9.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 9.9.9\n")
+    port = free_port()
+    outputs = hosts(folder, port, environments=[{}, {"PYTHONPATH": str(other.parent)}])
+    message = r"rank 1 on \S+: found peft 9.9.9, expected peft \S+, as rank 0 on \S+ has it. Fix: make the hosts alike"
+    assert all(re.search(message, output) for output in outputs), outputs
+    assert not (folder / "checkpoints").exists()
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def hosts(folder, port, *, environments):
+    """The outputs of as many launchers as there are environments, each a host of two with one process."""
+    command = [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--master-addr=localhost", f"--master-port={port}"]
+    script = ["--rdzv-conf=timeout=10", "notebooks/scale_up.py", str(folder)]
+    options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = [
+        subprocess.Popen([*command, f"--node-rank={number}", *script], env=ENVIRONMENT | environment, **options)
+        for number, environment in enumerate(environments)
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in started]
+    assert all(process.returncode for process in started)
+    return outputs
+
+
+@pytest.mark.slow
+def test_a_host_that_never_starts_ends_the_wait(tmp_path):
+    [output] = hosts(tmp_path, free_port(), environments=[{}])
+    assert "1/2 clients joined" in output
+
+
+def run_ranks(tmp_path, body, *, processes=2):
+    """What a small script prints and its status, on so many processes."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys, time\nfrom helpers.ranks import *\nrank, size = rank_and_size()\n{textwrap.dedent(body)}"
+    )
+    command = [*TORCHRUN, f"--nproc_per_node={processes}", str(script)]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path):
+    status, _, errors = run_ranks(
+        tmp_path,
+        """
+        if rank == 1:
+            time.sleep(100)
+        with one_message():
+            meet_ranks({}, seconds=2)
+        """,
+    )
+    assert status and re.search(
+        r"rank 0 of 2 on \S+: rank 1: found no sign of it within 2 s, expected all ranks", errors
+    )
+
+
+def test_ranks_agree(tmp_path):
+    status, output, errors = run_ranks(
+        tmp_path,
+        """
+        def fail():
+            if rank == 1:
+                raise OSError(28, "No space left on device")
+        def computed():
+            return "once" if rank == 0 else 1 / 0
+        meet_ranks({})
+        lines = [on_first(computed), on_all(rank), first_failure(fail), first_failure(lambda: None)]
+        require_equal("a sum", 1, fix="-")
+        print(f"{lines}\\n", end="", flush=True)
+        with one_message():
+            require_equal("a sum", rank, fix="train anew")
+        """,
+    )
+    assert output.splitlines() == ["['once', [0, 1], 'No space left on device', '']"] * 2, errors
+    assert status and "rank 1: found a sum 1, expected 0, as on rank 0. Fix: train anew." in errors
+
+
+def test_the_rank_that_failed_first_is_the_cause(tmp_path):
+    """The other one's next exchange fails too, at once."""
+    status, _, errors = run_ranks(
+        tmp_path,
+        """
+        meet_ranks({})
+        with one_message():
+            if rank == 1:
+                raise MemoryError("no room")
+            on_all(rank)
+        """,
+    )
+    cause = errors[errors.index("Root Cause") :]
+    assert status and re.search(r"rank 1 of 2 on \S+: MemoryError: no room", cause)
+
+
+def test_one_process_is_as_ever():
+    assert rank_and_size() == (0, 1)
+    with pytest.raises(ZeroDivisionError), one_message():
+        raise ZeroDivisionError
+    child = "from helpers.ranks import *; from helpers.base import InputError\nwith one_message(): raise "
+    error = 'InputError("X", found="1", expected="2", fix="set it")'
+    done = subprocess.run([sys.executable, "-c", child + error], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "X: found 1, expected 2. Fix: set it.\n"
+
+
+def test_a_batch_that_does_not_fit_is_not_split_by_one_rank_alone(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = torch.nn.Linear(1, 1)
+    model.device, model.dtype = torch.device("cuda"), torch.float16
+    trainer = SimpleNamespace(model=model, training_step=step, prediction_step=step, add_callback=lambda each: None)
+    trainer.remove_callback = trainer.add_callback
+    with (
+        fit_into_memory(trainer),
+        pytest.raises(DoesNotFit, match="on rank 1: found a batch of 6 tokens.*smaller MICRO"),
+    ):
+        trainer.training_step(model, {"input_ids": torch.zeros(2, 3)}, 1)
+
+
+def rows_of_each_step(processes, *, hooked=True, strategy="group_by_length", epoch=1, skipped=0):
+    """The rows of each step of a pass, by number, as Accelerate deals them out to so many processes.
+
+    `skipped`: of a pass that is resumed behind so many steps.
+    """
+    from accelerate.data_loader import prepare_data_loader, skip_first_batches
+    from datasets import Dataset
+    from torch.utils.data import DataLoader, RandomSampler
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    lengths = [3 + 7 * number % 11 for number in range(ROWS)]
+    data = Dataset.from_dict({"input_ids": [[n] * length for n, length in enumerate(lengths)], "labels": [[5]] * ROWS})
+    each = CONVERSATIONS // processes
+    args = SimpleNamespace(world_size=processes, train_batch_size=each, dataloader_drop_last=False, seed=3407)
+    trainer = SimpleNamespace(train_dataset=data, args=args)
+
+    def plain(rows):
+        return LengthGroupedSampler(each, rows) if strategy == "group_by_length" else RandomSampler(rows)
+
+    def of_rank(rank):
+        def make():
+            rows = trainer.train_dataset
+            order = _ordered(plain, rows, ROWS, args) if hooked else plain(rows)
+            if not hooked:
+                order.generator = torch.Generator().manual_seed(args.seed + epoch)
+            loader = DataLoader(rows, batch_size=each, sampler=order, collate_fn=list)
+            return prepare_data_loader(loader, num_processes=processes, process_index=rank, put_on_device=False)
+
+        loader = _in_whole_rounds(make, trainer) if hooked else make()
+        loader = skip_first_batches(loader, skipped) if skipped else loader  # first, as the trainer does
+        loader.set_epoch(epoch)
+        return iter(loader.batch_sampler)
+
+    steps = [[n for part in parts for n in part] for parts in zip(*map(of_rank, range(processes)), strict=True)]
+    assert trainer.train_dataset is data
+    return [sorted(number for number in step if number < ROWS) for step in steps]
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_rows_of_a_step_are_those_of_one_process(processes, strategy):
+    whole = rows_of_each_step(1, strategy=strategy)
+    assert rows_of_each_step(processes, strategy=strategy) == whole
+    assert rows_of_each_step(processes, strategy=strategy, skipped=2) == whole[2:]
+    assert sorted(number for step in whole for number in step) == list(range(ROWS))
+    assert rows_of_each_step(processes, strategy=strategy, epoch=2) != whole
+
+
+def test_without_the_hooks_they_are_not():
+    assert rows_of_each_step(2, hooked=False) != rows_of_each_step(1, hooked=False)
+    twice = [number for step in rows_of_each_step(2, hooked=False) for number in step]
+    assert len(twice) > ROWS  # Accelerate fills the last round with rows that came before
+
+
+def test_rows_that_fill_a_round_train_nothing():
+    from datasets import Dataset
+
+    data = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], "labels": [[-100, 2, 3], [-100, 5]]})
+    filled = _with_empty(data, 2)
+    assert filled[:2] == data[:] and filled[2] == filled[3] == {"input_ids": [4, 5], "labels": [-100, -100]}
+
+
+@pytest.mark.slow
+def test_make_train_runs_on_two_processes():
+    done = subprocess.run(["make", "--silent", "train", "PROCESSES=2"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 processes" in done.stdout
+
+
+def test_the_script_says_what_it_needs(tmp_path):
+    done = subprocess.run([sys.executable, "notebooks/scale_up.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "run_dir" in done.stderr
+    command = [sys.executable, "notebooks/scale_up.py", str(tmp_path / "empty")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and re.search(r"settings.json: found .*Fix: .*08_scale_up", done.stderr)
