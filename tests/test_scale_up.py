@@ -28,6 +28,7 @@ MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # A network's address is asked for nowhere, and the tests beside this one need the other core.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "100000"}  # a tensor's memory is the system's again once it is gone
 
 
 @pytest.fixture(scope="module")
@@ -90,19 +91,19 @@ def prepare(folder, data, *, micro_batch, every_seconds=300.0, strategy="group_b
     return folder
 
 
-def start(folder, *, processes):
-    """The output of a run and its status; `processes` of 1 is the script alone."""
+def start(folder, *, processes, environment):
+    """The process of a run; `processes` of 1 is the script alone."""
     launch = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
     command = [*launch, "notebooks/scale_up.py", str(folder)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def train(folder, *, processes=1, fault=None, after=0):
+def train(folder, *, processes=1, fault=None, after=0, environment=()):
     """(status, output, seconds from the fault on) of a run; behind step `after` `fault` gets {rank: process}."""
     lines, steps, began = [], 0, time.monotonic()
-    with start(folder, processes=processes) as process:
+    with start(folder, processes=processes, environment=dict(environment)) as process:
         for line in process.stdout:
             lines.append(line)
             steps += "'loss'" in line
@@ -182,7 +183,7 @@ def test_memory_and_disk_that_run_out_are_named_and_the_run_goes_on(data, on_two
         used = ranks[1].memory_info().vms
         ranks[1].rlimit(psutil.RLIMIT_AS, (used, used))
 
-    status, output, seconds = train(folder, processes=2, fault=no_memory, after=2)
+    status, output, seconds = train(folder, processes=2, fault=no_memory, after=2, environment=RETURNS_MEMORY)
     assert status != 0 and seconds < 60
     assert re.search(r"rank 1 of 2 on \S+: .*(does not fit|alloc)", output[output.index("Root Cause") :]), output
 
