@@ -27,9 +27,8 @@ def main(run_dir):
 
     # Every process waits here for the others. One with other libraries, settings or data is named.
     state = meet_ranks(library_versions() | hash_files(Path(run_dir, "dataset")) | settings)
-    run = None
     if state.is_main_process:
-        run = open_run(run_dir, chapter="04_train", base_model=settings["model"], drive=settings["drive"])
+        run = open_run(run_dir, chapter="04_train", base_model=settings["model"])
 
     from datasets import load_from_disk
     from unsloth import FastLanguageModel, is_bfloat16_supported  # before transformers, peft and trl: it patches them
@@ -82,7 +81,7 @@ def main(run_dir):
         trainer.add_callback(plot)
     trainer.add_callback(stop_on_divergence())
     batches = mask_report.watch(trainer)
-    checkpoints = Checkpoints(trainer, mirror=run and run.mirror, **settings["checkpoints"])
+    checkpoints = Checkpoints(trainer, **settings["checkpoints"])
     fit = fit_into_memory(trainer, plan.checkpointed_layers)
     with track_memory("training") as stage, checkpoints as last_checkpoint, fit as fitting:
         trainer.train(resume_from_checkpoint=last_checkpoint)

@@ -21,7 +21,8 @@ from types import SimpleNamespace
 import pytest
 
 from helpers.base import reason
-from helpers.training.checkpoints import CheckpointError, Checkpoints, _ordered, compare_settings
+from helpers.training.checkpoints import CheckpointError, Checkpoints, compare_settings
+from helpers.training.order import ordered
 from helpers.training.saved import copy_whole, delete_unfinished, handed_over, newest_good, read_saved, saved_in
 
 STEPS = 12
@@ -208,23 +209,25 @@ def test_the_order_of_the_rows_is_that_of_seed_and_epoch():
 
     lengths = [number % 7 + 1 for number in range(40)]
 
+    def in_order(sampler, seed):
+        return ordered(lambda rows: sampler, lengths, 40, SimpleNamespace(seed=seed, world_size=1))
+
     def order(seed, epoch, *, grouped):
         torch.rand(seed + epoch)  # as after other work
         sampler = LengthGroupedSampler(4, lengths=lengths) if grouped else RandomSampler(lengths)
-        ordered = _ordered(sampler, seed)
-        assert len(ordered) == 40
-        first = list(ordered)
-        ordered.set_epoch(epoch)
-        assert (list(ordered) == first) == (epoch == 0)
-        return list(ordered)
+        rows = in_order(sampler, seed)
+        assert len(rows) == 40
+        first = list(rows)
+        rows.set_epoch(epoch)
+        assert (list(rows) == first) == (epoch == 0)
+        return list(rows)
 
     for grouped in (False, True):
         orders = [order(seed, epoch, grouped=grouped) for seed, epoch in ((1, 0), (1, 1), (1, 2), (9, 0))]
         assert len({tuple(each) for each in orders}) == 4
         assert all(sorted(each) == list(range(40)) for each in orders)
         assert orders == [order(seed, epoch, grouped=grouped) for seed, epoch in ((1, 0), (1, 1), (1, 2), (9, 0))]
-    sequential = SequentialSampler(lengths)
-    assert _ordered(sequential, 1) is sequential
+    assert list(in_order(SequentialSampler(lengths), 1)) == list(range(40))
 
 
 def test_the_rows_are_read_once_at_the_start(trainer_of, folder, monkeypatch):

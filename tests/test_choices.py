@@ -16,7 +16,8 @@ from tests.maintain.smollm2 import prepare_smollm2
 COUNTS = ("ROWS", "EVAL_ROWS", "MAX_SEQ_LENGTH", "MAX_STEPS", "MICRO_BATCH", "ACCUMULATION")
 COUNTS += ("MAX_NEW_TOKENS",)
 SWITCHES = ("KEEP_BEST", "PADDING_FREE", "START_AFRESH", "USE_MODELSCOPE", "LOAD_IN_4BIT")
-PATHS = ("MODEL_NAME", "DATASET", "GENERAL", "REQUIREMENTS", "RUN_DIR", "DRIVE_DIR", "OUTPUT_DIR")
+SWITCHES += ("GROW_BATCH",)
+PATHS = ("MODEL_NAME", "DATASET", "GENERAL", "REQUIREMENTS", "RUN_DIR", "DRIVE_DIR", "OUTPUT_DIR", "SCALED_DIR")
 
 TAKEN = {
     **dict.fromkeys(COUNTS, [16, 100]),
@@ -36,6 +37,8 @@ TAKEN = {
     "PUSH_TO": ["", "me/tuned", "my-org/Llama-3.2_tuned", "m/t", "me/" + "x" * 96],
     "PUSH_FORM": ["adapter", "merged", "gguf"],
     "OUTPUT_DIR": ["quickstart"],
+    "SCALED_DIR": ["runs/scaled"],
+    "PROCESSES": [0, 1, 16],
     "REQUIREMENTS": ["requirements-colab.txt", "https://example.org/requirements.txt"],
 }
 NO_COUNT = [0, -3, 10**30, 16.0, True, False, "16", "٦٠", "1_000", "", None, math.nan, math.inf, -0.0, [16], []]
@@ -92,6 +95,8 @@ REFUSED = {
     + ["../tuned", "me/..", "-me/tuned", "me/tuned.", "me/a--b", "me/a..b", "me/tuned.git", "me/٦٠"],
     "PUSH_FORM": ["", "lora", "Adapter", None, ["adapter"]],
     "OUTPUT_DIR": [*NO_FOLDER, ""],
+    "SCALED_DIR": [*NO_FOLDER, ""],
+    "PROCESSES": [-1, 1.0, True, "2", None, 1025],
     "REQUIREMENTS": ["", 5, None, "a\0b"],
 }
 NOT_SEEN = [

@@ -21,7 +21,7 @@ from helpers.base import ROOT
 from helpers.handoff import open_run
 from helpers.memory.fit import DoesNotFit, fit_into_memory
 from helpers.ranks import one_message, rank_and_size
-from helpers.training.checkpoints import _in_whole_rounds, _ordered, _with_empty
+from helpers.training.order import in_whole_rounds, ordered, with_empty
 
 STEPS, ROWS, CONVERSATIONS = 20, 21, 4  # of 21 rows four steps of a pass take 4, and the sixth one: a rank has none
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -86,7 +86,7 @@ def prepare(folder, data, *, micro_batch, every_seconds=300.0, strategy="group_b
     checkpoints = {"every_seconds": every_seconds, "start_afresh": False}
     run.write_json(
         "settings.json",
-        {"model": model, "drive": "", "lora": lora, "training": training | others, "checkpoints": checkpoints},
+        {"model": model, "lora": lora, "training": training | others, "checkpoints": checkpoints},
     )
     return folder
 
@@ -356,13 +356,13 @@ def rows_of_each_step(processes, *, hooked=True, strategy="group_by_length", epo
     def of_rank(rank):
         def make():
             rows = trainer.train_dataset
-            order = _ordered(plain, rows, ROWS, args) if hooked else plain(rows)
+            order = ordered(plain, rows, ROWS, args) if hooked else plain(rows)
             if not hooked:
                 order.generator = torch.Generator().manual_seed(args.seed + epoch)
             loader = DataLoader(rows, batch_size=each, sampler=order, collate_fn=list)
             return prepare_data_loader(loader, num_processes=processes, process_index=rank, put_on_device=False)
 
-        loader = _in_whole_rounds(make, trainer) if hooked else make()
+        loader = in_whole_rounds(make, trainer) if hooked else make()
         loader = skip_first_batches(loader, skipped) if skipped else loader  # first, as the trainer does
         loader.set_epoch(epoch)
         return iter(loader.batch_sampler)
@@ -392,7 +392,7 @@ def test_rows_that_fill_a_round_train_nothing():
     from datasets import Dataset
 
     data = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], "labels": [[-100, 2, 3], [-100, 5]]})
-    filled = _with_empty(data, 2)
+    filled = with_empty(data, 2)
     assert filled[:2] == data[:] and filled[2] == filled[3] == {"input_ids": [4, 5], "labels": [-100, -100]}
 
 

@@ -38,6 +38,7 @@ from helpers.base import InputError, reason, replace_file, set_aside
 from helpers.environment.hub import base_name
 from helpers.handoff.run import fingerprint_rows
 from helpers.ranks import first_failure, on_all, on_first, rank_and_size
+from helpers.training.order import in_whole_rounds, ordered
 from helpers.training.saved import (
     HANDED_OVER,
     MANIFEST,
@@ -247,8 +248,8 @@ class Checkpoints:
         _replace(stack, trainer, "_save_checkpoint", self._save)
         _replace(stack, trainer, "_load_from_checkpoint", self._load)
         count = len(trainer.train_dataset)
-        _replace(stack, trainer, "_get_train_sampler", lambda make, rows: _ordered(make, rows, count, trainer.args))
-        _replace(stack, trainer, "get_train_dataloader", lambda make: _in_whole_rounds(make, trainer))
+        _replace(stack, trainer, "_get_train_sampler", lambda make, rows: ordered(make, rows, count, trainer.args))
+        _replace(stack, trainer, "get_train_dataloader", lambda make: in_whole_rounds(make, trainer))
         set_seed(trainer.args.seed)  # else dropout would depend on what ran before in this session
         callback = _callback(self)
         trainer.add_callback(callback)
@@ -333,77 +334,6 @@ def compare_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     """What differs, one line each. Example: ["LoRA r was 16, is 8"]"""
     names = [*was, *(name for name in now if name not in was)]
     return [f"{name} was {was.get(name)}, is {now.get(name)}" for name in names if was.get(name) != now.get(name)]
-
-
-def _ordered(make: Callable, rows: Any, count: int, args: Any) -> Any:
-    """The sampler that `make` gives, with an order that seed and epoch alone decide, for any number of processes.
-
-    Transformers shuffles by a generator that it seeds with the state of the global one, which depends on all that ran
-    before, and which a resumed run would begin at its first epoch again. It groups by length within fifty steps of one
-    process; here they are fifty steps of all.
-
-    Args:
-        rows: those to train on, `count` of them, and behind them what `_in_whole_rounds` added, which comes last.
-    """
-    import torch
-
-    sampler = make(rows if len(rows) == count else rows.select(range(count)))
-    if sampler is None:
-        return None
-    if hasattr(sampler, "lengths"):
-        sampler.batch_size *= args.world_size
-
-    class Ordered(torch.utils.data.Sampler):
-        epoch = 0
-
-        def set_epoch(self, epoch: int) -> None:
-            self.epoch = epoch
-
-        def __len__(self) -> int:
-            return len(rows)
-
-        def __iter__(self) -> Iterator[int]:
-            if hasattr(sampler, "generator"):  # else a sequential one
-                sampler.generator = torch.Generator().manual_seed(args.seed + self.epoch)
-            yield from sampler
-            yield from range(count, len(rows))
-
-    return Ordered()
-
-
-def _in_whole_rounds(make: Callable, trainer: Any) -> Any:
-    """The loader that `make` gives. With several processes each gets a batch in the last round of a pass as well.
-
-    Accelerate would fill that round up with rows of the first one, which would then be trained twice. Here it is
-    filled with copies of the shortest row in which no token is trained: the step's loss and gradients are as of one
-    process. (The trainer counts their tokens as read.)
-    """
-    rows, args = trainer.train_dataset, trainer.args
-    if args.world_size == 1:
-        return make()
-    missing = 0 if args.dataloader_drop_last else -len(rows) % (args.train_batch_size * args.world_size)
-    if missing:
-        trainer.train_dataset = _with_empty(rows, missing)
-    try:
-        loader = make()
-    finally:
-        trainer.train_dataset = rows
-    # Accelerate tells the epoch to a sampler that lies two levels deep. In a pass that is resumed, which skips batches,
-    # the one of several processes lies three levels deep, and would begin with the first epoch's order again.
-    shard = loader.batch_sampler
-    shard.sampler = shard.batch_sampler.sampler
-    return loader
-
-
-def _with_empty(rows: Any, count: int) -> Any:
-    """The rows, and behind them so many in which no token is trained."""
-    from datasets import concatenate_datasets
-
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    shortest = rows.select([lengths.index(min(lengths))] * count)
-    without = {"features": rows.features, "keep_in_memory": True}
-    empty = shortest.map(lambda row: {"labels": [-100] * len(row["labels"])}, **without)
-    return concatenate_datasets([rows, empty])
 
 
 def _callback(checkpoints: Checkpoints) -> Any:

@@ -22,8 +22,10 @@
 # `PROCESSES` is how many GPUs train, 0 for all that are here. `MICRO_BATCH` × `ACCUMULATION` is a step of *one* GPU, as in
 # chapter 04. `GROW_BATCH` gives each GPU as many conversations; without it they share these out.
 #
-# `SCALED_DIR` is the run folder that is made here, beside that of chapter 04, `RUN_DIR`. The other choices are those of
-# chapter 04.
+# `SCALED_DIR` is the run folder that is made here. `RUN_DIR`, which holds the data, stays as it is.
+#
+# `MAX_STEPS`, `LEARNING_RATE`, `CHECKPOINTING`, `PADDING_FREE` and `START_AFRESH` are as in chapter 04,
+# `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` as in chapter 02.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -40,7 +42,6 @@ PADDING_FREE = True  # @param {type:"boolean"}
 START_AFRESH = False  # @param {type:"boolean"}
 RUN_DIR = "runs/llama"  # @param {type:"string"}
 SCALED_DIR = "runs/scaled"  # @param {type:"string"}
-DRIVE_DIR = ""  # @param {type:"string"}
 HF_ENDPOINT = ""  # @param {type:"string"}
 USE_MODELSCOPE = False  # @param {type:"boolean"}
 
@@ -85,32 +86,35 @@ import torch
 PROCESSES = PROCESSES or max(1, torch.cuda.device_count())
 conversations = MICRO_BATCH * ACCUMULATION  # a step of one GPU
 if GROW_BATCH:
-    LEARNING_RATE, MAX_STEPS = LEARNING_RATE * PROCESSES**0.5, max(1, MAX_STEPS // PROCESSES)
     conversations *= PROCESSES
+    LEARNING_RATE, MAX_STEPS = LEARNING_RATE * PROCESSES**0.5, max(1, MAX_STEPS // PROCESSES)
 elif conversations % PROCESSES:
     raise ValueError(f"{conversations} conversations cannot be shared by {PROCESSES} GPUs. Change MICRO_BATCH.")
 else:
-    MICRO_BATCH = min(MICRO_BATCH, conversations // PROCESSES)
-    while conversations % (MICRO_BATCH * PROCESSES):
-        MICRO_BATCH -= 1
-    ACCUMULATION = conversations // (MICRO_BATCH * PROCESSES)
-print(f"{MICRO_BATCH} × {ACCUMULATION} on each of {PROCESSES}: {conversations} conversations a step, {MAX_STEPS} steps")
-print(f"learning rate {LEARNING_RATE:.3g}")
+    share = conversations // PROCESSES
+    MICRO_BATCH = max(size for size in range(1, MICRO_BATCH + 1) if share % size == 0)
+    ACCUMULATION = share // MICRO_BATCH
+print(f"{MICRO_BATCH} × {ACCUMULATION} on each of {PROCESSES}: {conversations} conversations a step")
+print(f"{MAX_STEPS} steps, learning rate {LEARNING_RATE:.3g}")
 
 # %% [markdown] lang="en"
 # The plan of chapter 04, for one GPU's share.
 
 # %%
 from datasets import load_from_disk
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
+
+texts = load_from_disk(f"{RUN_DIR}/dataset")["train"]["text"]
+tokenizer = AutoTokenizer.from_pretrained(f"{RUN_DIR}/dataset/tokenizer")
+lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=MAX_SEQ_LENGTH).input_ids]
+
+# %%
+from transformers import AutoConfig
 from helpers.memory import plan_batch
 
-dataset = load_from_disk(f"{RUN_DIR}/dataset")
-tokenizer = AutoTokenizer.from_pretrained(f"{RUN_DIR}/dataset/tokenizer")
-texts = dataset["train"]["text"]
 plan = plan_batch(
     AutoConfig.from_pretrained(MODEL_NAME),
-    lengths=[len(ids) for ids in tokenizer(texts, truncation=True, max_length=MAX_SEQ_LENGTH).input_ids],
+    lengths=lengths,
     micro_batch=MICRO_BATCH,
     accumulation=ACCUMULATION,
     checkpointing=CHECKPOINTING,
@@ -174,7 +178,7 @@ training = dict(
 
 # %% tags=["handoff"]
 checkpoints = {"every_seconds": 300, "start_afresh": START_AFRESH}
-settings = {"model": MODEL_NAME, "drive": DRIVE_DIR, "lora": lora, "training": training, "checkpoints": checkpoints}
+settings = {"model": MODEL_NAME, "lora": lora, "training": training, "checkpoints": checkpoints}
 scaled.write_json("settings.json", settings)
 
 # %% [markdown] lang="en"
