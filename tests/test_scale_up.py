@@ -20,6 +20,7 @@ import torch
 from helpers.base import ROOT
 from helpers.handoff import open_run
 from helpers.memory.fit import DoesNotFit, fit_into_memory
+from helpers.memory.plan import predict_peak
 from helpers.ranks import one_message, rank_and_size
 from helpers.training.order import in_whole_rounds, ordered, with_empty
 
@@ -394,6 +395,33 @@ def test_rows_that_fill_a_round_train_nothing():
     data = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], "labels": [[-100, 2, 3], [-100, 5]]})
     filled = with_empty(data, 2)
     assert filled[:2] == data[:] and filled[2] == filled[3] == {"input_ids": [4, 5], "labels": [-100, -100]}
+
+
+def test_the_figures_on_the_page_are_those_of_the_formulas():
+    from transformers import LlamaConfig
+
+    sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+    from scaling import LORA, all_reduce_seconds
+
+    page = (ROOT / "notebooks" / "src" / "08_scale_up.py").read_text(encoding="utf-8")
+    for link, name in (("PCIe 3", "PCIe 3, 10 GB/s"), ("Ethernet 10 Gbit/s", "a network of 10 Gbit/s")):
+        two, eight = (round(1000 * all_reduce_seconds(LORA["3B"], gpus=gpus, link=link)) for gpus in (2, 8))
+        assert re.search(rf"{re.escape(name)}.* \| {two} ms \| {eight} ms \|", page)
+    assert all_reduce_seconds(LORA["3B"], gpus=8, link="NVLink") < 1e-3
+    shapes = {
+        "Llama 3.2 3B": dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24),
+        "Llama 3.1 8B": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
+        "Llama 3.3 70B": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
+    }
+    for name, shape in shapes.items():
+        tied = name.endswith("3B")
+        config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied, **shape)
+        whole = dict(lora_rank=16, use_gradient_checkpointing=True, triton_loss=True)
+        figures = [f"{predict_peak(config, tokens=tokens, **whole):.1f}" for tokens in (2048, 8192, 32768)]
+        assert f"| {name} | {' | '.join(figures)} |" in page
+    weights = predict_peak(config, tokens=1, **whole)
+    divided = [f"{weights / gpus + float(figures[0]) - weights:.1f}" for gpus in (4, 8)]
+    assert "41.9 are weights" in page and [f"{weights:.1f}", *divided] == ["41.9", "13.7", "8.4"]
 
 
 @pytest.mark.slow

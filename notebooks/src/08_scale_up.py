@@ -65,9 +65,9 @@ scaled = open_run(SCALED_DIR, base_model=MODEL_NAME)
 #
 # | between the GPUs | 2 GPUs | 8 GPUs |
 # |---|---|---|
-# | NVLink, 300 GB/s | under 1 ms | 1 ms |
+# | NVLink, 300 GB/s | under 1 ms | under 1 ms |
 # | PCIe 3, 10 GB/s, as between Kaggle's T4s | 10 ms | 17 ms |
-# | a network of 10 Gbit/s between machines | 78 ms | 136 ms |
+# | a network of 10 Gbit/s between machines | 78 ms | 137 ms |
 # | a network of 1 Gbit/s | 0.8 s | 1.4 s |
 
 # %% [markdown] lang="en"
@@ -245,7 +245,8 @@ Image(f"{SCALED_DIR}/curves/curves.png")
 # `FIRST` is the first machine's name or address.
 #
 # Where a process fails, all end within a minute. The last lines name its rank and the cause, such as memory, a full
-# disk, or other versions than those of rank 0. Mend it and type the command again.
+# disk, or other versions than those of rank 0. `1/2 clients joined` says that the other machine did not start. Mend it
+# and type the command again.
 #
 # ## What does not fit
 #
