@@ -5,26 +5,38 @@ and nothing else.
 """
 
 import contextlib
+import itertools
 import json
 import os
+import re
+import shlex
+import shutil
+import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from helpers.base import InputError, reason
+from helpers.base import ROOT, InputError, hash_files, reason
 
 MEETING_SECONDS = 60
-# What PyTorch says of a rank that has gone: the gloo, NCCL and store back ends, each in its own words.
+# What PyTorch says of a rank that has gone, over gloo, NCCL and its store.
 GONE = ("connection closed by peer", "connection reset by peer", "broken pipe", "connection was likely closed")
-GONE += ("read error", "gloo", "nccl", "tcpstore", "remote process exited")
+GONE += ("remote process exited", "nccl communicator was aborted")
 ENDED_BY_OTHERS_SECONDS = 30
+STOPPED = 130  # the exit status of a process that Ctrl-C ended
+TALK = re.compile(r"torch/distributed/elastic/.* failed \(exitcode")  # the launcher's first line about a failure
+
+_store: Any = None  # torchrun's, once the ranks have met
+_numbers = itertools.count()  # of what was computed by rank 0 alone, the same on every rank
 
 
 class RankError(InputError):
-    """A rank is missing, or is not like the others."""
+    """A rank is missing, failed, or is not like the others."""
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -38,27 +50,26 @@ def meet_ranks(facts: Mapping[str, Any], *, seconds: float = MEETING_SECONDS) ->
     It comes before anything that takes long: whoever is missing, or would compute something else, is named now.
 
     Args:
-        facts: what must be the same on every rank, such as `library_versions()`.
+        facts: what must be the same on every rank, such as `library_versions()`. The kind of GPU and this series' own
+            code are added.
         seconds: how long to wait for the others.
 
     Raises:
-        RankError: a rank did not come, or has other facts than rank 0.
+        RankError: a rank did not come, has no GPU where there are some, or has other facts than rank 0.
 
     Example:
         >>> meet_ranks(library_versions()).num_processes
         2
     """
+    global _store
     rank, size = rank_and_size()
     if size > 1:
-        from torch.distributed import TCPStore
-
-        # torchrun's own store, through which the ranks will also find each other.
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=seconds))
+        store = _open_store(seconds)
         attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        mine = {"host": socket.gethostname(), "facts": dict(facts)}
+        mine = {"host": socket.gethostname(), "facts": {**facts, "GPU": _gpu(), "code": _code()}}
         store.set(f"meeting/{attempt}/{rank}", json.dumps(mine))
         _require_alike([_read(store, f"meeting/{attempt}/{other}", other, seconds) for other in range(size)])
+        _store = store
     import torch
     from accelerate import PartialState
 
@@ -67,6 +78,37 @@ def meet_ranks(facts: Mapping[str, Any], *, seconds: float = MEETING_SECONDS) ->
     # Accelerate would call it "cpu:0", a place that torch.load does not know.
     os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     return PartialState(cpu=True)  # else processes without GPUs would not see each other
+
+
+def _open_store(seconds: float) -> Any:
+    """torchrun's own store, through which the ranks will also find each other."""
+    from torch.distributed import TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=seconds))
+    except RuntimeError as error:
+        where, fix = f"{host}:{port}", "give each launcher the first host's address, and open the port to the others"
+        raise RankError(where, found=reason(error), expected="the first host's launcher", fix=fix) from None
+
+
+def _gpu() -> str:
+    """What kind of GPU this rank computes on: cards of two kinds would compute in other types."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none"
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count:
+        found, fix = f"{count} GPUs for more processes", f"start {count} processes on this host"
+        raise RankError(socket.gethostname(), found=found, expected="a GPU for each process", fix=fix)
+    return "compute capability {}.{}".format(*torch.cuda.get_device_capability(number))
+
+
+def _code() -> str:
+    """Names this series' own files, which another host may have in another version."""
+    files = hash_files(ROOT / "helpers", pattern="*.py") | hash_files(ROOT / "notebooks" / "scale_up.py")
+    return str(sum(int(digits[:12], 16) for digits in files.values()))
 
 
 def _read(store: Any, key: str, rank: int, seconds: float) -> dict[str, Any]:
@@ -90,18 +132,28 @@ def _require_alike(ranks: list[dict[str, Any]]) -> None:
                     f"rank {number} on {other['host']}",
                     found=f"{name} {str(its)[:80]}",
                     expected=f"{name} {str(value)[:80]}, as rank 0 on {ranks[0]['host']} has it",
-                    fix="make the hosts alike: the same lock installed, the same run folder",
+                    fix="make the hosts alike: the same lock installed, the same series, the same run folder",
                 )
 
 
 def on_first(compute: Callable[[], Any]) -> Any:
-    """What `compute` returns on rank 0, given to all; the others wait for it, and compute nothing."""
+    """What `compute` returns on rank 0, given to all; the others wait for it, and compute nothing.
+
+    They wait at torchrun's store: NCCL gives up after ten minutes, and checking many rows may take longer.
+    """
     if rank_and_size()[1] == 1:
         return compute()
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    return broadcast_object_list([compute() if PartialState().is_main_process else None])[0]
+    is_first, key, result = PartialState().is_main_process, f"computed/{next(_numbers)}", None
+    if is_first:
+        result = compute()
+    if _store is not None:
+        if is_first:
+            _store.set(key, "")
+        _store.wait([key], timedelta(days=1))
+    return broadcast_object_list([result])[0]
 
 
 def on_all(value: Any) -> list[Any]:
@@ -139,19 +191,25 @@ def one_message() -> Iterator[None]:
     """An error in this block ends the process with one line, which names the rank; torchrun's summary quotes it.
 
     Where one rank goes, the others' next exchange fails too. They wait to be ended by torchrun, so that the first
-    message, or the signal that ended a rank, is what remains to be read.
+    message, or the signal that ended a rank, is what remains to be read. Ctrl-C, which reaches all, is told by one.
     """
+    rank, size = rank_and_size()
     try:
         yield
+    except KeyboardInterrupt as error:
+        if rank == 0:
+            print(str(error) or "stopped", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(STOPPED)
     except Exception as error:
-        rank, size = rank_and_size()
         if size == 1 and not isinstance(error, InputError):
             raise
-        follows = size > 1 and not isinstance(error, InputError) and any(word in str(error).lower() for word in GONE)
+        met, known = _store is not None, isinstance(error, InputError)
+        follows = met and not known and any(words in str(error).lower() for words in GONE)
         if follows:
             time.sleep(ENDED_BY_OTHERS_SECONDS)
         where = f"rank {rank} of {size} on {socket.gethostname()}: " if size > 1 else ""
-        what = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {reason(error)}"
+        what = str(error) if known else f"{type(error).__name__}: {reason(error)}"
         line = f"{where}{'another rank has gone: ' if follows else ''}{what}"
         print(line, file=sys.stderr, flush=True)
         if summary := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -159,3 +217,56 @@ def one_message() -> Iterator[None]:
                 json.dump({"message": line, "timestamp": str(int(time.time()))}, file)
         sys.stdout.flush()
         os._exit(1)  # not through the interpreter's end, which would wait for ranks that are gone
+
+
+def start(command: str) -> None:
+    """Run a program and its arguments as a terminal would, and show what it prints, up to the first failure.
+
+    Stop, or Ctrl-C, is passed on once, and the processes have time to save. Programs of this Python's environment are
+    found, whether it is activated or not.
+
+    Raises:
+        RankError: it failed; its own message, or the signal that ended a rank, is in this one.
+
+    Example:
+        >>> start("torchrun --nproc_per_node=2 notebooks/scale_up.py runs/scaled")
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"}
+    options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    lines, talks, words = [], False, shlex.split(command)
+    if shutil.which(words[0], path=path) is None:
+        fix = "install this series' packages into this Python, or start its kernel"
+        raise RankError(words[0], found=f"no such program beside {sys.executable}", expected="one", fix=fix)
+    # A session of its own: a signal to this one's processes would reach it a second time.
+    with subprocess.Popen(words, start_new_session=True, **options) as process:
+        while True:
+            try:
+                for line in process.stdout:
+                    lines.append(line)
+                    talks = talks or bool(TALK.search(line))
+                    if not talks:
+                        print(line, end="", flush=True)
+                break
+            except KeyboardInterrupt:
+                process.send_signal(signal.SIGINT)
+    if process.returncode:
+        if any(line.startswith("stopped after step") for line in lines):
+            raise KeyboardInterrupt("stopped; run the cell again to go on")
+        found, fix = cause_of(lines), "mend that and run the cell again: it goes on from the last checkpoint"
+        raise RankError(words[0], found=found, expected="a run to its end", fix=fix)
+
+
+def cause_of(lines: list[str]) -> str:
+    """What a launcher's output says of the rank that failed first.
+
+    Example: the message that begins "rank 1 of 2 on host: …", or else "rank 1, ended by SIGKILL"
+    """
+    messages = [line.strip() for line in lines if re.match(r"rank \d+ of \d+ on ", line)]
+    if own := [message for message in messages if ": another rank has gone: " not in message]:
+        return own[0].removesuffix(".")
+    summary = "".join(lines).partition("Root Cause")[2]
+    if ended := re.search(r"rank +: (\d+).*?exitcode +: -\d+ \(pid: \d+\) +\((\w+)\)", summary, re.DOTALL):
+        return f"rank {ended[1]}, ended by {ended[2]}"
+    said = [line.strip() for line in lines if line.strip()]
+    return (messages or said[-1:] or ["no message"])[0].removesuffix(".")

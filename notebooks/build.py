@@ -20,6 +20,7 @@ import re
 import sys
 import tomllib
 from collections import Counter
+from collections.abc import Container
 from pathlib import Path
 
 import nbformat
@@ -98,16 +99,19 @@ def build(source: Path, lang: str) -> NotebookNode:
     that neither moving the series nor measuring it again changes an id.
     """
     seen: Counter[str] = Counter()
-    cells = []
-    for cell in read_cells(source):
+    cells, spoken = [], read_cells(source)
+    languages = {cell.metadata.get("lang") for cell in spoken if cell.cell_type == "markdown"}
+    for cell in spoken:
         if cell.cell_type == "markdown" and cell.metadata.get("lang") != lang:
             continue
         text = f"{source.stem}\n{cell.cell_type}\n{cell.source}".replace(repository(), "")
         seen[text] += 1
         metadata = {key: cell.metadata[key] for key in CELL_METADATA if key in cell.metadata}
-        source_text = (
-            cell.source.replace(BUDGET, budget(source.stem, lang)).replace(NEXT, next_line(source.stem, lang)).rstrip()
-        )
+        written = {BUDGET: budget(source.stem, lang), NEXT: next_line(source.stem, lang)}
+        source_text = cell.source
+        for mark, line in written.items():
+            source_text = source_text.replace(mark, line)
+        source_text = switched(source_text, source.stem, lang, languages).rstrip()
         make = nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
         cell_id = hashlib.sha256(f"{text}\n{seen[text]}".encode()).hexdigest()[:12]
         cells.append(make(source_text, id=cell_id, metadata=metadata))
@@ -139,7 +143,7 @@ def move(location: str) -> list[Path]:
 def title(source: Path, lang: str = "en") -> str:
     """The chapter's heading."""
     cells = (cell.source for cell in read_cells(source) if cell.metadata.get("lang") == lang)
-    return next(cells).splitlines()[0].removeprefix("# ")
+    return next(cells, "\n").splitlines()[0].removeprefix("# ")
 
 
 def readme(trained: NotebookNode) -> str:
@@ -229,7 +233,22 @@ def next_line(chapter: str, lang: str) -> str:
     """The link to the chapter that follows; nothing behind the last one."""
     following = CHAPTERS[CHAPTER_NAMES.index(chapter) + 1 :][:1]
     word = {"en": "Next", "zh": "下一章"}[lang]
-    return "".join(f"{word}: [{other.title} →]({other.name}.ipynb)" for other in following)
+    between = {"en": ": ", "zh": "："}[lang]
+    return "".join(f"{word}{between}[{title_of(other.name, lang)} →]({other.name}.ipynb)" for other in following)
+
+
+def title_of(chapter: str, lang: str) -> str:
+    """A chapter's heading in a language; the English one where it has no other yet."""
+    source = NOTEBOOKS / "src" / f"{chapter}.py"
+    return title(source, lang) or title(source)
+
+
+def switched(text: str, chapter: str, lang: str, languages: Container[str]) -> str:
+    """A chapter's first text with a link to its other edition behind the badge; any other text as it is."""
+    if "zh" not in languages:
+        return text
+    other = {"en": f" [简体中文](zh-CN/{chapter}.ipynb)", "zh": f" [English](../{chapter}.ipynb)"}[lang]
+    return re.sub(r"^(\[!\[[^\n]*badge\.svg\)\][^\n]*)$", lambda badge: badge[1] + other, text, flags=re.MULTILINE)
 
 
 def keep_outputs(notebook: NotebookNode, donor: NotebookNode) -> int:
@@ -302,7 +321,7 @@ def main() -> int:
     stale: list[Path] = []
     for source, lang, path in targets():
         notebook = build(source, lang)
-        donor = arguments.outputs_from / path.name if arguments.outputs_from else path
+        donor = (arguments.outputs_from or EDITIONS["en"]) / path.name  # both editions show one run
         if donor.exists():
             keep_outputs(notebook, read_notebook(donor))
         notebooks[path] = notebook

@@ -9,6 +9,7 @@ import copy
 import json
 import re
 import sys
+import tomllib
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -26,6 +27,29 @@ MACHINE_PATH = re.compile(rf"(?<![\w./<-])/{{1,3}}(?:{MACHINE_FOLDERS})/[\w.@+-]
 URL = re.compile(r"\b(?!file:)[a-z][a-z0-9+.-]*://[^\s<>\"']+")  # its path is nobody's machine's
 # By such a comment nbval lets a cell pass whatever it shows, also a tagged one.
 NBVAL_COMMENT = re.compile(r"^\s*#+\s*((?:NBVAL|PYTEST_VALIDATE)_\w+)\s*$", re.MULTILINE)
+TERMS = build.NOTEBOOKS / "terms.toml"
+CODE_SPAN, LINK = re.compile(r"`[^`]+`"), re.compile(r"\]\(([^)\s]+)\)")
+ALONE = {"en": "On your own", "zh": "自己动手"}
+NUMBER = re.compile(r"\d(?:[\d,.]*\d)?")
+
+
+def _links(text: str) -> list[str]:
+    """The targets of a text's links, as they are from the folder of the English notebooks."""
+    return [link.replace("notebooks/zh-CN/", "notebooks/").removeprefix("../") for link in LINK.findall(text)]
+
+
+def _spans(text: str) -> list[str]:
+    return CODE_SPAN.findall(re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+def _numbers(text: str) -> list[str]:
+    return [number.replace(",", "") for number in NUMBER.findall(CODE_SPAN.sub("", LINK.sub("]", text)))]
+
+
+# What a text and its translation must share.
+PARTS = {"code spans": _spans, "links": _links, "numbers": _numbers}
+PARTS |= {"headings": lambda text: re.findall(r"^#+ ", text, re.MULTILINE)}
+PARTS |= {"rows of tables": lambda text: re.findall(r"^\|", text, re.MULTILINE)}
 QUOTE = r"(?:[\"']|&(?:quot|apos|#\w+);)"
 # By the prefix that the issuer gives, so that a hash or an id is not taken for one. Wider scanners guess by entropy,
 # which a notebook full of images and fingerprints sets off at every turn.
@@ -148,7 +172,7 @@ def of_text(notebook: NotebookNode, chapter: Chapter) -> list[str]:
     following = chapters[chapters.index(chapter.source.stem) + 1 :][:1]
     if following and f"{following[0]}.ipynb" not in links:
         found.append(f"no link to the next chapter, {following[0]}.ipynb")
-    if notebook.cells[-1].cell_type != "markdown" or (chapter.lang == "en" and "On your own" not in prose[-1]):
+    if notebook.cells[-1].cell_type != "markdown" or ALONE[chapter.lang] not in prose[-1]:
         found.append("the last cell says what to try on your own")
     if silent := [name for name in parameter_names(notebook) if not re.search(rf"`{name}\b", "\n".join(prose))]:
         found.append(f"parameters that no text cell explains, named as `NAME`: {', '.join(silent)}")
@@ -229,11 +253,40 @@ def problems_of_source(cells: list[NotebookNode]) -> list[str]:
     return found
 
 
+def problems_of_pairs(cells: list[NotebookNode]) -> list[str]:
+    """What a Chinese text has other than its English partner: code spans, links, numbers, headings, rows of tables."""
+    found = []
+    for english, chinese in zip(cells, cells[1:], strict=False):
+        if (english.metadata.get("lang"), chinese.metadata.get("lang")) == ("en", "zh"):
+            for what, parts in PARTS.items():
+                ours, theirs = (Counter(parts(cell.source)) for cell in (english, chinese))
+                if differ := sorted(((ours - theirs) + (theirs - ours)).elements()):
+                    found.append(
+                        f"{what} that the two texts do not share, {', '.join(differ)}, of `{first_line(english)}`"
+                    )
+    return found
+
+
+def problems_of_terms(cells: list[NotebookNode]) -> list[str]:
+    """The words of a Chinese text that the table of terms says to avoid."""
+    terms = tomllib.loads(TERMS.read_text(encoding="utf-8"))["term"]
+    prose = [cell for cell in cells if cell.metadata.get("lang") == "zh"]
+    return [
+        f"{word} instead of {term['zh']} in `{first_line(cell)}`"
+        for cell in prose
+        for term in terms
+        for word in term["avoid"]
+        if word in cell.source
+    ]
+
+
 def main() -> int:
     problems = []
     chapters = [Chapter(*target) for target in build.targets()]
     for source in build.sources():
-        problems += [f"{source.name}: {problem}" for problem in problems_of_source(build.read_cells(source))]
+        cells = build.read_cells(source)
+        checks = (problems_of_source, problems_of_pairs, problems_of_terms)
+        problems += [f"{source.name}: {problem}" for check in checks for problem in check(cells)]
     for chapter in chapters:
         name = chapter.path.relative_to(build.NOTEBOOKS)
         if chapter.path.exists():

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from helpers.base import hash_files
+from helpers.base import InputError, hash_files
 from helpers.environment.setup import hide_harmless_warnings
 from helpers.handoff import open_run
 from helpers.handoff.run import library_versions
@@ -18,10 +18,13 @@ from helpers.ranks import meet_ranks, on_first, one_message, rank_and_size, requ
 os.environ |= {"UNSLOTH_BLOCK_COMPILE": "0", "TQDM_DISABLE": "1"}  # the bars of several processes would mix
 
 
-def main(run_dir):
+def main(run_dir, start_afresh):
     hide_harmless_warnings()
     if rank_and_size()[0] > 0:
         sys.stdout = open(os.devnull, "w")  # the first process, rank 0, speaks and writes
+    if not Path(run_dir, "settings.json").is_file():
+        fix = "run chapter 08, and give the folder that it has as SCALED_DIR"
+        raise InputError(run_dir, found="no settings.json", expected="a folder that chapter 08 has prepared", fix=fix)
     settings = open_run(run_dir).read_json("settings.json")
     training, lora, max_length = settings["training"], settings["lora"], settings["training"]["max_length"]
 
@@ -45,27 +48,21 @@ def main(run_dir):
     dataset = load_from_disk(f"{run_dir}/dataset")
     tokenizer = AutoTokenizer.from_pretrained(f"{run_dir}/dataset/tokenizer")
     tokens = tokenizer(dataset["train"]["text"], truncation=True, max_length=max_length).input_ids
-    plan = plan_batch(
-        AutoConfig.from_pretrained(settings["model"]),
-        lengths=[len(ids) for ids in tokens],
-        micro_batch=training["per_device_train_batch_size"],
-        accumulation=training["gradient_accumulation_steps"],
-        checkpointing=lora["use_gradient_checkpointing"],
-        padding_free=training["padding_free"],
-        lora_rank=lora["r"],
-    )
+    config = AutoConfig.from_pretrained(settings["model"])
+    plan = plan_batch(config, lengths=[len(ids) for ids in tokens], **settings["plan"])
     plan.raise_if_failed()
     # Each process loads the whole model, on its own GPU.
     model, _ = FastLanguageModel.from_pretrained(
         model_name=settings["model"], max_seq_length=max_length, load_in_4bit=True, device_map={"": str(state.device)}
     )
     model = FastLanguageModel.get_peft_model(model, **lora)
+    kind = {"fp16": not is_bfloat16_supported(), "bf16": is_bfloat16_supported()}
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
         train_dataset=dataset["train"],
         eval_dataset=dataset["held_out"],
-        args=SFTConfig(fp16=not is_bfloat16_supported(), bf16=is_bfloat16_supported(), **training),
+        args=SFTConfig(output_dir=f"{run_dir}/checkpoints", **kind, **training),
     )
     trainer = train_on_responses_only(trainer)
 
@@ -81,13 +78,14 @@ def main(run_dir):
         trainer.add_callback(plot)
     trainer.add_callback(stop_on_divergence())
     batches = mask_report.watch(trainer)
-    checkpoints = Checkpoints(trainer, **settings["checkpoints"])
+    checkpoints = Checkpoints(trainer, every_seconds=settings["every_seconds"], start_afresh=start_afresh)
     fit = fit_into_memory(trainer, plan.checkpointed_layers)
     with track_memory("training") as stage, checkpoints as last_checkpoint, fit as fitting:
         trainer.train(resume_from_checkpoint=last_checkpoint)
 
     require_equal("an adapter", adapter_checksum(model), fix="train anew: the processes have drifted apart")
-    if state.is_main_process:
+
+    def finish():
         model.save_pretrained(f"{run_dir}/new/adapter")
         tokenizer.save_pretrained(f"{run_dir}/new/adapter")
         run.keep("adapter", template=run.facts("dataset")["template"])
@@ -108,12 +106,14 @@ def main(run_dir):
         print(evidence)
         checkpoints.hand_over()
         evidence.raise_if_failed()
-    state.wait_for_everyone()
+
+    on_first(finish)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", help="a run folder that chapter 08 has prepared")
+    parser.add_argument("--start-afresh", action="store_true", help="set an interrupted run aside, and begin anew")
     options = parser.parse_args()
     with one_message():
-        main(options.run_dir)
+        main(**vars(options))

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -21,7 +22,7 @@ from helpers.base import ROOT
 from helpers.handoff import open_run
 from helpers.memory.fit import DoesNotFit, fit_into_memory
 from helpers.memory.plan import predict_peak
-from helpers.ranks import one_message, rank_and_size
+from helpers.ranks import cause_of, one_message, rank_and_size
 from helpers.training.order import in_whole_rounds, ordered, with_empty
 
 STEPS, ROWS, CONVERSATIONS = 20, 21, 4  # of 21 rows four steps of a pass take 4, and the sixth one: a rank has none
@@ -61,7 +62,6 @@ def prepare(folder, data, *, micro_batch, every_seconds=300.0, strategy="group_b
     shutil.copytree(data, folder / "new" / "dataset")
     run.keep("dataset", template="", source={}, dataset="support", train_rows=ROWS)
     training = dict(
-        output_dir=str(folder / "checkpoints"),
         max_steps=STEPS,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=1,
@@ -84,10 +84,10 @@ def prepare(folder, data, *, micro_batch, every_seconds=300.0, strategy="group_b
     )
     lora = dict(r=16, target_modules=MODULES, lora_alpha=16, lora_dropout=0, bias="none", random_state=3407)
     lora |= {"use_gradient_checkpointing": False}
-    checkpoints = {"every_seconds": every_seconds, "start_afresh": False}
+    plan = dict(micro_batch=micro_batch, accumulation=1, checkpointing=False, padding_free=False, lora_rank=16)
     run.write_json(
         "settings.json",
-        {"model": model, "lora": lora, "training": training | others, "checkpoints": checkpoints},
+        {"model": model, "lora": lora, "training": training | others, "plan": plan, "every_seconds": every_seconds},
     )
     return folder
 
@@ -165,9 +165,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(data, on_two, tmp_path):
 
     run = open_run(other)
     settings = run.read_json("settings.json")
-    settings["training"] |= {"output_dir": str(other / "checkpoints")}  # two rows a step, on one process
-    run.write_json("settings.json", settings)
-    status, output, _ = train(other)
+    status, output, _ = train(other)  # two rows a step, on one process
     assert status != 0 and "effective batch was 4, is 2" in output and "Fix: set them back" in output
     settings["training"] |= {"per_device_train_batch_size": CONVERSATIONS}
     run.write_json("settings.json", settings)
@@ -317,6 +315,69 @@ def test_one_process_is_as_ever():
     assert done.returncode == 1 and done.stderr == "X: found 1, expected 2. Fix: set it.\n"
 
 
+def start_here(tmp_path, command, *, interrupt=False):
+    """(status, output, errors) of a process that starts a command as chapter 08 does, with a bare PATH."""
+    code = f"from helpers.ranks import start\nstart({command!r})"
+    environment = ENVIRONMENT | {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    options = dict(cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", code], **options) as process:
+        if interrupt:
+            assert process.stdout.readline() == "step 3\n"
+            process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+def test_the_message_of_the_rank_that_failed_is_what_start_ends_with(tmp_path):
+    (tmp_path / "fail.py").write_text("""
+from helpers.base import InputError
+from helpers.ranks import one_message, rank_and_size
+print("begun")
+with one_message():
+    if rank_and_size()[0] == 1:
+        raise InputError("the disk", found="no room", expected="room", fix="free some")
+    import time; time.sleep(60)
+""")
+    status, output, errors = start_here(tmp_path, "torchrun --nproc_per_node=2 fail.py")
+    last = errors.strip().splitlines()[-1]
+    assert status and output.count("begun") == 2 and "Traceback" not in output
+    assert re.search(
+        r"RankError: torchrun: found rank 1 of 2 on \S+: the disk: found no room, .*Fix: free some, ", last
+    )
+    assert "run the cell again: it goes on" in last
+    status, _, errors = start_here(tmp_path, "no-such-program at all")
+    assert status and "found" in errors.splitlines()[-1] and "no-such-program" in errors.splitlines()[-1]
+    assert start_here(tmp_path, "torchrun --help")[0] == 0
+
+
+def test_a_signal_that_ended_a_rank_is_named():
+    lines = ["Root Cause (first observed failure):\n", "[0]:\n", "  rank      : 1 (local_rank: 1)\n"]
+    lines += ["  exitcode  : -9 (pid: 8608)  (SIGKILL)\n"]
+    assert cause_of(lines) == "rank 1, ended by SIGKILL"
+    gone = "rank 0 of 2 on a: another rank has gone: RuntimeError: Connection closed by peer\n"
+    assert cause_of([gone, *lines]) == "rank 1, ended by SIGKILL"
+    assert cause_of([gone, "rank 1 of 2 on a: the disk is full.\n", *lines]) == "rank 1 of 2 on a: the disk is full"
+    assert cause_of([gone]).startswith("rank 0 of 2 on a: another rank has gone") and cause_of([]) == "no message"
+
+
+def test_stop_is_passed_on_once_and_the_processes_save(tmp_path):
+    (tmp_path / "train.py").write_text("""
+import signal, sys, time
+asked = []
+signal.signal(signal.SIGINT, lambda *_: asked.append(1))
+print("step 3", flush=True)
+while not asked:
+    time.sleep(0.05)
+time.sleep(1)
+print(f"saved, asked {len(asked)} times", flush=True)
+print("stopped after step 3; run the chapter again to go on", flush=True)
+sys.exit(130)
+""")
+    status, output, errors = start_here(tmp_path, f"{sys.executable} train.py", interrupt=True)
+    assert "saved, asked 1 times" in output
+    assert status and "KeyboardInterrupt: stopped; run the cell again to go on" in errors.splitlines()[-1]
+
+
 def test_a_batch_that_does_not_fit_is_not_split_by_one_rank_alone(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -327,10 +388,10 @@ def test_a_batch_that_does_not_fit_is_not_split_by_one_rank_alone(monkeypatch):
     model = torch.nn.Linear(1, 1)
     model.device, model.dtype = torch.device("cuda"), torch.float16
     trainer = SimpleNamespace(model=model, training_step=step, prediction_step=step, add_callback=lambda each: None)
-    trainer.remove_callback = trainer.add_callback
+    trainer.remove_callback, trainer.args = trainer.add_callback, SimpleNamespace(per_device_train_batch_size=2)
     with (
         fit_into_memory(trainer),
-        pytest.raises(DoesNotFit, match="on rank 1: found a batch of 6 tokens.*smaller MICRO"),
+        pytest.raises(DoesNotFit, match="size 2 on rank 1: found a batch of 6 tokens.*MICRO_BATCH below it"),
     ):
         trainer.training_step(model, {"input_ids": torch.zeros(2, 3)}, 1)
 
@@ -404,7 +465,7 @@ def test_the_figures_on_the_page_are_those_of_the_formulas():
     from scaling import LORA, all_reduce_seconds
 
     page = (ROOT / "notebooks" / "src" / "08_scale_up.py").read_text(encoding="utf-8")
-    for link, name in (("PCIe 3", "PCIe 3, 10 GB/s"), ("Ethernet 10 Gbit/s", "a network of 10 Gbit/s")):
+    for link, name in (("PCIe 3", "PCIe 3, the slots"), ("Ethernet 10 Gbit/s", "a network of 10 Gbit/s")):
         two, eight = (round(1000 * all_reduce_seconds(LORA["3B"], gpus=gpus, link=link)) for gpus in (2, 8))
         assert re.search(rf"{re.escape(name)}.* \| {two} ms \| {eight} ms \|", page)
     assert all_reduce_seconds(LORA["3B"], gpus=8, link="NVLink") < 1e-3
@@ -436,4 +497,5 @@ def test_the_script_says_what_it_needs(tmp_path):
     assert done.returncode == 2 and "run_dir" in done.stderr
     command = [sys.executable, "notebooks/scale_up.py", str(tmp_path / "empty")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and re.search(r"settings.json: found .*Fix: .*08_scale_up", done.stderr)
+    assert done.returncode == 1 and "empty: found no settings.json, expected a folder that chapter 08" in done.stderr
+    assert not (tmp_path / "empty").exists()

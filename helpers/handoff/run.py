@@ -55,6 +55,7 @@ from helpers.handoff.manifest import (
     stale_need,
     weights_of,
 )
+from helpers.ranks import start
 
 RECORDED_PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 ROOM = "free disk space, or set RUN_DIR to a folder on another disk"
@@ -199,6 +200,10 @@ class Run:
     def read_json(self, name: str) -> dict[str, Any]:
         """The verified content of a JSON artefact."""
         return _read_object(self.artefact(name), name)
+
+    def start(self, command: str) -> None:
+        """Run a command line that trains into this folder, as a terminal would; see `helpers.ranks.start`."""
+        start(command)
 
     def record(self, chapter: str, **numbers: Any) -> None:
         """Keep what a chapter measured, for the regression: numbers, claims, or {name: number} of several.

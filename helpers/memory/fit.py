@@ -118,7 +118,8 @@ class _Steps:
         self.spared = 0  # how many of them are not, in the part that was computed last
 
     def train(self, model: Any, inputs: Any, num_items_in_batch: Any = None, *rest: Any, **named: Any) -> Any:
-        kept = [(p, p.grad.clone()) for p in model.parameters() if p.grad is not None]
+        alone = rank_and_size()[1] == 1  # else nothing is tried again
+        kept = [(p, p.grad.clone()) for p in model.parameters() if alone and p.grad is not None]
         parts: list[Any] = []
 
         def attempt() -> Any:
@@ -131,7 +132,7 @@ class _Steps:
             return sum(losses)
 
         def make_smaller() -> None:
-            _require_alone(inputs, "train")
+            _require_alone(inputs, self.trainer.args, "train")
             _drop_gradients(model, kept)
             if self.spared:
                 self.fitting.all_checkpointed = True
@@ -154,7 +155,7 @@ class _Steps:
             return done[0] if len(done) == 1 else (_mean_loss(done, parts), None, None)
 
         def make_smaller() -> None:
-            _require_alone(inputs, "eval")
+            _require_alone(inputs, self.trainer.args, "eval")
             _empty_cache()
             cannot = "" if can_split else "more is asked for than the loss of its labels"
             most = self.fitting.evaluated_at_once = _halve(inputs, parts, "eval", cannot=cannot)
@@ -259,16 +260,17 @@ def _halve(inputs: Any, parts: list[Any], kind: str, *, cannot: str) -> int:
     return largest // 2
 
 
-def _require_alone(inputs: Any, kind: str) -> None:
+def _require_alone(inputs: Any, args: Any, kind: str) -> None:
     """Raises DoesNotFit where other processes train along: they may have begun to add this batch's gradients up."""
     rank, size = rank_and_size()
     if size > 1:
         setting = f"per_device_{kind}_batch_size"
+        fix = "set MICRO_BATCH below it, with a larger ACCUMULATION, or a smaller MAX_SEQ_LENGTH"
         raise DoesNotFit(
-            f"{setting} on rank {rank}",
+            f"{setting} {getattr(args, setting)} on rank {rank}",
             found=f"a batch of {inputs['input_ids'].numel():,} tokens that does not fit",
             expected="one that fits on every device",
-            fix="set a smaller MICRO_BATCH and a larger ACCUMULATION, or CHECKPOINTING, and start again",
+            fix=fix,
         )
 
 

@@ -14,6 +14,22 @@
 #
 # {{budget}}
 
+# %% [markdown] lang="zh"
+# # 用一个 notebook 微调 Llama 3.2
+#
+# [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/00_quickstart.ipynb)
+#
+# 学完这一章，你会有一个用你自选的对话训练过的 Llama 3.2。它存成一个文件，在笔记本电脑上就能运行。
+#
+# 学完后你能
+# - 用自己的文件训练一个对话模型，
+# - 把它的回答和原始模型的回答作比较，
+# - 在其他程序里使用它。
+#
+# 你需要 Colab，并使用它的免费 GPU，也就是 T4（**Runtime → Change runtime type**）。
+#
+# {{budget}}
+
 # %% [markdown] lang="en"
 # `MODEL_NAME` is a model on the Hugging Face Hub, where models and data are published. `DATASET` is a data set there, or
 # a `.jsonl`, `.json` or `.csv` file of yours: drop it on the folder icon at the left. `EVAL_ROWS`, a fifth of yours at
@@ -22,6 +38,16 @@
 # A *token* is a word or a piece of one, and `MAX_SEQ_LENGTH` the most that a conversation may have. `GGUF` names
 # files for Ollama; `[]` saves their download of 6 GB. `OUTPUT_DIR` is the folder for the results, `REQUIREMENTS` the list
 # of packages.
+
+# %% [markdown] lang="zh"
+# `MODEL_NAME` 是 Hugging Face Hub 上的一个模型，Hub 是发布模型和数据的地方。
+# `DATASET` 是 Hub 上的一个数据集，也可以是你自己的 `.jsonl`、`.json` 或 `.csv` 文件：
+# 把它拖到左侧的文件夹图标上。`EVAL_ROWS` 是**留出**（held out）的行数：这些行从不用来训练。
+# 用自己的文件时，最多留出五分之一。
+#
+# **词元**（token）是一个词，或者词的一部分。`MAX_SEQ_LENGTH` 是一段对话最多可以有的词元数。
+# `GGUF` 列出给 Ollama 用的文件；填 `[]`，就省去它们所需的 6 GB 下载。
+# `OUTPUT_DIR` 是存放结果的文件夹，`REQUIREMENTS` 是软件包清单。
 
 # %% tags=["parameters"]
 # @title Choices
@@ -41,12 +67,19 @@ REQUIREMENTS = "https://raw.githubusercontent.com/your-org/llama-3.2-unsloth-t4/
 # Each package comes in the one version that was tested. No restart is needed. Why, and how we know:
 # [chapter 01](01_install.ipynb).
 
+# %% [markdown] lang="zh"
+# 每个软件包都只装测试过的那一个版本。不需要重启。原因和依据见[第 01 章](01_install.ipynb)。
+
 # %%
 # %pip install -q --no-deps -r {REQUIREMENTS}
 
 # %% [markdown] lang="en"
 # A model is made of *weights*, billions of numbers. With 4 bits for each (`LOAD_IN_4BIT`), a T4 has room for training.
 # Why, and how we know: [chapter 02](02_load_and_lora.ipynb).
+
+# %% [markdown] lang="zh"
+# 模型由**权重**（weights）组成，也就是几十亿个数。每个权重只用 4 位（`LOAD_IN_4BIT`），
+# T4 就有空间做训练。原因和依据见[第 02 章](02_load_and_lora.ipynb)。
 
 # %%
 from unsloth import FastLanguageModel  # before the other libraries, because it makes them faster
@@ -58,6 +91,10 @@ model, tokenizer = FastLanguageModel.from_pretrained(
 # %% [markdown] lang="en"
 # The weights stay as they are. LoRA adds small matrices, the *adapter*, and only these are trained. Why, and how we
 # know: [chapter 02](02_load_and_lora.ipynb).
+
+# %% [markdown] lang="zh"
+# 权重本身保持不变。LoRA 另外加上一些小矩阵，叫作**适配器**（adapter），训练的只有它们。
+# 原因和依据见[第 02 章](02_load_and_lora.ipynb)。
 
 # %% tags=["nbval-check-output"]
 model = FastLanguageModel.get_peft_model(
@@ -72,6 +109,11 @@ model.print_trainable_parameters()
 # %% [markdown] lang="en"
 # A row of your file holds `conversations` of `from` and `value`, or `messages` of `role` and `content`, or a question
 # and its answer in two columns. Why, and how we know: [chapter 03](03_data.ipynb).
+
+# %% [markdown] lang="zh"
+# 你的文件里，每一行要么是由 `from` 和 `value` 组成的 `conversations`，
+# 要么是由 `role` 和 `content` 组成的 `messages`，要么是一个问题和它的答案，各占一列。
+# 原因和依据见[第 03 章](03_data.ipynb)。
 
 # %%
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -93,6 +135,10 @@ def to_messages(row):
 # A *chat template* writes a conversation as one text, with marks around each turn. An empty `CHAT_TEMPLATE` keeps the
 # model's own. Why, and how we know: [chapter 03](03_data.ipynb).
 
+# %% [markdown] lang="zh"
+# **对话模板**（chat template）把一段对话写成一整段文本，每个轮次前后都有标记。
+# `CHAT_TEMPLATE` 留空，就用模型自带的模板。原因和依据见[第 03 章](03_data.ipynb)。
+
 # %%
 from unsloth.chat_templates import get_chat_template
 
@@ -110,6 +156,10 @@ def to_text(row):
 # A *step* changes the adapter once, after 8 conversations, so `MAX_STEPS` says how many are needed. Rows that are too
 # long or lack an answer are left out. Why, and how we know: [chapter 03](03_data.ipynb).
 
+# %% [markdown] lang="zh"
+# 每用 8 段对话，就更新一次适配器，这叫一**步**（step）。所以 `MAX_STEPS` 决定了需要多少段对话。
+# 太长的行和没有回答的行会被去掉。原因和依据见[第 03 章](03_data.ipynb)。
+
 # %% tags=["nbval-check-output"]
 from datasets import load_dataset
 
@@ -126,6 +176,10 @@ print(f"{len(train_dataset)} to train on, {len(eval_dataset)} held out, {len(row
 # %% [markdown] lang="en"
 # These settings fit a T4: with 1,024 tokens they need about 12 of its 14.7 GiB, by calculation. `LEARNING_RATE` is how
 # far a step goes. Why, and how we know: [chapter 04](04_train.ipynb).
+
+# %% [markdown] lang="zh"
+# 这些设置适合 T4：按计算，对话为 1,024 个词元时，14.7 GiB 的显存大约用掉 12 GiB。
+# `LEARNING_RATE`（学习率）决定一步走多远。原因和依据见[第 04 章](04_train.ipynb)。
 
 # %%
 from trl import SFTConfig
@@ -148,6 +202,10 @@ settings = SFTConfig(
 # The model shall learn to answer, not to ask. Above the line is what it reads, below it what it learns to write. Why,
 # and how we know: [chapter 04](04_train.ipynb).
 
+# %% [markdown] lang="zh"
+# 模型要学的是回答，不是提问。横线上方是它读到的内容，下方是它要学着写的内容。
+# 原因和依据见[第 04 章](04_train.ipynb)。
+
 # %% tags=["nbval-check-output"]
 from trl import SFTTrainer
 from unsloth.chat_templates import train_on_responses_only
@@ -164,6 +222,10 @@ print(tokenizer.decode([label for label in row["labels"] if label != -100]))
 # The *loss* says how badly the model predicts the held-out answers. With FineTome expect a small fall: Llama
 # answers such questions already. Why, and how we know: [chapter 04](04_train.ipynb).
 
+# %% [markdown] lang="zh"
+# **损失**（loss）表示模型对留出的回答预测得有多差。用 FineTome 时，预计损失只会小幅下降：
+# 这类问题 Llama 本来就会回答。原因和依据见[第 04 章](04_train.ipynb)。
+
 # %%
 import torch
 
@@ -176,6 +238,10 @@ print(f"Training: {seconds:.0f} s, GPU memory at the peak: {torch.cuda.max_memor
 # %% [markdown] lang="en"
 # The model without its adapter is the untouched model. Both answer two held-out questions. Why, and how we know:
 # [chapter 05](05_infer.ipynb).
+
+# %% [markdown] lang="zh"
+# 模型去掉适配器，就是原始模型。让两者都来回答两个留出的问题。
+# 原因和依据见[第 05 章](05_infer.ipynb)。
 
 # %%
 def answer(messages):
@@ -195,6 +261,9 @@ for row in eval_dataset.select(range(2)):
 # The adapter is a small file that needs the untouched model beside it. Why, and how we know:
 # [chapter 06](06_save.ipynb).
 
+# %% [markdown] lang="zh"
+# 适配器是一个小文件，使用时还要有原始模型。原因和依据见[第 06 章](06_save.ipynb)。
+
 # %% tags=["handoff"]
 tokenizer.save_pretrained(f"{OUTPUT_DIR}/adapter")
 model.save_pretrained(f"{OUTPUT_DIR}/adapter")
@@ -202,6 +271,10 @@ model.save_pretrained(f"{OUTPUT_DIR}/adapter")
 # %% [markdown] lang="en"
 # A GGUF file is the whole model for programs such as Ollama. The adapter joins weights of 16 bits, so that
 # nothing is rounded twice. Why, and how we know: [chapter 06](06_save.ipynb).
+
+# %% [markdown] lang="zh"
+# GGUF 文件是完整的模型，供 Ollama 这类程序使用。适配器合并到 16 位的权重里，这样就不会舍入两次。
+# 原因和依据见[第 06 章](06_save.ipynb)。
 
 # %% tags=["handoff"]
 import gc
@@ -232,6 +305,25 @@ if GGUF:
 # ```
 # Why, and how we know: [chapter 06](06_save.ipynb).
 
+# %% [markdown] lang="zh"
+# 任何 Python 都能加载这个适配器：
+# ```python
+# from peft import AutoPeftModelForCausalLM
+# model = AutoPeftModelForCausalLM.from_pretrained("quickstart/adapter")
+# ```
+# Ollama 运行 GGUF 文件，用的是 Unsloth 写好的 `Modelfile`：
+# ```
+# ollama create my-model -f Modelfile
+# ollama run my-model
+# ```
+# OpenAI 的客户端可以向 Ollama 提问，端口是 11434，路径是 `/v1`：
+# ```python
+# from openai import OpenAI
+# client = OpenAI(base_url=OLLAMA, api_key="none")
+# client.chat.completions.create(model="my-model", messages=[{"role": "user", "content": "Hello!"}])
+# ```
+# 原因和依据见[第 06 章](06_save.ipynb)。
+
 # %%
 from pathlib import Path
 
@@ -243,5 +335,13 @@ print(f"Result: held-out loss {before:.2f} → {after:.2f} in {seconds:.0f} s of
 #
 # On your own: 50 conversations teach a form, hundreds better. `MAX_STEPS` times 8 rows are trained on, a small file
 # several times over.
+#
+# {{next}}
+
+# %% [markdown] lang="zh"
+# 现在就把这两样都下载下来：Colab 会收回它的机器。
+#
+# 自己动手：50 段对话能教会一种形式，几百段效果更好。参加训练的行数是 `MAX_STEPS` 乘以 8；
+# 文件小的话，每一行会用上好几遍。
 #
 # {{next}}

@@ -15,12 +15,33 @@
 #
 # {{budget}}
 
+# %% [markdown] lang="zh"
+# # 以 4 位精度加载模型，再加上 LoRA
+#
+# [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/02_load_and_lora.ipynb)
+#
+# 学完这一章，你会有一个冻结的 4 位对话模型，它旁边的小矩阵已经可以开始训练。
+#
+# 学完后你能
+# - 以 4 位精度加载模型，并看到这样省下多少，
+# - 说出 `from_pretrained` 和 `get_peft_model` 的每个参数做什么，
+# - 数出 LoRA 训练多少个数，换个大小又会训练多少，
+# - 证明没有训练过的适配器什么也不改变。
+#
+# 你不需要第 01 章的任何东西，这一章也不交接任何东西：第 04 章会重复这两个调用。
+#
+# {{budget}}
+
 # %% cellView="form"
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
 # `MODEL_NAME`, `HF_ENDPOINT` and `USE_MODELSCOPE` are as in chapter 01. `MAX_SEQ_LENGTH` is the longest conversation
 # that training will see, in tokens.
+
+# %% [markdown] lang="zh"
+# `MODEL_NAME`、`HF_ENDPOINT` 和 `USE_MODELSCOPE` 与第 01 章相同。
+# `MAX_SEQ_LENGTH` 是训练时最长的对话，以词元计。
 
 # %% tags=["parameters"]
 # @title Choices
@@ -46,6 +67,16 @@ print(f"Found: {os.path.basename(MODEL_NAME)}")
 # [QLoRA](https://arxiv.org/abs/2305.14314), places them where weights are dense, and gives every 64 weights a scale of
 # their own. To compute with them, Unsloth turns them into 16 bits for a moment.
 
+# %% [markdown] lang="zh"
+# ## 加载模型
+#
+# `unsloth/` 下的名字不需要账号。**受限**（gated）模型，例如 `meta-llama/…`，需要 `token=`：
+# 填上访问凭证（access token），它的持有者必须已经接受该模型的许可证。
+#
+# 4 位精度下，一个权重只有 16 种取值。NF4 是 [QLoRA](https://arxiv.org/abs/2305.14314) 的格式，
+# 它把这些取值放在权重密集的地方，并给每 64 个权重配一个自己的缩放系数。
+# 要用它们计算时，Unsloth 会临时把它们变成 16 位。
+
 # %%
 from unsloth import FastLanguageModel  # before transformers, peft and trl: it patches them
 
@@ -61,6 +92,12 @@ model, tokenizer = FastLanguageModel.from_pretrained(
 # Four belong to *attention*, where a token gathers from those before it, and three to the *feed-forward* part, which
 # works on each token alone. The count shows them as `Linear4bit`.
 
+# %% [markdown] lang="zh"
+# 它们真的是 4 位吗？模型由许多同样的**块**（block）叠成，每个块有七个**线性层**（linear layer），
+# 也就是权重的表格。四个属于**注意力**（attention），词元在这里从它前面的词元收集信息；
+# 三个属于**前馈**（feed-forward）部分，这部分对每个词元单独计算。
+# 统计结果里，它们显示为 `Linear4bit`。
+
 # %% tags=["nbval-check-output"]
 from collections import Counter
 
@@ -70,6 +107,9 @@ print(f"{parameters:,} weights; linear layers: {dict(kinds)}")
 
 # %% [markdown] lang="en"
 # What did that save? The table through which tokens enter and leave stays in 16 bits.
+
+# %% [markdown] lang="zh"
+# 这样省下了多少？词元进出模型要经过一张表，这张表仍然是 16 位。
 
 # %%
 print(f"{model.get_memory_footprint() / 2**20:.0f} MiB of weights")
@@ -85,6 +125,16 @@ print(f"{2 * parameters / 2**20:.0f} MiB in 16 bits")
 # The picture shows the first `q_proj`, one of attention's four layers. Lengths are to scale; the thin sides are drawn
 # thicker than they are.
 
+# %% [markdown] lang="zh"
+# ## LoRA 加了什么
+#
+# 线性层计算 $y = Wx$。LoRA 就是**低秩适配**（low-rank adaptation）。
+# 它不动 $W$，只加一条旁路，经过两个细长的矩阵：$y = Wx + \frac{\alpha}{r}\,B A x$。
+# $A$ 把输入压缩成 $r$ 个数，$B$ 再把它们展开。训练的只有 $A$ 和 $B$。
+# 两者合起来叫作**适配器**（adapter）。
+#
+# 图里画的是第一个 `q_proj`，注意力的四个层之一。长度按比例画；细的那一边画得比实际粗。
+
 # %%
 from helpers.figures import draw_lora
 
@@ -96,6 +146,12 @@ draw_lora(out_features=query.out_features, in_features=query.in_features, rank=1
 #
 # Training first computes an answer, then in which direction to move each trained weight. These directions are the
 # *gradients*. Gradient checkpointing saves memory by computing some things twice; chapter 04 says when that pays.
+
+# %% [markdown] lang="zh"
+# ## 加上 LoRA
+#
+# 训练先算出一个回答，再算出每个要训练的权重该往哪个方向移动。这些方向就是**梯度**（gradient）。
+# 重算（gradient checkpointing）把一些东西算两遍，用来节省显存；什么时候划算，见第 04 章。
 
 # %%
 model = FastLanguageModel.get_peft_model(
@@ -116,6 +172,11 @@ model = FastLanguageModel.get_peft_model(
 #
 # A layer with $n$ inputs and $m$ outputs gets $r\,(n + m)$ trained numbers beside its own $n\,m$.
 
+# %% [markdown] lang="zh"
+# ## 数一数训练多少个数
+#
+# 一个有 $n$ 个输入、$m$ 个输出的层，除了自己的 $n\,m$ 个数，还会得到 $r\,(n + m)$ 个要训练的数。
+
 # %% tags=["nbval-check-output"]
 trainable, total = model.get_nb_trainable_parameters()
 print(f"{trainable:,} of {total:,} numbers are trained: {100 * trainable / total:.2f} %")
@@ -123,6 +184,10 @@ print(f"{trainable:,} of {total:,} numbers are trained: {100 * trainable / total
 # %% [markdown] lang="en"
 # The count grows in step with the rank. Each trained number costs more than its own memory: it also has a gradient,
 # and two running averages of it that say how far the next step goes.
+
+# %% [markdown] lang="zh"
+# 这个数量和秩（rank）成正比。每个要训练的数占用的不只是它自己的显存：它还有一个梯度，
+# 以及这个梯度的两个滑动平均值，由它们决定下一步走多远。
 
 # %% tags=["nbval-check-output"]
 for rank in (4, 8, 16, 32, 64):
@@ -135,6 +200,12 @@ for rank in (4, 8, 16, 32, 64):
 #
 # $B$ starts at zero, so the detour adds nothing, and training begins exactly at the model that you loaded. $A$ starts
 # with small random numbers, drawn by `random_state`.
+
+# %% [markdown] lang="zh"
+# ## 它从基座模型出发
+#
+# $B$ 从零开始，所以旁路什么也不加，训练正好从你加载的模型出发。
+# $A$ 从小的随机数开始，由 `random_state` 产生。
 
 # %% tags=["nbval-check-output"]
 matrices = [matrix for name, matrix in model.named_parameters() if "lora_B" in name]
@@ -161,11 +232,34 @@ print(f"Result: {trainable:,} numbers are trained, {100 * trainable / total:.1f}
 #
 # Try the 1B first, the 3B where its replies are too weak.
 
+# %% [markdown] lang="zh"
+# ## 选哪个秩，选哪个模型
+#
+# 从 `r=16` 和 `lora_alpha=16` 开始。如果在第 04 章学得太少，增加步数也没有用，就把两者都加倍；
+# 学一种形式或语气，[需要的并不多](https://arxiv.org/abs/2106.09685)。
+#
+# | | 1B | 3B |
+# |---|---|---|
+# | 通用知识，[MMLU](https://huggingface.co/meta-llama/Llama-3.2-3B-Instruct) | 49 % | 63 % |
+# | 一步的时间 | 1 | 前者的 1.6 到 2 倍 |
+# | 笔记本电脑用的文件 | 0.8 GB | 2 GB |
+#
+# 先试 1B，它的回答太弱时再用 3B。
+
 # %% [markdown] lang="en"
 # ## Where you are
 #
 # You have seen the two calls that every fine-tuning with Unsloth begins with.
 #
 # On your own: leave the three feed-forward modules out and see how many of the trained numbers were theirs.
+#
+# {{next}}
+
+# %% [markdown] lang="zh"
+# ## 到这里为止
+#
+# 你已经看过两个调用：用 Unsloth 做微调，每次都从它们开始。
+#
+# 自己动手：去掉三个前馈模块，看看要训练的数里有多少是它们的。
 #
 # {{next}}

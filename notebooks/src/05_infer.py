@@ -17,12 +17,35 @@
 #
 # {{budget}}
 
+# %% [markdown] lang="zh"
+# # 和微调后的模型对话
+#
+# [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/05_infer.ipynb)
+#
+# 学完这一章，你会有一段与自己模型的对话，也会知道 `generate` 的每个设置怎样影响回答。
+#
+# 学完后你能
+# - 把消息变成模型训练时用的那种提示词；
+# - 一次生成全部文字，或者逐词生成；
+# - 在贪心解码和采样之间做选择；
+# - 用同一个问题问基座模型和微调后的模型，而不用加载两个模型；
+# - 在聊天框里进行对话，并且不让对话长到模型装不下。
+#
+# 你需要第 03 章和第 04 章的 `dataset/`、`adapter/` 和 `report.json`，它们在运行文件夹或 `DRIVE_DIR` 里。
+# 如果两处都没有，会有一条消息给出命令，用它可以就地生成这些文件。
+#
+# {{budget}}
+
 # %% cellView="form"
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
 # `MAX_NEW_TOKENS` is the longest reply, in tokens. `RUN_DIR` and `DRIVE_DIR` are as in chapter 03, `MODEL_NAME`,
 # `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` as in chapter 02.
+
+# %% [markdown] lang="zh"
+# `MAX_NEW_TOKENS` 是回复的最大长度，以词元计。`RUN_DIR` 和 `DRIVE_DIR` 与第 03 章相同，
+# `MODEL_NAME`、`MAX_SEQ_LENGTH`、`HF_ENDPOINT` 和 `USE_MODELSCOPE` 与第 02 章相同。
 
 # %% tags=["parameters"]
 # @title Choices
@@ -48,6 +71,11 @@ run = open_run(RUN_DIR, chapter="05_infer", base_model=MODEL_NAME, drive=DRIVE_D
 # Given a folder with an adapter, `from_pretrained` loads the base model that it was trained on and puts the adapter on
 # top.
 
+# %% [markdown] lang="zh"
+# ## 加载适配器
+#
+# 给 `from_pretrained` 一个含有适配器的文件夹，它就会加载这个适配器训练时所用的基座模型，再把适配器装上去。
+
 # %%
 from unsloth import FastLanguageModel
 
@@ -61,6 +89,10 @@ print(f"Adapters on the model: {list(model.peft_config)}")
 # A model that was loaded by halves, or is asked in another form than it was trained in, answers worse, and nothing says
 # so. This check does. It holds matrices and tokenizer against their files, and the held-out loss against chapter 04's.
 
+# %% [markdown] lang="zh"
+# 如果模型只加载了一半，或者提问的格式和训练时不同，回答就会变差，而且没有任何提示。这项检查会告诉你。
+# 它把矩阵和分词器与各自的文件比对，把留出集上的损失与第 04 章的结果比对。
+
 # %% tags=["nbval-check-output"]
 from helpers.training import check_loaded
 
@@ -72,6 +104,12 @@ check_loaded(run, model, tokenizer)
 # `add_generation_prompt=True` ends the prompt with the opening of an assistant's turn, so that the model answers
 # instead of going on with the question. `return_dict=True` gives the *attention mask* too, which says what is prompt
 # and what only fills a row up.
+
+# %% [markdown] lang="zh"
+# ## 从消息到提示词
+#
+# `add_generation_prompt=True` 让提示词以助手轮次的开头收尾，这样模型会回答问题，而不是接着写问题。
+# `return_dict=True` 还会给出**注意力掩码**（attention mask），它说明哪些是提示词，哪些只是用来把一行填满的。
 
 # %% tags=["nbval-check-output"]
 messages = [{"role": "user", "content": "Continue the Fibonacci sequence: 1, 1, 2, 3, 5, 8,"}]
@@ -86,6 +124,13 @@ print({name: tuple(tensor.shape) for name, tensor in inputs.items()})
 # `max_new_tokens`. `temperature=1.5` makes rarer words come up more often. `min_p=0.1` drops every token that is less
 # than a tenth as likely as the best one, which keeps the worst nonsense out. Each run gives another answer.
 
+# %% [markdown] lang="zh"
+# ## 采样一个回复
+#
+# 模型给每个词元一个概率。**采样**（sampling）按这些概率抽出下一个词元，直到遇到结束词元，
+# 或者达到 `max_new_tokens`。`temperature=1.5` 让少见的词更常出现。
+# `min_p=0.1` 去掉所有可能性不到最佳词元十分之一的词元，这样就挡住了最离谱的胡话。每次运行都会得到不同的回答。
+
 # %%
 output = model.generate(
     **inputs.to(model.device), max_new_tokens=MAX_NEW_TOKENS, do_sample=True, temperature=1.5, min_p=0.1
@@ -97,6 +142,10 @@ print(tokenizer.decode(output[0]))
 # writes support replies. The text begins with the prompt and shows the special tokens. Cut the one off, skip the
 # others, and only the answer is left.
 
+# %% [markdown] lang="zh"
+# 结果可能看起来有点怪。在内容单一的数据集上微调，就会这样。模型学的是写客服回复，写出来的就是客服回复。
+# 这段文本以提示词开头，还带着特殊词元。截掉提示词，跳过特殊词元，剩下的就只有回答。
+
 # %%
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
@@ -104,6 +153,11 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 # ## Watch it write
 #
 # A `TextStreamer` prints each word as soon as it is there.
+
+# %% [markdown] lang="zh"
+# ## 看着它写
+#
+# `TextStreamer` 会在每个词刚生成时就把它打印出来。
 
 # %%
 from transformers import TextStreamer
@@ -118,6 +172,11 @@ output = model.generate(**inputs.to(model.device), max_new_tokens=MAX_NEW_TOKENS
 # prompt is read; after that, tokens per second. The merged model of [chapter 06](06_save.ipynb) writes two to three times
 # as fast as an adapter beside 4-bit weights.
 
+# %% [markdown] lang="zh"
+# `stream_reply` 也是边生成边打印，同时还会计时。读者感受到的，先是等待第一个词元的时间，
+# 在这段时间里模型要读完整个提示词；之后则是每秒生成多少词元。
+# [第 06 章](06_save.ipynb)合并后的模型，生成速度是“适配器加 4 位权重”的两到三倍。
+
 # %%
 from helpers.chat import stream_reply
 
@@ -130,6 +189,14 @@ reply
 # *Greedy* decoding, `do_sample=False`, always takes the most likely token. The same prompt then gives the same answer,
 # which is what you want for support replies and for tests. This is the first held-out question of chapter 03, asked
 # both ways. Compare what the replies advise: sampling keeps the form, but the help becomes a draw of luck.
+
+# %% [markdown] lang="zh"
+# ## 贪心还是采样
+#
+# **贪心**（greedy）解码，也就是 `do_sample=False`，总是取可能性最大的词元。
+# 这样，同样的提示词会得到同样的回答，客服回复和测试要的正是这一点。
+# 下面是第 03 章的第一个留出问题，两种方式各问一次。比较一下两个回复给出的建议：
+# 采样保持了格式，但帮助的内容就要碰运气了。
 
 # %%
 from datasets import load_from_disk
@@ -149,6 +216,12 @@ for name, options in (("greedy", {"do_sample": False}), ("sampled", {"do_sample"
 # object *is* the base model. Several questions at once are faster than one by one. They are padded on the left to one
 # length, so that every answer begins right after its question.
 
+# %% [markdown] lang="zh"
+# ## 基座模型与微调后的模型
+#
+# 适配器是冻结的权重旁边的一条旁路，所以可以关掉：在 `disable_adapter()` 里面，同一个对象**就是**基座模型。
+# 几个问题一起问，比一个一个问更快。它们会在左侧填充到同一长度，这样每个回答都紧跟在自己的问题后面。
+
 # %%
 def ask(conversations):
     prompts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
@@ -166,6 +239,9 @@ for turns, base_reply, tuned_reply in zip(questions, base, tuned):
 # %% [markdown] lang="en"
 # If no reply differs, you are talking to the base model: the adapter is not active, or it learned nothing.
 
+# %% [markdown] lang="zh"
+# 如果没有一个回复不同，那么和你对话的就是基座模型：适配器没有生效，或者什么也没学到。
+
 # %%
 differing = sum(first != second for first, second in zip(base, tuned))
 if differing == 0:
@@ -178,6 +254,12 @@ print(f"{differing} of {len(tuned)} replies differ from the base model's")
 # The model remembers nothing between calls. A conversation is a list that grows: append its answer, then your next
 # question, and render all of it again.
 
+# %% [markdown] lang="zh"
+# ## 第二个轮次
+#
+# 模型在两次调用之间什么都不记得。对话是一个不断变长的列表：
+# 加上模型的回答，再加上你的下一个问题，然后把整个列表重新写成文本。
+
 # %%
 conversation = [*questions[0], {"role": "assistant", "content": tuned[0]}]
 conversation.append({"role": "user", "content": "Thank you. One more thing: how do I send it back?"})
@@ -186,6 +268,10 @@ print(ask([conversation])[0])
 # %% [markdown] lang="en"
 # Sooner or later it is longer than `max_seq_length`, for which the model was loaded. Then the oldest turns have to go,
 # a question together with its answer. Half a turn would be text that the model never saw in training.
+
+# %% [markdown] lang="zh"
+# 对话迟早会超过 `max_seq_length`，也就是加载模型时设定的长度。这时就得去掉最早的轮次，问题和它的回答要一起去掉。
+# 如果只留下半截，就成了模型在训练中从没见过的文本。
 
 # %%
 def count_tokens(turns):
@@ -208,6 +294,17 @@ print(f"The last {len(longer)} messages fit: {count_tokens(longer)} tokens")
 #
 # Where nobody can type, as when a program runs this notebook, two questions are asked instead.
 
+# %% [markdown] lang="zh"
+# ## 和它聊一聊
+#
+# 输入一个问题，然后按 Enter 键。**Stop** 停止一个回复，**Reset** 重新开始，**Ask** 选择由谁来回答：
+# 微调后的模型、基座模型，或者两者并排。**Save transcript** 把对话写进运行文件夹。
+# 你在那个文件里改好的内容，可以拿来训练。
+#
+# ![聊天框，里面有一个问题、微调后的模型的回答和基座模型的回答](https://raw.githubusercontent.com/your-org/llama-3.2-unsloth-t4/v0.1.0/notebooks/images/chat.png)
+#
+# 如果没有人能输入，例如由程序来运行这个笔记本，就改为提出两个问题。
+
 # %%
 from helpers.chat import ChatBox
 
@@ -227,5 +324,18 @@ print(f"Result: {differing} of {len(tuned)} held-out replies differ from the bas
 #
 # In practice: [Transformers' guide](https://huggingface.co/docs/transformers/generation_strategies) lists the other
 # ways to choose the next token. For answers that must not vary, greedy is the one.
+#
+# {{next}}
+
+# %% [markdown] lang="zh"
+# ## 到这里为止
+#
+# 磁盘上没有新增后面章节需要的东西。现在，你知道自己的模型怎样说话了。
+#
+# 自己动手：把 `temperature` 设为 0.3，再设为 3，各采样一次。去掉 `min_p`。给聊天框一个系统提示词。
+#
+# 实践中：
+# [Transformers 的指南](https://huggingface.co/docs/transformers/generation_strategies)列出了选择下一个词元的其他方法。
+# 如果回答不能有变化，就用贪心解码。
 #
 # {{next}}

@@ -15,6 +15,23 @@
 #
 # {{budget}}
 
+# %% [markdown] lang="zh"
+# # 读懂一次失败的训练
+#
+# [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/07_when_it_goes_wrong.ipynb)
+#
+# 学完这一章，你会见过训练失败的六种情形，每一种都和一次成功的训练放在一起对照。
+#
+# 学完后你能
+# - 分清学习率是太低还是太高，
+# - 看出模型在死记硬背，并及时停下，
+# - 查出训练了不该训练的词，或者训练用的格式不对，
+# - 测出模型忘了什么，并防止它遗忘。
+#
+# 这一章不需要前面几章的任何结果。每次训练都很短，全部做完只要几分钟。
+#
+# {{budget}}
+
 # %% cellView="form"
 # include: setup_cell.py
 
@@ -22,6 +39,12 @@
 # `DATASET` and `GENERAL` are files of this series; others need the same columns. `MAX_STEPS` and `LEARNING_RATE` are as in
 # chapter 04, `CHAT_TEMPLATE` and `RUN_DIR` as in chapter 03, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and
 # `USE_MODELSCOPE` as in chapter 02. Here the model is the 1B, which trains faster.
+
+# %% [markdown] lang="zh"
+# `DATASET` 和 `GENERAL` 是本系列自带的文件；换成别的文件，也要有同样的列。
+# `MAX_STEPS` 和 `LEARNING_RATE` 的含义与第 04 章相同，`CHAT_TEMPLATE` 和 `RUN_DIR` 与第 03 章相同，
+# `MODEL_NAME`、`MAX_SEQ_LENGTH`、`HF_ENDPOINT` 和 `USE_MODELSCOPE` 与第 02 章相同。
+# 这里用的是 1B 模型，它训练得更快。
 
 # %% tags=["parameters"]
 # @title Choices
@@ -49,6 +72,12 @@ run = open_run(RUN_DIR)
 #
 # The small model has room in 16 bits, and trains faster so. `untrained` keeps a copy of the fresh adapter. Each run
 # begins with it, so that nothing differs between two runs but the one thing that is changed.
+
+# %% [markdown] lang="zh"
+# ## 所有训练共用一个模型
+#
+# 这个小模型用 16 位也放得下，而且这样训练更快。`untrained` 保存了全新适配器的一份副本。
+# 每次训练都从这份副本开始。这样，两次训练之间只有特意改动的那一处不同。
 
 # %%
 import os
@@ -78,6 +107,12 @@ untrained = {name: matrix.clone() for name, matrix in get_peft_model_state_dict(
 #
 # The first are the support conversations of one question and its answer. The others are 68 general questions, such as
 # the capital of France. Of these, 20 are held out, each with a right and a wrong answer: they show what a model forgot.
+
+# %% [markdown] lang="zh"
+# ## 两组问题
+#
+# 第一组是客服对话，只取一问一答的那些。另一组是 68 个通用问题，例如法国的首都是哪里。
+# 其中 20 个是留出的，每个都配有一个正确答案和一个错误答案：从它们可以看出模型忘了什么。
 
 # %% tags=["nbval-check-output"]
 from datasets import load_dataset
@@ -114,6 +149,12 @@ held_out_rows = {"support": support_held_out.select(range(12)), "right": right_a
 #
 # These are chapter 04's calls in functions, so that a run is one line. The held-out loss is measured five times on the
 # way. The held-out rows are masked once, and every run is measured on the same.
+
+# %% [markdown] lang="zh"
+# ## 一行代码，一次训练
+#
+# 这里把第 04 章的调用写成了函数，所以一次训练只要一行。训练途中会测量五次留出集损失。
+# 留出的数据只做一次掩码，每次训练都用同样的数据来测量。
 
 # %%
 shared = dict(
@@ -168,6 +209,9 @@ def train(name, rows, masked=True, markers=None, **changes):
 # %% [markdown] lang="en"
 # Two more: one draws the losses of some runs, the other asks the model as it is now.
 
+# %% [markdown] lang="zh"
+# 还有两个函数：一个画出几次训练的损失，另一个向当前的模型提问。
+
 # %%
 import matplotlib.pyplot as plt
 
@@ -204,6 +248,11 @@ ask(support_question)
 #
 # Both losses fall fast at first, then more slowly. The other runs are drawn beside this one.
 
+# %% [markdown] lang="zh"
+# ## 一次成功的训练
+#
+# 两个损失起初下降得很快，之后慢下来。后面的训练都会和这一次画在一起。
+
 # %%
 train("works", train_rows)
 draw("works")
@@ -213,6 +262,11 @@ ask(support_question)
 # How much did it forget? A model knows an answer if it finds the right one likelier, token for token, than the wrong
 # one; by guessing it would know 10 of 20. The loss of the right answers says how likely they are. For the untouched
 # model the adapter is switched off.
+
+# %% [markdown] lang="zh"
+# 它忘了多少？按每个词元来算，如果模型觉得正确答案比错误答案更有可能，就算它知道这个答案。
+# 光靠猜，20 个里它也会“知道”10 个。正确答案的损失，说明模型觉得这些答案有多大可能。
+# 测量未经训练的模型时，适配器是关掉的。
 
 # %%
 import torch
@@ -244,6 +298,14 @@ knowledge
 # *Cause*: the steps go the right way and hardly get anywhere. *Change*: a rate three times as high, until a run is no
 # better than the one before. More steps help too, and cost more.
 
+# %% [markdown] lang="zh"
+# ## 学习率太低
+#
+# **症状**：两个损失几乎不动，变化只有原来的百分之几，回答也和未经训练的模型一样。
+# **原因**：每一步的方向都对，但几乎没有前进。
+# **改法**：每次都把学习率提高到上一次的三倍，直到新的训练不再比上一次好。
+# 增加步数也有用，但花费更多。
+
 # %%
 train("rate too low", train_rows, learning_rate=LEARNING_RATE / 100)
 draw("works", "rate too low")
@@ -255,6 +317,14 @@ ask(support_question)
 # *Symptom*: the loss rises above where it began, and stays there; the replies are nonsense, or one word again and again.
 # *Cause*: each step goes too far, and the next one starts from somewhere worse. *Change*: a third of the rate, and again
 # until it falls. A run that diverged is lost, so `stop_on_divergence` ends it.
+
+# %% [markdown] lang="zh"
+# ## 学习率太高
+#
+# **症状**：损失升到比开始时还高，并停在那里；回答不知所云，或者一个词重复个没完。
+# **原因**：每一步都跨得太远，下一步又从更差的地方出发。
+# **改法**：把学习率降到原来的三分之一，不行就再降，直到损失下降。
+# 发散了的训练救不回来，所以 `stop_on_divergence` 会结束它。
 
 # %%
 from helpers.training import check_evidence, held_out_losses, stop_on_divergence
@@ -274,6 +344,13 @@ check_evidence(runs["rate too high"], before=untouched, after=after, learning_ra
 # stops falling and turns up. *Cause*: the model learns these four answers, not how answers are made. Ten passes over
 # few rows are enough for that. In chapter 04 `KEEP_BEST` measures often enough for you to see it.
 
+# %% [markdown] lang="zh"
+# ## 死记硬背
+#
+# 四段对话，看了一遍又一遍。**症状**：训练损失降到几乎为零，留出集损失不再下降，转而上升。
+# **原因**：模型学到的是这四个回答，而不是怎样写出回答。数据很少时，训练十轮就足以造成这种结果。
+# 在第 04 章，`KEEP_BEST` 测量得足够频繁，你能看到这个现象。
+
 # %%
 train("by heart", train_rows.select(range(4)))
 draw("works", "by heart")
@@ -286,6 +363,11 @@ check_evidence(runs["by heart"], before=untouched, after=after, learning_rate=LE
 # *Change*: more conversations, as in the run that works. Where there are none, stop in time.
 # `EarlyStoppingCallback` ends a run whose held-out loss found no new lowest twice in a row, and
 # `load_best_model_at_end` goes back to where it was lowest. In chapter 04 `KEEP_BEST` does both.
+
+# %% [markdown] lang="zh"
+# **改法**：用更多的对话，就像那次成功的训练。没有更多对话时，就及时停下。
+# 如果留出集损失连续两次没有创下新低，`EarlyStoppingCallback` 就结束训练；
+# `load_best_model_at_end` 会回到损失最低的地方。在第 04 章，`KEEP_BEST` 把这两件事都做了。
 
 # %%
 from transformers import EarlyStoppingCallback
@@ -307,6 +389,12 @@ draw("works", "by heart", "best kept")
 # little more slowly. *Cause*: every token is trained, so part of what is learned is how customers ask. Only a look at
 # the labels tells.
 
+# %% [markdown] lang="zh"
+# ## 训练了不该训练的词
+#
+# 有人漏掉了 `train_on_responses_only`。**症状**：几乎没有。损失看起来都正常，只是留出集损失降得稍慢一点。
+# **原因**：每个词元都参与了训练，所以模型学到的东西里，有一部分是客户怎样提问。只有查看标签才能发现。
+
 # %%
 train("no mask", train_rows, masked=False)
 draw("works", "no mask")
@@ -319,6 +407,15 @@ draw("works", "no mask")
 # Somebody wrote the conversations in a form of their own. *Symptom*: in a run of yours both losses fall, because the
 # held-out rows have that form too; replies may run on, or miss the style. Here the held-out loss is measured in the form
 # in which the model is asked, and falls less. *Cause*: two dialects.
+
+# %% [markdown] lang="zh"
+# **改法**：把这一行放回去，就又是那次成功的训练了。
+#
+# ## 训练用的格式不对
+#
+# 有人用自创的格式来写对话。**症状**：在你自己的训练里，两个损失都会下降，因为留出的数据也是这种格式；
+# 回答可能收不住尾，或者没有学到该有的风格。
+# 而在这里，留出集损失是用向模型提问时的格式测量的，它降得少一些。**原因**：两种“方言”。
 
 
 # %%
@@ -333,6 +430,9 @@ ask(support_question)
 
 # %% [markdown] lang="en"
 # What `check_masking` says of these two runs, and of the one that works:
+
+# %% [markdown] lang="zh"
+# 对这两次训练和那次成功的训练，`check_masking` 是这样说的：
 
 # %%
 from helpers.masking import check_masking
@@ -352,6 +452,16 @@ for name in ("works", "no mask", "own form"):
 # *Symptom*: the held-out loss is fine, and questions about anything else get a support reply, as the capital of France
 # did above. *Cause*: nothing in the training said that other questions exist. *Change*: mix other conversations in. Here
 # general questions are a tenth of all rows, then three tenths; none of them is one of the 20.
+
+# %% [markdown] lang="zh"
+# **改法**：用 `apply_chat_template`，和第 03 章一样。
+#
+# ## 它忘了原来会的
+#
+# **症状**：留出集损失很好，但问起别的事情，得到的也是客服式的回答，就像上面问法国首都时那样。
+# **原因**：训练里没有任何东西告诉它，世上还有别的问题。
+# **改法**：混入其他对话。这里，通用问题先占全部数据的十分之一，再占十分之三；
+# 留出的那 20 个问题，一个也不在里面。
 
 # %%
 from datasets import concatenate_datasets
@@ -383,6 +493,22 @@ for name, result in knowledge.items():
 # | `check_masking` stops chapter 04: a BOS token, or other turns | wrong form | the chat template of chapter 03 |
 # | other questions get your form as well | forgetting | 10 to 30 % other conversations |
 
+# %% [markdown] lang="zh"
+# 混入的通用问题也要占用步数：总步数不变，用来教客服格式的步数就少了。
+# 模型不能丢掉什么，混入的内容就应当像什么：往你的文件里加入 FineTome 的数据，
+# 或者由你提问，把模型自己的回答加进去。挑五个这样的问题，训练前后各问一遍。
+#
+# ## 从症状到改法
+#
+# | 你看到的现象 | 可能的原因 | 怎样改 |
+# |---|---|---|
+# | 两个损失几乎不动 | 学习率太低 | 学习率提高到原来的三倍；然后增加步数 |
+# | 损失升到比开始时还高，并停在那里 | 学习率太高 | 学习率降到原来的三分之一 |
+# | 训练损失接近 0，留出集损失上升 | 死记硬背 | 增加对话；减少步数；`KEEP_BEST` |
+# | `check_masking` 让第 04 章停下：没有标签，或者训练了用户的话 | 没有掩码 | `train_on_responses_only` |
+# | `check_masking` 让第 04 章停下：BOS 词元有问题，或者轮次不同 | 格式不对 | 第 03 章的对话模板 |
+# | 其他问题也得到你那种格式的回答 | 遗忘 | 混入 10 % 到 30 % 的其他对话 |
+
 # %%
 logs = {name: trainer.state.log_history for name, trainer in runs.items() if name != "rate too high"}  # it ended early
 run.record(
@@ -406,5 +532,18 @@ print(f"Result: of 20 general answers known: {', '.join(known)}")
 # In practice: change one thing at a time, and keep the held-out rows the same. LoRA forgets less than training all
 # weights, and [learns less](https://arxiv.org/abs/2405.09673). A small share of
 # [earlier data](https://arxiv.org/abs/2205.12393) keeps much of what was there.
+#
+# {{next}}
+
+# %% [markdown] lang="zh"
+# ## 到这里为止
+#
+# 每种错误你都见过一次了，也知道靠什么发现它。
+#
+# 自己动手：把 `MAX_STEPS` 设为 60，看看哪些训练变好了，哪些变差了。再试试混入 1 % 的通用问题。
+#
+# 实践中：一次只改一处，并保持留出的数据不变。和训练全部权重相比，LoRA 忘得少，
+# [学得也少](https://arxiv.org/abs/2405.09673)。混入少量[以前的数据](https://arxiv.org/abs/2205.12393)，
+# 就能保住许多原有的东西。
 #
 # {{next}}

@@ -11,7 +11,9 @@
 # - keep a step as it was, or make it larger and change the learning rate with it,
 # - say what to do where a model does not fit into one GPU.
 #
-# You need `dataset/` from chapter 03. Colab lends one GPU; Kaggle lends two T4s. With one GPU all of this runs as well.
+# You need `dataset/` from chapter 03. Colab lends one GPU, Kaggle two T4s. With one GPU all of this runs as well.
+#
+# Two GPUs have not run this page yet. Two processes on a CPU have: they trained what one process trains.
 #
 # {{budget}}
 
@@ -19,13 +21,13 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# `PROCESSES` is how many GPUs train, 0 for all that are here. `MICRO_BATCH` × `ACCUMULATION` is a step of *one* GPU, as in
-# chapter 04. `GROW_BATCH` gives each GPU as many conversations; without it they share these out.
+# `PROCESSES` is how many GPUs train, 0 for all that are here. `MICRO_BATCH` × `ACCUMULATION` conversations are a step, as
+# in chapter 04, and the GPUs share them out. With `GROW_BATCH` each GPU takes that many of its own.
 #
 # `SCALED_DIR` is the run folder that is made here. `RUN_DIR`, which holds the data, stays as it is.
 #
-# `MAX_STEPS`, `LEARNING_RATE`, `CHECKPOINTING`, `PADDING_FREE` and `START_AFRESH` are as in chapter 04,
-# `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` as in chapter 02.
+# `START_AFRESH` begins anew instead of going on. `MAX_STEPS`, `LEARNING_RATE`, `CHECKPOINTING` and `PADDING_FREE` are as
+# in chapter 04, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` as in chapter 02.
 
 # %% tags=["parameters"]
 # @title Choices
@@ -51,6 +53,8 @@ from helpers.handoff import open_run
 
 check_choices(globals())
 MODEL_NAME = find_model(MODEL_NAME, endpoint=HF_ENDPOINT, modelscope=USE_MODELSCOPE)
+if os.path.realpath(SCALED_DIR) == os.path.realpath(RUN_DIR):
+    raise ValueError("SCALED_DIR is the folder of RUN_DIR. Name another one.")
 run = open_run(RUN_DIR, chapter="08_scale_up")
 scaled = open_run(SCALED_DIR, base_model=MODEL_NAME)
 
@@ -60,24 +64,24 @@ scaled = open_run(SCALED_DIR, base_model=MODEL_NAME)
 # Each GPU has a *process* of its own, which holds the whole model. It takes its share of a step's conversations. Then
 # all average their gradients, which is called *all-reduce*, and make the same change.
 #
-# Only LoRA's gradients travel: at 3B 24 million numbers, 97 MB for each step. This is what they take, by calculation,
-# beside a step of 2 to 8 seconds on a T4:
+# Only LoRA's gradients travel: at 3B 24 million numbers, at most 97 MB for each step. This is what they take, by
+# calculation. Computing a step of eight conversations takes 1.5 s with a T4's arithmetic, and longer on a real one.
 #
 # | between the GPUs | 2 GPUs | 8 GPUs |
 # |---|---|---|
-# | NVLink, 300 GB/s | under 1 ms | under 1 ms |
-# | PCIe 3, 10 GB/s, as between Kaggle's T4s | 10 ms | 17 ms |
+# | NVLink, NVIDIA's own cable, 300 GB/s | under 1 ms | under 1 ms |
+# | PCIe 3, the slots of a computer, 10 GB/s | 10 ms | 17 ms |
 # | a network of 10 Gbit/s between machines | 78 ms | 137 ms |
 # | a network of 1 Gbit/s | 0.8 s | 1.4 s |
 
 # %% [markdown] lang="en"
 # ## Share a step out
 #
-# Eight conversations on one GPU, or four on each of two: the step is the same, and so is what is learned. That is worth
-# it where the GPUs have enough to do, which T4s have.
+# Eight conversations on one GPU, or four on each of two: the step is the same, and so is what is learned. It takes about
+# half the time, as long as each GPU still has enough to compute. From eight GPUs on each would have one conversation.
 #
-# With `GROW_BATCH` a step has more conversations, and there are fewer steps for the same data. Its gradients are less
-# noisy, so each step may go further. For Adam the rate grows with the
+# `GROW_BATCH` is for many GPUs: a step has more conversations, and there are fewer steps for the same data. Its gradients
+# are less noisy, so each step may go further. With the optimiser Adam the rate grows with the
 # [square root](https://arxiv.org/abs/2205.10287) of the step's size.
 
 # %%
@@ -89,7 +93,7 @@ if GROW_BATCH:
     conversations *= PROCESSES
     LEARNING_RATE, MAX_STEPS = LEARNING_RATE * PROCESSES**0.5, max(1, MAX_STEPS // PROCESSES)
 elif conversations % PROCESSES:
-    raise ValueError(f"{conversations} conversations cannot be shared by {PROCESSES} GPUs. Change MICRO_BATCH.")
+    raise ValueError(f"Set MICRO_BATCH × ACCUMULATION to a multiple of {PROCESSES}, or GROW_BATCH = True.")
 else:
     share = conversations // PROCESSES
     MICRO_BATCH = max(size for size in range(1, MICRO_BATCH + 1) if share % size == 0)
@@ -98,7 +102,7 @@ print(f"{MICRO_BATCH} × {ACCUMULATION} on each of {PROCESSES}: {conversations} 
 print(f"{MAX_STEPS} steps, learning rate {LEARNING_RATE:.3g}")
 
 # %% [markdown] lang="en"
-# The plan of chapter 04, for one GPU's share.
+# `plan_batch`, as in chapter 04, says whether one GPU's share fits.
 
 # %%
 from datasets import load_from_disk
@@ -112,15 +116,9 @@ lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=MAX_
 from transformers import AutoConfig
 from helpers.memory import plan_batch
 
-plan = plan_batch(
-    AutoConfig.from_pretrained(MODEL_NAME),
-    lengths=lengths,
-    micro_batch=MICRO_BATCH,
-    accumulation=ACCUMULATION,
-    checkpointing=CHECKPOINTING,
-    padding_free=PADDING_FREE,
-    lora_rank=16,
-)
+choice = dict(micro_batch=MICRO_BATCH, accumulation=ACCUMULATION, checkpointing=CHECKPOINTING)
+choice |= dict(padding_free=PADDING_FREE, lora_rank=16)
+plan = plan_batch(AutoConfig.from_pretrained(MODEL_NAME), lengths=lengths, **choice)
 plan.raise_if_failed()
 plan
 
@@ -151,7 +149,6 @@ lora = dict(
 
 # %%
 training = dict(
-    output_dir=f"{SCALED_DIR}/checkpoints",
     max_steps=MAX_STEPS,
     per_device_train_batch_size=MICRO_BATCH,
     gradient_accumulation_steps=ACCUMULATION,
@@ -165,7 +162,7 @@ training = dict(
     weight_decay=0.01,
     max_length=MAX_SEQ_LENGTH,
     dataset_text_field="text",
-    per_device_eval_batch_size=8,
+    per_device_eval_batch_size=MICRO_BATCH,
     eval_strategy="steps",
     eval_steps=MAX_STEPS // 2 + 1,
     logging_steps=1,
@@ -177,16 +174,17 @@ training = dict(
 )
 
 # %% tags=["handoff"]
-checkpoints = {"every_seconds": 300, "start_afresh": START_AFRESH}
-settings = {"model": MODEL_NAME, "lora": lora, "training": training, "checkpoints": checkpoints}
+settings = {"model": MODEL_NAME, "plan": choice, "lora": lora, "training": training, "every_seconds": 300}
 scaled.write_json("settings.json", settings)
 
 # %% [markdown] lang="en"
 # ## Start it
 #
 # [`scale_up.py`](scale_up.py) is chapter 04 as a script, a hundred lines long. Read it beside the quickstart: the calls
-# are the same. Two programs can start it, once for each GPU. `torchrun` comes with PyTorch. `accelerate launch` reads
-# what it needs from a file:
+# are the same.
+#
+# Two programs can start it, once for each GPU. `torchrun` comes with PyTorch. `accelerate launch`, of the library that
+# Transformers trains with, reads what it needs from a file:
 
 # %%
 accelerate = f"""compute_environment: LOCAL_MACHINE
@@ -198,23 +196,26 @@ num_processes: {PROCESSES}
 with open(f"{SCALED_DIR}/accelerate.yaml", "w", encoding="utf-8") as file:
     file.write(accelerate)
 folder = os.path.relpath(SCALED_DIR)
-print(f"accelerate launch --config_file {folder}/accelerate.yaml notebooks/scale_up.py {folder}")
-print(f"torchrun --nproc_per_node={PROCESSES} notebooks/scale_up.py {folder}")
+script = f'notebooks/scale_up.py "{folder}"' + " --start-afresh" * START_AFRESH
+by_accelerate = f'accelerate launch --config_file "{folder}/accelerate.yaml" {script}'
+by_torchrun = f"torchrun --nproc_per_node={PROCESSES} {script}"
+print(by_accelerate, by_torchrun, sep="\n")
 
 # %% [markdown] lang="en"
-# Either command does, here or in a terminal. Run again, it goes on from the last checkpoint, on any number of GPUs, as
-# long as a step has as many conversations.
+# Either line does, here or in a terminal. `start` runs it as a terminal would. It passes Stop on, so that the run is
+# saved, and ends with the message of the process that failed.
+#
+# Run again, it goes on from the last checkpoint. For another number of GPUs run this chapter again from its top, with
+# another `PROCESSES` and without `GROW_BATCH`: then a step has as many conversations as before.
 
 # %%
-!accelerate launch --config_file "{folder}/accelerate.yaml" notebooks/scale_up.py "{folder}"
-if _exit_code:
-    raise RuntimeError("A process failed. Its message is above, and names its rank.")
+scaled.start(by_accelerate)
 
 # %% [markdown] lang="en"
 # ## What came of it
 #
-# The processes are numbered; their number is called *rank*. Rank 0 checked the mask and the evidence, and wrote. At the
-# end all compared their adapters: they are equal, bit for bit.
+# Each process has a number, its *rank*; LoRA's rank is something else. Rank 0 checked the mask and chapter 04's claims,
+# and wrote. At the end all compared their adapters: had they not been equal, bit for bit, the run would have failed.
 
 # %%
 from IPython.display import Image
@@ -228,30 +229,31 @@ Image(f"{SCALED_DIR}/curves/curves.png")
 # %% [markdown] lang="en"
 # ## Where to type what
 #
-# | you have | type |
-# |---|---|
-# | Kaggle's two T4s: accelerator *GPU T4 x2* | this notebook as it is |
-# | one machine with N GPUs | the same, or one of the commands in a terminal |
-# | several machines | the lines below, on each its own |
+# **Kaggle.** *File → Import Notebook → GitHub* takes this page. Under *Settings* choose *GPU T4 x2* and *Internet on*. The
+# first message prints the command that makes the data there. Download `SCALED_DIR` before the session ends.
 #
-# Two machines with eight GPUs each need a folder that both see, and the same install. Set `PROCESSES` to 16, and run
-# this chapter up to *Start it* on one of them. Then, within a minute of each other:
+# **One machine with several GPUs.** This notebook as it is, or one of the two lines in a terminal of the same
+# environment. `CUDA_VISIBLE_DEVICES=0,1` in front takes the first two alone.
+#
+# **Several machines.** They need the same install, the same series and a folder that all of them see. For two with eight
+# GPUs each set `PROCESSES` to 16, `GROW_BATCH`, and `SCALED_DIR` to `/shared/scaled`.
+#
+# Run this chapter up to *Start it* on one of them. Then type on each its own line, within a minute. `FIRST` is the first
+# machine's name or address.
 #
 # ```
 # torchrun --nnodes=2 --node-rank=0 --nproc-per-node=8 --master-addr=FIRST --rdzv-conf=timeout=60 notebooks/scale_up.py /shared/scaled
 # torchrun --nnodes=2 --node-rank=1 --nproc-per-node=8 --master-addr=FIRST --rdzv-conf=timeout=60 notebooks/scale_up.py /shared/scaled
 # ```
 #
-# `FIRST` is the first machine's name or address.
-#
-# Where a process fails, all end within a minute. The last lines name its rank and the cause, such as memory, a full
-# disk, or other versions than those of rank 0. `1/2 clients joined` says that the other machine did not start. Mend it
-# and type the command again.
+# Where a process fails on one machine, all end within a minute. The last lines name its rank and the cause, such as
+# memory, a full disk, or other versions than those of rank 0. If a machine does not start, `torchrun` on the other one
+# says `1/2 clients joined`. Mend it and type the lines again.
 #
 # ## What does not fit
 #
-# More GPUs train *faster* this way, not larger: each holds the whole model. GiB by chapter 04's formula, with
-# `CHECKPOINTING = True`, 4 bits and rank 16:
+# More GPUs are faster this way, but each holds the whole model, so no larger one fits. This is what a GPU needs, in GiB
+# by chapter 04's formula, with `CHECKPOINTING = True`, 4 bits and LoRA's rank 16:
 #
 # | model | a conversation of 2,048 tokens | 8,192 | 32,768 |
 # |---|---|---|---|
@@ -262,9 +264,11 @@ Image(f"{SCALED_DIR}/curves/curves.png")
 # A T4 has room for 13.3 of its 14.7. So the 8B fits, with conversations of up to 16,000 tokens. For longer ones take
 # `CHECKPOINTING = "unsloth"` or a larger card.
 #
-# The 70B needs a card of 80 GB, or its weights spread over several. Of its 45.1 GiB 41.9 are weights, which
-# [FSDP2](https://docs.pytorch.org/tutorials/intermediate/FSDP_tutorial.html) divides: 13.7 on each of four GPUs, 8.4 on
-# each of eight. Unsloth's own switch for it is `UNSLOTH_FSDP2=1` under `torchrun`. This series did not try it; see
+# The 70B needs a card of 80 GB, or its weights spread over several. Of its 45.1 GiB 41.9 are weights. PyTorch's
+# [FSDP2](https://docs.pytorch.org/tutorials/intermediate/FSDP_tutorial.html) divides them: at least 13.7 on each of four
+# GPUs, 8.4 on each of eight.
+#
+# Unsloth's own switch for it is `UNSLOTH_FSDP2=1` under `torchrun`. This series did not try it; see
 # [Unsloth on several GPUs](https://docs.unsloth.ai/basics/multi-gpu-training-with-unsloth).
 
 # %%
