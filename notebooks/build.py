@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from helpers.chapters import CHAPTER_NAMES, CHAPTERS, producer_of  # noqa: E402
 
-README, PICTURE = ROOT / "README.md", NOTEBOOKS / "images" / "loss.png"
+READMES, PICTURE = {"en": ROOT / "README.md", "zh": ROOT / "README.zh-CN.md"}, NOTEBOOKS / "images" / "loss.png"
 PICTURED = NOTEBOOKS / f"{producer_of('report.json').name}.ipynb"  # the chapter that draws the losses
 RUN_START, RUN_END = "<!-- run: written by notebooks/build.py -->", "<!-- end of run -->"
 TABLE_START, TABLE_END = "<!-- chapters: written by notebooks/build.py -->", "<!-- end of chapters -->"
@@ -131,7 +131,7 @@ def move(location: str) -> list[Path]:
             f"--location: found {location!r}, expected owner/name. Fix: make location REPOSITORY=owner/name."
         )
     before, changed = repository(), []
-    files = [ROOT / "pyproject.toml", README, *NOTEBOOKS.glob("src/*.py"), *(path for *_, path in targets())]
+    files = [ROOT / "pyproject.toml", *READMES.values(), *NOTEBOOKS.glob("src/*.py"), *(path for *_, path in targets())]
     for path in files:
         text = path.read_text(encoding="utf-8")
         if before in text:
@@ -146,20 +146,31 @@ def title(source: Path, lang: str = "en") -> str:
     return next(cells, "\n").splitlines()[0].removeprefix("# ")
 
 
-def readme(trained: NotebookNode) -> str:
-    """The README with its chapter table made anew between its two markers."""
+def readme(trained: NotebookNode, lang: str = "en") -> str:
+    """A README with its chapter table and its run made anew, each between its two markers."""
     taken = measured()
-    rows = [f"| chapter | Colab | minutes ({taken['device']}) | peak GiB |", "|---|---|---|---|"]
+    heading, minutes = {"en": ("chapter", "minutes"), "zh": ("章节", "分钟")}[lang]
+    memory, unknown = {"en": ("peak GiB", "not measured yet"), "zh": ("内存峰值 GiB", "尚未测量")}[lang]
+    rows = [f"| {heading} | Colab | {minutes} ({device(lang)}) | {memory} |", "|---|---|---|---|"]
     for source in sources():
-        link = f"https://colab.research.google.com/github/{repository()}/blob/main/notebooks/{source.stem}.ipynb"
+        place = (EDITIONS[lang] / f"{source.stem}.ipynb").relative_to(ROOT).as_posix()
+        link = f"https://colab.research.google.com/github/{repository()}/blob/main/{place}"
         badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
-        figures = taken["chapters"].get(source.stem, {"minutes": "not measured yet", "peak_gib": ""})
-        name = f"[{source.stem[:2]} {title(source)}](notebooks/{source.stem}.ipynb)"
+        figures = taken["chapters"].get(source.stem, {"minutes": unknown, "peak_gib": ""})
+        name = f"[{source.stem[:2]} {title_of(source.stem, lang)}]({place})"
         rows.append(f"| {name} | {badge} | {figures['minutes']} | {figures['peak_gib']} |")
     table = "\n".join([TABLE_START, *rows, TABLE_END])
-    text = README.read_text(encoding="utf-8")
+    text = READMES[lang].read_text(encoding="utf-8")
     text = between(text, TABLE_START, TABLE_END, table)
-    return between(text, RUN_START, RUN_END, "\n".join([RUN_START, *run_lines(trained), RUN_END]))
+    return between(text, RUN_START, RUN_END, "\n".join([RUN_START, *run_lines(trained, lang), RUN_END]))
+
+
+def device(lang: str) -> str:
+    """Where the recorded run was, as people say it. Example: "1 of 2 CPU cores with AVX2"."""
+    name = measured()["device"]
+    return (
+        name if lang == "en" else re.sub(r"(\d+) of (\d+) CPU cores with (\S+)", r"\2 个 CPU 核心中的 \1 个，\3", name)
+    )
 
 
 def between(text: str, start: str, end: str, replacement: str) -> str:
@@ -168,29 +179,28 @@ def between(text: str, start: str, end: str, replacement: str) -> str:
     return before + replacement + rest.split(end)[1]
 
 
-def run_lines(trained: NotebookNode) -> list[str]:
+def run_lines(trained: NotebookNode, lang: str = "en") -> list[str]:
     """What the recorded run of chapter 04 showed: one question before and after, and its result."""
     outputs = (output for cell in trained.cells for output in cell.get("outputs", []))
     shown = "\n".join(output.text for output in outputs if output.output_type == "stream")
     exchange = re.search(r"^QUESTION +(.+?)\n\nBEFORE +(.+?)\n\nAFTER +(.+?)\n—", shown, re.DOTALL | re.MULTILINE)
     result = re.search(r"^Result: (held-out loss .+)$", shown, re.MULTILINE)
     if exchange is None or result is None:
-        return ["Nothing is recorded yet."]
-    taken = measured()
+        return [{"en": "Nothing is recorded yet.", "zh": "尚未记录。"}[lang]]
     cells = [
         " ".join(part.split("\n")) if number < 2 else "<br>".join(part.split("\n"))
         for number, part in enumerate(exchange.groups())
     ]
-    device = f"{taken['device']}, {taken['date']}"
+    names = {"en": ("asked", "before", "after"), "zh": ("提问", "训练前", "训练后")}[lang]
+    date = measured()["date"]
     return [
         "| | |",
         "|---|---|",
-        *(
-            f"| {name} | {cell.replace('|', '&#124;')} |"
-            for name, cell in zip(("asked", "before", "after"), cells, strict=True)
-        ),
+        *(f"| {name} | {cell.replace('|', '&#124;')} |" for name, cell in zip(names, cells, strict=True)),
         "",
-        f"That run, SmolLM2-135M on {device}: {result[1]}.",
+        f"That run, SmolLM2-135M on {device(lang)}, {date}: {result[1]}."
+        if lang == "en"
+        else f"这次运行：SmolLM2-135M，{device(lang)}，{date}：`{result[1]}`。",
     ]
 
 
@@ -207,10 +217,11 @@ def budget(chapter: str, lang: str) -> str:
         return "**输出**：尚未测量。" if lang == "zh" else "**Outputs**: not measured yet."
     given = taken["choices"] | taken["choices"].get(chapter, {})
     shown = choice_names(chapter).intersection(SHOWN)
-    choices = "".join(f", `{name} = {value!r}`" for name, value in given.items() if name in shown)
+    between = "，" if lang == "zh" else ", "
+    choices = "".join(f"{between}`{name} = {value!r}`" for name, value in given.items() if name in shown)
     if lang == "zh":
         return (
-            f"**输出**：{taken['date']} 录于 {taken['device']}{choices}；"
+            f"**输出**：{taken['date']} 录于 {device(lang)}{choices}；"
             f"{figures['minutes']} 分钟，内存峰值 {figures['peak_gib']} GiB。T4：未测量。"
         )
     return (
@@ -326,7 +337,7 @@ def main() -> int:
             keep_outputs(notebook, read_notebook(donor))
         notebooks[path] = notebook
         made[path] = (nbformat.writes(notebook) + "\n").encode()
-    made[README] = readme(notebooks[PICTURED]).encode()
+    made |= {path: readme(notebooks[PICTURED], lang).encode() for lang, path in READMES.items() if path.exists()}
     if picture := first_picture(notebooks[PICTURED]):
         made[PICTURE] = picture
     for path, content in made.items():

@@ -30,7 +30,9 @@ NBVAL_COMMENT = re.compile(r"^\s*#+\s*((?:NBVAL|PYTEST_VALIDATE)_\w+)\s*$", re.M
 TERMS = build.NOTEBOOKS / "terms.toml"
 CODE_SPAN, LINK = re.compile(r"`[^`]+`"), re.compile(r"\]\(([^)\s]+)\)")
 ALONE = {"en": "On your own", "zh": "自己动手"}
-NUMBER = re.compile(r"\d(?:[\d,.]*\d)?")
+NUMBER = re.compile(r"\d(?:[\d.]*\d)?")
+UNITS = {"million": 10**6, "billion": 10**9, "万": 10**4, "亿": 10**8}
+LARGE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})")
 
 
 def _links(text: str) -> list[str]:
@@ -43,7 +45,10 @@ def _spans(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[str]:
-    return [number.replace(",", "") for number in NUMBER.findall(CODE_SPAN.sub("", LINK.sub("]", text)))]
+    """A text's numbers, without those of code and links. Example: "24 million" and "2400 万" -> ["24000000"]"""
+    text = CODE_SPAN.sub("", LINK.sub("]", text)).replace(",", "")
+    text = LARGE.sub(lambda number: str(round(float(number[1]) * UNITS[number[2]])), text)
+    return [number.rstrip(".") for number in NUMBER.findall(text)]
 
 
 # What a text and its translation must share.

@@ -205,6 +205,19 @@ def taken(monkeypatch):
     monkeypatch.setattr(build, "measured", lambda: measured)
 
 
+def test_each_edition_leads_to_the_other(source):
+    badge = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://example.org)"
+    source.write_text(
+        SOURCE.replace("# # Title", f"# # Title\n#\n# {badge}").replace("# # 标题", f"# # 标题\n#\n# {badge}")
+    )
+    english, chinese = (build.build(source, lang).cells[0].source for lang in ("en", "zh"))
+    assert english.endswith(f"{badge} [简体中文](zh-CN/03_data.ipynb)")
+    assert chinese.endswith(f"{badge} [English](../03_data.ipynb)")
+    alone = SOURCE.replace('lang="zh"', 'lang="en"').replace("# # Title", f"# # Title\n#\n# {badge}")
+    source.write_text(alone, encoding="utf-8")
+    assert build.build(source, "en").cells[0].source.endswith(badge)
+
+
 def test_the_line_on_outputs_says_when_where_and_with_which_choices_they_were_recorded(taken):
     assert build.budget("03_data", "en") == (
         "**Outputs**: recorded on 2026-11-28 with 2 CPU cores and no GPU, `MODEL_NAME = 'Small'`. "

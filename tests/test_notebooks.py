@@ -256,6 +256,51 @@ def test_partners_of_the_two_languages(spoken, problems):
     assert lint.problems_of_source(source_cells(*spoken)) == problems
 
 
+def pair(english, chinese):
+    texts = {"en": english, "zh": chinese}
+    return [nbformat.v4.new_markdown_cell(text, metadata={"lang": lang}) for lang, text in texts.items()]
+
+
+@pytest.mark.parametrize(
+    ("english", "chinese", "problem"),
+    [
+        ("Set `MAX_STEPS` to 60, see [04](04_train.ipynb).", "把 `MAX_STEPS` 设为 60，见[04](04_train.ipynb)。", ""),
+        ("1,000 rows, 24 million numbers", "1000 行，2400 万个数", ""),
+        ("24 million numbers", "24 万个数", "numbers that the two texts do not share, 240000, 24000000"),
+        ("![x](images/chat.png)", "![x](../images/chat.png)", ""),
+        ("Set `MAX_STEPS`.", "设置步数。", "code spans that the two texts do not share, `MAX_STEPS`"),
+        ("60 steps", "6 步", "numbers that the two texts do not share, 6, 60"),
+        ("see [04](04_train.ipynb)", "见 04", "links that the two texts do not share, 04_train.ipynb"),
+        ("## Plan\n\ntext", "计划", "headings that the two texts do not share, ## "),
+        ("| a |\n|---|", "| 甲 |", "rows of tables that the two texts do not share, |"),
+    ],
+)
+def test_what_a_text_and_its_translation_must_share(english, chinese, problem):
+    assert [found.partition(", of")[0] for found in lint.problems_of_pairs(pair(english, chinese))] == [problem] * bool(
+        problem
+    )
+
+
+def test_a_chinese_text_uses_the_words_of_the_table_of_terms():
+    assert lint.problems_of_terms(pair("The loss of a token.", "一个词元的损失。")) == []
+    assert lint.problems_of_terms(pair("The loss of a token.", "一个令牌的损耗。")) == [
+        "令牌 instead of 词元 in `一个令牌的损耗。`",
+        "损耗 instead of 损失 in `一个令牌的损耗。`",
+    ]
+    assert lint.problems_of_terms(pair("令牌", "词元")) == []  # the English text is not its concern
+
+
+def test_the_two_readmes_share_links_numbers_and_code():
+    texts = {lang: build.READMES[lang].read_text(encoding="utf-8") for lang in build.READMES}
+    texts = {lang: build.between(text, build.RUN_START, build.RUN_END, "") for lang, text in texts.items()}
+    texts["en"] = texts["en"].replace("English · [简体中文](README.zh-CN.md)", "")
+    texts["zh"] = texts["zh"].replace("[English](README.md) · 简体中文", "")
+    for lang in texts:
+        texts[lang] = build.between(texts[lang], build.TABLE_START, build.TABLE_END, "")
+    assert lint.problems_of_pairs(pair(*(texts[lang] for lang in ("en", "zh")))) == []
+    assert lint.problems_of_terms(pair(*(texts[lang] for lang in ("en", "zh")))) == []
+
+
 def test_a_chinese_notebook_whose_code_drifted_is_refused(tmp_path):
     source = tmp_path / "03_data.py"
     chinese = '\n# %% [markdown] lang="zh"\n# 文字\n\n# %%'
