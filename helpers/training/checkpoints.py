@@ -322,6 +322,8 @@ def settings_of(trainer: Any) -> dict[str, Any]:
         settings["base model"] = base_name(name) if Path(name).is_dir() else name
         settings["4-bit"] = bool(getattr(trainer.model, "is_loaded_in_4bit", False))
         settings |= {f"LoRA {name}": getattr(config, name, None) for name in DECIDING_LORA}
+        if config.lora_dropout and trainer.args.world_size > 1:  # each process draws its own random numbers
+            settings["processes"] = trainer.args.world_size
     settings |= {name: args[name] for name in DECIDING if name in args}
     return json.loads(json.dumps(settings, default=_as_json))  # as it will be read back: tuples are lists
 
@@ -370,7 +372,8 @@ def _callback(checkpoints: Checkpoints) -> Any:
             # The next chance to save is a step away: save now if that would be too late.
             due = now - self.saved + self.longest >= checkpoints.every_seconds
             # All ranks save in the same step: the first one's clock counts, and whoever was interrupted.
-            (due, _), *_ = ranks = on_all((due, checkpoints.interrupted))
+            ranks = on_all((due, checkpoints.interrupted))
+            due = ranks[0][0]
             checkpoints.interrupted = any(interrupted for _, interrupted in ranks)
             if due or checkpoints.interrupted or state.global_step >= state.max_steps:
                 control.should_save = True

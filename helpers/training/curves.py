@@ -291,9 +291,12 @@ class _LivePlot:
         from IPython.core.interactiveshell import InteractiveShell
         from IPython.display import display
 
+        shown = InteractiveShell.initialized()
+        if self.running and not shown:  # a script: only the file is looked at
+            return
         began = time.monotonic()
         picture = as_image(draw_curves(self.curves))
-        if not InteractiveShell.initialized():  # a script: only the file is looked at
+        if not shown:
             pass
         elif self.handle is None:
             self.handle = display(picture, display_id=True)

@@ -38,6 +38,7 @@ SENT = (
     "helpers/**/*.html",
     "helpers/**/*.md",
     "notebooks/*.ipynb",
+    "notebooks/scale_up.py",
     "notebooks/data/*",
     "tests/__init__.py",
     "tests/maintain/__init__.py",
