@@ -23,6 +23,7 @@ from helpers.handoff import open_run
 from helpers.memory.fit import DoesNotFit, fit_into_memory
 from helpers.memory.plan import predict_peak
 from helpers.ranks import cause_of, one_message, rank_and_size
+from helpers.training.checkpoints import compare_settings, settings_of
 from helpers.training.order import in_whole_rounds, ordered, with_empty
 
 STEPS, ROWS, CONVERSATIONS = 20, 21, 4  # of 21 rows four steps of a pass take 4, and the sixth one: a rank has none
@@ -448,6 +449,22 @@ def test_without_the_hooks_they_are_not():
     assert rows_of_each_step(2, hooked=False) != rows_of_each_step(1, hooked=False)
     twice = [number for step in rows_of_each_step(2, hooked=False) for number in step]
     assert len(twice) > ROWS  # Accelerate fills the last round with rows that came before
+
+
+def test_with_dropout_another_number_of_processes_is_another_run():
+    from datasets import Dataset
+
+    def settings(processes, dropout):
+        sizes = {"per_device_train_batch_size": 8 // processes, "gradient_accumulation_steps": 1}
+        args = SimpleNamespace(to_dict=lambda: dict(sizes), world_size=processes)
+        lora = SimpleNamespace(base_model_name_or_path="", lora_dropout=dropout)
+        model = SimpleNamespace(peft_config={"default": lora})
+        rows = Dataset.from_dict({"input_ids": [[1]], "labels": [[1]]})
+        return settings_of(SimpleNamespace(args=args, model=model, train_dataset=rows))
+
+    assert compare_settings(settings(1, 0), settings(2, 0)) == []
+    assert compare_settings(settings(1, 0.1), settings(2, 0.1)) == ["processes was None, is 2"]
+    assert compare_settings(settings(4, 0.1), settings(1, 0.1)) == ["processes was 4, is None"]
 
 
 def test_rows_that_fill_a_round_train_nothing():
