@@ -19,14 +19,14 @@
 #
 # [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/00_quickstart.ipynb)
 #
-# 学完这一章，你会有一个用你自选的对话训练过的 Llama 3.2。它存成一个文件，在笔记本电脑上就能运行。
+# 学完这一章，你会得到一个用自选对话训练过的 Llama 3.2。它存成一个文件，在笔记本电脑上就能运行。
 #
 # 学完后你能
-# - 用自己的文件训练一个对话模型，
-# - 把它的回答和原始模型的回答作比较，
+# - 用自己的文件训练一个对话模型；
+# - 把它的回答和原始模型的回答做比较；
 # - 在其他程序里使用它。
 #
-# 你需要 Colab，并使用它的免费 GPU，也就是 T4（**Runtime → Change runtime type**）。
+# 你需要 Colab 和它的免费 GPU，也就是 T4（**Runtime → Change runtime type**）。
 #
 # {{budget}}
 
@@ -41,12 +41,12 @@
 
 # %% [markdown] lang="zh"
 # `MODEL_NAME` 是 Hugging Face Hub 上的一个模型，Hub 是发布模型和数据的地方。
-# `DATASET` 是 Hub 上的一个数据集，也可以是你自己的 `.jsonl`、`.json` 或 `.csv` 文件：
-# 把它拖到左侧的文件夹图标上。`EVAL_ROWS` 是**留出**（held out）的行数：这些行从不用来训练。
-# 用自己的文件时，最多留出五分之一。
+# `DATASET` 是 Hub 上的一个数据集，也可以是你自己的 `.jsonl`、`.json` 或 `.csv` 文件；
+# 自己的文件要拖到左侧的文件夹图标上。`EVAL_ROWS` 是**留出**（held out）的行数：这些行绝不用来训练。
+# 用自己的文件时，留出的行不要超过五分之一。
 #
 # **词元**（token）是一个词，或者词的一部分。`MAX_SEQ_LENGTH` 是一段对话最多可以有的词元数。
-# `GGUF` 列出给 Ollama 用的文件；填 `[]`，就省去它们所需的 6 GB 下载。
+# `GGUF` 列出要给 Ollama 生成哪些文件；填 `[]` 就不生成，也省去为此所需的 6 GB 下载。
 # `OUTPUT_DIR` 是存放结果的文件夹，`REQUIREMENTS` 是软件包清单。
 
 # %% tags=["parameters"]
@@ -68,7 +68,7 @@ REQUIREMENTS = "https://raw.githubusercontent.com/your-org/llama-3.2-unsloth-t4/
 # [chapter 01](01_install.ipynb).
 
 # %% [markdown] lang="zh"
-# 每个软件包都只装测试过的那一个版本。不需要重启。原因和依据见[第 01 章](01_install.ipynb)。
+# 每个软件包装的都是测试过的那个版本，装完不需要重启。原因和依据见[第 01 章](01_install.ipynb)。
 
 # %%
 # %pip install -q --no-deps -r {REQUIREMENTS}
@@ -78,8 +78,8 @@ REQUIREMENTS = "https://raw.githubusercontent.com/your-org/llama-3.2-unsloth-t4/
 # Why, and how we know: [chapter 02](02_load_and_lora.ipynb).
 
 # %% [markdown] lang="zh"
-# 模型由**权重**（weights）组成，也就是几十亿个数。每个权重只用 4 位（`LOAD_IN_4BIT`），
-# T4 就有空间做训练。原因和依据见[第 02 章](02_load_and_lora.ipynb)。
+# 模型由**权重**（weights）组成，也就是几十亿个数。每个权重只用 4 位存储（`LOAD_IN_4BIT`），
+# T4 上才有空间做训练。原因和依据见[第 02 章](02_load_and_lora.ipynb)。
 
 # %%
 from unsloth import FastLanguageModel  # before the other libraries, because it makes them faster
@@ -93,7 +93,7 @@ model, tokenizer = FastLanguageModel.from_pretrained(
 # know: [chapter 02](02_load_and_lora.ipynb).
 
 # %% [markdown] lang="zh"
-# 权重本身保持不变。LoRA 另外加上一些小矩阵，叫作**适配器**（adapter），训练的只有它们。
+# 权重本身保持不变。LoRA 另外加上一些小矩阵，合称**适配器**（adapter），训练的只有这些矩阵。
 # 原因和依据见[第 02 章](02_load_and_lora.ipynb)。
 
 # %% tags=["nbval-check-output"]
@@ -112,7 +112,7 @@ model.print_trainable_parameters()
 
 # %% [markdown] lang="zh"
 # 你的文件里，每一行要么是由 `from` 和 `value` 组成的 `conversations`，
-# 要么是由 `role` 和 `content` 组成的 `messages`，要么是一个问题和它的答案，各占一列。
+# 要么是由 `role` 和 `content` 组成的 `messages`，要么是一个问题和它的回答，各占一列。
 # 原因和依据见[第 03 章](03_data.ipynb)。
 
 # %%
@@ -157,7 +157,7 @@ def to_text(row):
 # long or lack an answer are left out. Why, and how we know: [chapter 03](03_data.ipynb).
 
 # %% [markdown] lang="zh"
-# 每用 8 段对话，就更新一次适配器，这叫一**步**（step）。所以 `MAX_STEPS` 决定了需要多少段对话。
+# 每用完 8 段对话，适配器就更新一次，这叫一**步**（step）。所以 `MAX_STEPS` 决定了需要多少段对话。
 # 太长的行和没有回答的行会被去掉。原因和依据见[第 03 章](03_data.ipynb)。
 
 # %% tags=["nbval-check-output"]
@@ -178,7 +178,7 @@ print(f"{len(train_dataset)} to train on, {len(eval_dataset)} held out, {len(row
 # far a step goes. Why, and how we know: [chapter 04](04_train.ipynb).
 
 # %% [markdown] lang="zh"
-# 这些设置适合 T4：按计算，对话为 1,024 个词元时，14.7 GiB 的显存大约用掉 12 GiB。
+# 这些设置适合 T4：据计算，对话长 1,024 个词元时，14.7 GiB 显存大约会用掉 12 GiB。
 # `LEARNING_RATE`（学习率）决定一步走多远。原因和依据见[第 04 章](04_train.ipynb)。
 
 # %%
@@ -203,7 +203,7 @@ settings = SFTConfig(
 # and how we know: [chapter 04](04_train.ipynb).
 
 # %% [markdown] lang="zh"
-# 模型要学的是回答，不是提问。横线上方是它读到的内容，下方是它要学着写的内容。
+# 模型要学的是回答，不是问题。横线上方是它读到的内容，下方是它要学着写的内容。
 # 原因和依据见[第 04 章](04_train.ipynb)。
 
 # %% tags=["nbval-check-output"]
@@ -223,7 +223,7 @@ print(tokenizer.decode([label for label in row["labels"] if label != -100]))
 # answers such questions already. Why, and how we know: [chapter 04](04_train.ipynb).
 
 # %% [markdown] lang="zh"
-# **损失**（loss）表示模型对留出的回答预测得有多差。用 FineTome 时，预计损失只会小幅下降：
+# **损失**（loss）衡量模型对留出的回答预测得有多差。用 FineTome 时，预计损失只会小幅下降：
 # 这类问题 Llama 本来就会回答。原因和依据见[第 04 章](04_train.ipynb)。
 
 # %%
@@ -240,7 +240,7 @@ print(f"Training: {seconds:.0f} s, GPU memory at the peak: {torch.cuda.max_memor
 # [chapter 05](05_infer.ipynb).
 
 # %% [markdown] lang="zh"
-# 模型去掉适配器，就是原始模型。让两者都来回答两个留出的问题。
+# 去掉适配器，模型就是原始模型。下面让两者回答同样的两个留出问题。
 # 原因和依据见[第 05 章](05_infer.ipynb)。
 
 # %%
@@ -262,7 +262,7 @@ for row in eval_dataset.select(range(2)):
 # [chapter 06](06_save.ipynb).
 
 # %% [markdown] lang="zh"
-# 适配器是一个小文件，使用时还要有原始模型。原因和依据见[第 06 章](06_save.ipynb)。
+# 适配器是一个小文件，使用时还需要原始模型。原因和依据见[第 06 章](06_save.ipynb)。
 
 # %% tags=["handoff"]
 tokenizer.save_pretrained(f"{OUTPUT_DIR}/adapter")
@@ -273,7 +273,7 @@ model.save_pretrained(f"{OUTPUT_DIR}/adapter")
 # nothing is rounded twice. Why, and how we know: [chapter 06](06_save.ipynb).
 
 # %% [markdown] lang="zh"
-# GGUF 文件是完整的模型，供 Ollama 这类程序使用。适配器合并到 16 位的权重里，这样就不会舍入两次。
+# GGUF 文件是完整的模型，供 Ollama 这类程序使用。适配器合并到 16 位的权重里，这样权重就不会舍入两次。
 # 原因和依据见[第 06 章](06_save.ipynb)。
 
 # %% tags=["handoff"]
@@ -306,17 +306,17 @@ if GGUF:
 # Why, and how we know: [chapter 06](06_save.ipynb).
 
 # %% [markdown] lang="zh"
-# 任何 Python 都能加载这个适配器：
+# 任何 Python 环境都能加载这个适配器：
 # ```python
 # from peft import AutoPeftModelForCausalLM
 # model = AutoPeftModelForCausalLM.from_pretrained("quickstart/adapter")
 # ```
-# Ollama 运行 GGUF 文件，用的是 Unsloth 写好的 `Modelfile`：
+# Ollama 按照 Unsloth 写好的 `Modelfile` 运行 GGUF 文件：
 # ```
 # ollama create my-model -f Modelfile
 # ollama run my-model
 # ```
-# OpenAI 的客户端可以向 Ollama 提问，端口是 11434，路径是 `/v1`：
+# OpenAI 的客户端可以通过端口 11434 和路径 `/v1` 向 Ollama 提问：
 # ```python
 # from openai import OpenAI
 # client = OpenAI(base_url=OLLAMA, api_key="none")
@@ -339,9 +339,9 @@ print(f"Result: held-out loss {before:.2f} → {after:.2f} in {seconds:.0f} s of
 # {{next}}
 
 # %% [markdown] lang="zh"
-# 现在就把这两样都下载下来：Colab 会收回它的机器。
+# 现在就把适配器和 GGUF 文件都下载下来：Colab 会收回这台机器。
 #
-# 自己动手：50 段对话能教会一种形式，几百段效果更好。参加训练的行数是 `MAX_STEPS` 乘以 8；
-# 文件小的话，每一行会用上好几遍。
+# 自己动手：50 段对话就能教会模型一种形式，几百段效果更好。训练用到的行数是 `MAX_STEPS` 乘以 8；
+# 文件小的话，同一行会用上好几遍。
 #
 # {{next}}

@@ -21,16 +21,16 @@
 #
 # [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/01_install.ipynb)
 #
-# 学完这一章，会有一个语言模型回答你的问题。它所在的机器经过检查，确定能训练它。
+# 学完这一章，会有一个语言模型回答你的问题，运行它的机器也经过检查，确定能用来训练它。
 #
 # 学完后你能
-# - 用一句话说清语言模型、微调和 Unsloth 是什么，
-# - 装上和本系列测试时完全相同的版本，
-# - 看懂机器缺什么，以及该怎么办。
+# - 用一句话说清语言模型、微调和 Unsloth 是什么；
+# - 装上和本系列测试时完全相同的版本；
+# - 看出机器缺什么，并知道该怎么办。
 #
 # 你需要一个浏览器和一个 Google 账号。在 Colab 里选择 **Runtime → Change runtime type → T4 GPU**：
-# Google 就会借给你一台带 T4 显卡的计算机，这种显卡就是为这类工作制造的。
-# 如果用自己的计算机，就改用 README 里的两条命令。
+# Google 就会借给你一台带 T4 显卡的计算机，这种显卡正是为这类工作制造的。
+# 如果用自己的计算机，就改为运行 README 里的两条命令。
 #
 # {{budget}}
 
@@ -56,19 +56,19 @@
 # %% [markdown] lang="zh"
 # ## 你将要做什么
 #
-# **语言模型**（language model）把文本读成一串**词元**（token），并预测下一个词元。
+# **语言模型**（language model）把文本当作一串**词元**（token）来读，并预测下一个词元。
 # 词元是词，或者词的一部分。预测出什么，取决于它的**权重**（weights）：那是几十亿个数，
 # 训练每次只把它们改动一点点。
 #
-# Llama 3.2 从互联网的很大一部分内容里学会了语言，也学到了许多事实。
-# **Instruct** 模型在这之后还学过怎样回答。但它不了解你的产品、你的语气，也不了解你的格式。
+# Llama 3.2 从互联网上很大一部分内容中学会了语言，也学到了许多事实。
+# **Instruct** 模型在这之后还学过怎样回答。但它不了解你的产品，也不了解你要的语气和格式。
 #
-# **微调**（fine-tuning）用你自己的例子把这种训练继续下去，直到模型像例子那样回答。
-# 几百段对话往往就够了。先试试更好的提示词：改提示词不花钱。
-# 等到提示词越写越长，或者你想要的东西举例比描述更容易，再来微调。
+# **微调**（fine-tuning）用你自己的例子继续这种训练，直到模型像例子那样回答。
+# 几百段对话往往就够了。不过，先试试更好的提示词：改提示词不花钱。
+# 等到提示词越写越长，或者你想要的效果举例比描述更容易时，再来微调。
 #
-# T4 的显存是 15 GiB，装不下全部权重的训练。有两个办法能让它装下。
-# 一是权重每个只用 **4 位**（bit）存储，并且保持不变。二是只训练它们旁边的几张小的数字表：
+# T4 有 15 GiB 显存，不够用来训练全部权重。有两个办法能让训练放得下：
+# 一是每个权重只用 **4 位**（bit）存储，并且保持不变；二是只训练权重旁边的一些小型数字表，
 # 这就是 **LoRA**，见第 02 章。
 #
 # **Unsloth** 是做这件事的一个库，比别的库更省显存，也更省时间；省多少，
@@ -87,10 +87,10 @@
 # ## 准备
 #
 # 在 Colab 上，每个 notebook 都有一台自己的计算机，所以每一章都从这个单元格开始。
-# 它安装 `requirements-colab.txt` 里的软件包，每个都是测试过的版本，并显示它改动了什么。
-# 在你自己的计算机上它什么也不装，因为 `make setup` 已经装好了。
+# 它安装 `requirements-colab.txt` 里的软件包，每个都是测试过的版本，并显示改动了什么。
+# 在你自己的计算机上，它什么也不装，因为 `make setup` 已经装好了。
 #
-# 这一页上的输出是在你打开之前录下的。你运行单元格时，它们会换成你自己的输出。
+# 这一页上的输出是事先录下的。你运行单元格后，它们会换成你自己的输出。
 
 # %% cellView="form"
 # include: setup_cell.py
@@ -101,9 +101,9 @@
 # `USE_MODELSCOPE` takes models from ModelScope, another such place.
 
 # %% [markdown] lang="zh"
-# 要作的选择都在一个单元格里。`MODEL_NAME` 是 Hugging Face Hub 上的一个模型，
-# 或者一个存有模型的文件夹；Hub 是发布模型和数据的地方。`HF_ENDPOINT` 是 Hub 镜像的地址，
-# 给连不上 Hub 的读者用。`USE_MODELSCOPE` 让模型改从 ModelScope 下载，那是另一个这样的地方。
+# 要做的选择都在一个单元格里。`MODEL_NAME` 是 Hugging Face Hub 上的一个模型，
+# 或者一个存有模型的文件夹；Hub 是发布模型和数据的地方。`HF_ENDPOINT` 是 Hub 镜像站的地址，
+# 给连不上 Hub 的读者用。`USE_MODELSCOPE` 让模型改从 ModelScope 下载，那是另一个同类平台。
 
 # %% tags=["parameters"]
 # @title Choices
@@ -120,8 +120,8 @@ USE_MODELSCOPE = False  # @param {type:"boolean"}
 # %% [markdown] lang="zh"
 # ## 检查机器
 #
-# 本系列依赖的每样东西都会实际试一遍，不靠假设。哪里需要你注意，哪里就出现一行，
-# 最后一列告诉你该怎么做。有一行失败，就停在这里，只给一行说明，而不是等到训练中途才停。
+# 本系列依赖的每样东西都会实际试一遍，不靠假设。凡是需要你注意的，表里就有一行，
+# 最后一列告诉你该怎么做。只要有一行失败，就停在这里，给出一行说明，而不是等到训练中途才停。
 
 # %%
 from helpers.environment import check_choices, check_environment
@@ -156,7 +156,7 @@ model, tokenizer = FastLanguageModel.from_pretrained(
 # A T4 computes in float16, newer cards in bfloat16, a processor without either in 32 bits.
 
 # %% [markdown] lang="zh"
-# T4 用 float16 计算，更新的显卡用 bfloat16，两者都不支持的处理器用 32 位。
+# T4 用 float16 计算，较新的显卡用 bfloat16，两者都不支持的处理器用 32 位。
 
 # %%
 print(f"{model.device}, {model.dtype}, {model.get_memory_footprint() / 2**30:.2f} GiB of weights")
@@ -171,7 +171,7 @@ print(f"{model.device}, {model.dtype}, {model.get_memory_footprint() / 2**30:.2f
 # ## 问它一个问题
 #
 # 对话是一个消息列表，每条消息有 `role` 和 `content`。
-# **分词器**（tokenizer）把对话写成模型学过的形式，再变成词元。
+# **分词器**（tokenizer）把对话写成模型学过的形式，再转换成词元。
 
 # %%
 messages = [{"role": "user", "content": "My lamp does not switch on. What can I do?"}]
@@ -182,7 +182,7 @@ print(tokenizer.decode(inputs["input_ids"][0]))
 # `generate` adds the most likely token again and again, and `decode` turns tokens back into text.
 
 # %% [markdown] lang="zh"
-# `generate` 一次又一次地接上最可能的词元，`decode` 把词元变回文本。
+# `generate` 每次接上一个最可能的词元，如此反复；`decode` 把词元变回文本。
 
 # %%
 inputs = inputs.to(model.device)
@@ -195,7 +195,7 @@ print(answer)
 # the answer that a support team would give.
 
 # %% [markdown] lang="zh"
-# 它答得很礼貌，也很笼统。它从来没见过你的灯。到了第 04 章，同一类问题会得到客服团队会给的那种回答。
+# 它答得很礼貌，也很笼统：它从来没见过你的灯。到了第 04 章，对同一类问题，模型会像客服团队那样回答。
 
 # %%
 print(f"Result: an answer of {len(answer.split())} words, from {model.device}")
@@ -215,11 +215,11 @@ print(f"Result: an answer of {len(answer.split())} words, from {model.device}")
 # %% [markdown] lang="zh"
 # ## 到这里为止
 #
-# 你有了一台确定能用的机器，也和原始模型对过话了。什么都没有保存。
+# 你有了一台确定能用的机器，也和原始模型对过话了。这一章没有保存任何东西。
 # 继续之前，先归还这台机器（**Runtime → Disconnect and delete runtime**），
-# 因为免费的 Colab 同一时间只借出一块 GPU。
+# 因为免费的 Colab 同一时间只借给你一块 GPU。
 #
-# 自己动手：设置 `do_sample=True`，把那个单元格运行两次。
-# 再把 `MODEL_NAME` 设为 `"unsloth/Llama-3.2-1B-Instruct"`，比较回答和显存。
+# 自己动手：设置 `do_sample=True`，把它所在的单元格运行两次。
+# 再把 `MODEL_NAME` 设为 `"unsloth/Llama-3.2-1B-Instruct"`，比较两个模型的回答和显存占用。
 #
 # {{next}}

@@ -20,15 +20,15 @@
 #
 # [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/02_load_and_lora.ipynb)
 #
-# 学完这一章，你会有一个冻结的 4 位对话模型，它旁边的小矩阵已经可以开始训练。
+# 学完这一章，你会得到一个冻结的 4 位对话模型，旁边加好了可以开始训练的小矩阵。
 #
 # 学完后你能
-# - 以 4 位精度加载模型，并看到这样省下多少，
-# - 说出 `from_pretrained` 和 `get_peft_model` 的每个参数做什么，
-# - 数出 LoRA 训练多少个数，换个大小又会训练多少，
+# - 以 4 位精度加载模型，并看到这样省下多少；
+# - 说出 `from_pretrained` 和 `get_peft_model` 的每个参数有什么作用；
+# - 算出 LoRA 训练多少个数，换个大小又会训练多少；
 # - 证明没有训练过的适配器什么也不改变。
 #
-# 你不需要第 01 章的任何东西，这一章也不交接任何东西：第 04 章会重复这两个调用。
+# 这一章不需要第 01 章的任何东西，也不向后面的章节交接任何东西：第 04 章会重复这两个调用。
 #
 # {{budget}}
 
@@ -41,7 +41,7 @@
 
 # %% [markdown] lang="zh"
 # `MODEL_NAME`、`HF_ENDPOINT` 和 `USE_MODELSCOPE` 与第 01 章相同。
-# `MAX_SEQ_LENGTH` 是训练时最长的对话，以词元计。
+# `MAX_SEQ_LENGTH` 是训练时对话的最大长度，以词元计。
 
 # %% tags=["parameters"]
 # @title Choices
@@ -70,12 +70,12 @@ print(f"Found: {os.path.basename(MODEL_NAME)}")
 # %% [markdown] lang="zh"
 # ## 加载模型
 #
-# `unsloth/` 下的名字不需要账号。**受限**（gated）模型，例如 `meta-llama/…`，需要 `token=`：
-# 填上访问凭证（access token），它的持有者必须已经接受该模型的许可证。
+# 下载 `unsloth/` 下的模型不需要账号。**受限**（gated）模型，例如 `meta-llama/…`，则需要 `token=`：
+# 填上访问凭证（access token），凭证的持有者必须已经接受该模型的许可证。
 #
-# 4 位精度下，一个权重只有 16 种取值。NF4 是 [QLoRA](https://arxiv.org/abs/2305.14314) 的格式，
-# 它把这些取值放在权重密集的地方，并给每 64 个权重配一个自己的缩放系数。
-# 要用它们计算时，Unsloth 会临时把它们变成 16 位。
+# 4 位精度下，一个权重只有 16 种可能的取值。NF4 是 [QLoRA](https://arxiv.org/abs/2305.14314) 的格式，
+# 它把这些取值放在权重密集的地方，并让每 64 个权重共用一个缩放系数。
+# 要用权重计算时，Unsloth 会临时把它们转成 16 位。
 
 # %%
 from unsloth import FastLanguageModel  # before transformers, peft and trl: it patches them
@@ -93,10 +93,10 @@ model, tokenizer = FastLanguageModel.from_pretrained(
 # works on each token alone. The count shows them as `Linear4bit`.
 
 # %% [markdown] lang="zh"
-# 它们真的是 4 位吗？模型由许多同样的**块**（block）叠成，每个块有七个**线性层**（linear layer），
-# 也就是权重的表格。四个属于**注意力**（attention），词元在这里从它前面的词元收集信息；
-# 三个属于**前馈**（feed-forward）部分，这部分对每个词元单独计算。
-# 统计结果里，它们显示为 `Linear4bit`。
+# 权重真的是 4 位吗？模型由许多结构相同的**块**（block）叠成，每个块有七个**线性层**（linear layer），
+# 每个线性层就是一张权重表。其中四个属于**注意力**（attention），每个词元在这里从前面的词元收集信息；
+# 另外三个属于**前馈**（feed-forward）部分，这部分对每个词元单独计算。
+# 在下面的统计结果里，它们显示为 `Linear4bit`。
 
 # %% tags=["nbval-check-output"]
 from collections import Counter
@@ -109,7 +109,7 @@ print(f"{parameters:,} weights; linear layers: {dict(kinds)}")
 # What did that save? The table through which tokens enter and leave stays in 16 bits.
 
 # %% [markdown] lang="zh"
-# 这样省下了多少？词元进出模型要经过一张表，这张表仍然是 16 位。
+# 这样省下了多少？词元进出模型都要经过一张表，这张表仍然是 16 位。
 
 # %%
 print(f"{model.get_memory_footprint() / 2**20:.0f} MiB of weights")
@@ -129,11 +129,11 @@ print(f"{2 * parameters / 2**20:.0f} MiB in 16 bits")
 # ## LoRA 加了什么
 #
 # 线性层计算 $y = Wx$。LoRA 就是**低秩适配**（low-rank adaptation）。
-# 它不动 $W$，只加一条旁路，经过两个细长的矩阵：$y = Wx + \frac{\alpha}{r}\,B A x$。
+# 它不动 $W$，只加一条由两个细长矩阵组成的旁路：$y = Wx + \frac{\alpha}{r}\,B A x$。
 # $A$ 把输入压缩成 $r$ 个数，$B$ 再把它们展开。训练的只有 $A$ 和 $B$。
 # 两者合起来叫作**适配器**（adapter）。
 #
-# 图里画的是第一个 `q_proj`，注意力的四个层之一。长度按比例画；细的那一边画得比实际粗。
+# 下图画的是第一个 `q_proj`，它是注意力的四个层之一。长度按比例绘制，只有细的那一边画得比实际粗。
 
 # %%
 from helpers.figures import draw_lora
@@ -150,8 +150,8 @@ draw_lora(out_features=query.out_features, in_features=query.in_features, rank=1
 # %% [markdown] lang="zh"
 # ## 加上 LoRA
 #
-# 训练先算出一个回答，再算出每个要训练的权重该往哪个方向移动。这些方向就是**梯度**（gradient）。
-# 重算（gradient checkpointing）把一些东西算两遍，用来节省显存；什么时候划算，见第 04 章。
+# 训练先算出一个回答，再算出每个要训练的权重该往哪个方向调整。这些方向就是**梯度**（gradient）。
+# 重算（gradient checkpointing）把一部分结果算两遍，以此节省显存；什么时候划算，见第 04 章。
 
 # %%
 model = FastLanguageModel.get_peft_model(
@@ -186,8 +186,8 @@ print(f"{trainable:,} of {total:,} numbers are trained: {100 * trainable / total
 # and two running averages of it that say how far the next step goes.
 
 # %% [markdown] lang="zh"
-# 这个数量和秩（rank）成正比。每个要训练的数占用的不只是它自己的显存：它还有一个梯度，
-# 以及这个梯度的两个滑动平均值，由它们决定下一步走多远。
+# 这个数量和秩（rank）成正比。每个要训练的数，占用的显存不止它自己那一份：它还有一个梯度，
+# 以及这个梯度的两个滑动平均值，这两个平均值决定下一步走多远。
 
 # %% tags=["nbval-check-output"]
 for rank in (4, 8, 16, 32, 64):
@@ -202,10 +202,10 @@ for rank in (4, 8, 16, 32, 64):
 # with small random numbers, drawn by `random_state`.
 
 # %% [markdown] lang="zh"
-# ## 它从基座模型出发
+# ## 训练从基座模型出发
 #
-# $B$ 从零开始，所以旁路什么也不加，训练正好从你加载的模型出发。
-# $A$ 从小的随机数开始，由 `random_state` 产生。
+# $B$ 的初值全是零，所以旁路一开始什么也不加，训练正好从你加载的模型出发。
+# $A$ 的初值是较小的随机数，由 `random_state` 决定。
 
 # %% tags=["nbval-check-output"]
 matrices = [matrix for name, matrix in model.named_parameters() if "lora_B" in name]
@@ -235,16 +235,16 @@ print(f"Result: {trainable:,} numbers are trained, {100 * trainable / total:.1f}
 # %% [markdown] lang="zh"
 # ## 选哪个秩，选哪个模型
 #
-# 从 `r=16` 和 `lora_alpha=16` 开始。如果在第 04 章学得太少，增加步数也没有用，就把两者都加倍；
-# 学一种形式或语气，[需要的并不多](https://arxiv.org/abs/2106.09685)。
+# 从 `r=16` 和 `lora_alpha=16` 开始。如果到了第 04 章，模型学得太少，增加步数也没有用，就把两者都加倍；
+# 只学一种形式或语气，[需要的并不多](https://arxiv.org/abs/2106.09685)。
 #
 # | | 1B | 3B |
 # |---|---|---|
-# | 通用知识，[MMLU](https://huggingface.co/meta-llama/Llama-3.2-3B-Instruct) | 49 % | 63 % |
-# | 一步的时间 | 1 | 前者的 1.6 到 2 倍 |
-# | 笔记本电脑用的文件 | 0.8 GB | 2 GB |
+# | 通用知识，[MMLU](https://huggingface.co/meta-llama/Llama-3.2-3B-Instruct) | 49% | 63% |
+# | 每一步的用时 | 1 | 前者的 1.6 到 2 倍 |
+# | 笔记本电脑上用的文件 | 0.8 GB | 2 GB |
 #
-# 先试 1B，它的回答太弱时再用 3B。
+# 先试 1B，回答太差时再换 3B。
 
 # %% [markdown] lang="en"
 # ## Where you are
@@ -258,8 +258,8 @@ print(f"Result: {trainable:,} numbers are trained, {100 * trainable / total:.1f}
 # %% [markdown] lang="zh"
 # ## 到这里为止
 #
-# 你已经看过两个调用：用 Unsloth 做微调，每次都从它们开始。
+# 你已经认识了两个调用：用 Unsloth 做微调，每次都从它们开始。
 #
-# 自己动手：去掉三个前馈模块，看看要训练的数里有多少是它们的。
+# 自己动手：去掉三个前馈模块，看看要训练的数里有多少属于它们。
 #
 # {{next}}

@@ -20,15 +20,15 @@
 #
 # [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/03_data.ipynb)
 #
-# 学完这一章，你会有一个训练集和一个留出集。它们的写法，就是模型学会对话时用的写法。
+# 学完这一章，你会有一个训练集和一个留出集。两者的写法，都和模型当初学习对话时见到的一样。
 #
 # 学完后你能
 # - 读懂对话模板，说出哪些词元开始一个轮次，哪些词元结束一个轮次；
 # - 读取各种常见格式的对话；
-# - 在坏掉的对话白白浪费一次训练之前，先把它们找出来；
+# - 提前找出不合格的对话，免得白白浪费一次训练；
 # - 根据数据来选序列长度，而不是靠猜。
 #
-# 这一章不需要前面几章的任何结果。只会加载模型的分词器。
+# 这一章不需要前面几章的任何结果，只会加载模型的分词器。
 #
 # {{budget}}
 
@@ -49,15 +49,15 @@
 
 # %% [markdown] lang="zh"
 # `DATASET` 可以是你自己的文件、一个文件夹，或者 Hub 上一个数据集的名字。
-# 默认是一个文件，里面有一家虚构公司的 528 段简短客服对话。通过这些对话，你能亲眼**看到**训练的作用：
-# 几乎每个回答都是同样的三行。另一个选择是 `"mlabonne/FineTome-100k"`，里面是一般的问题和回答。
+# 默认值是一个文件，里面有一家虚构公司的 528 段简短客服对话。通过这些对话，你能亲眼**看到**训练的作用：
+# 几乎每个回答都是同样的三行格式。另一个选择是 `"mlabonne/FineTome-100k"`，里面是一般性问题和回答。
 #
-# `COLUMNS` 先留空，等某条消息要求时再填，例如 `"Frage, Antwort"`。
+# `COLUMNS` 先留空，等看到消息要求填写时再填，例如 `"Frage, Antwort"`。
 # 一共读取 `ROWS` 段对话，其中 `EVAL_ROWS` 段留出。`CHAT_TEMPLATE` 是 Unsloth 认识的模板名；
 # 留空就用模型自带的模板。`MODEL_NAME`、`MAX_SEQ_LENGTH`、`HF_ENDPOINT` 和 `USE_MODELSCOPE` 与第 02 章相同。
 #
 # `RUN_DIR` 是各章交接结果用的文件夹。它会随 Colab 机器一起消失，
-# 除非你用 `DRIVE_DIR` 指定自己 Google Drive 上的一个文件夹来存一份副本。
+# 除非你用 `DRIVE_DIR` 指定自己 Google Drive 里的一个文件夹，另存一份副本。
 
 # %% tags=["parameters"]
 # @title Choices
@@ -95,11 +95,11 @@ run = open_run(RUN_DIR, chapter="03_data", base_model=MODEL_NAME, drive=DRIVE_DI
 # ## 选择对话模板
 #
 # 对话模型读到的是一个长字符串。**对话模板**（chat template）把各个轮次写进这个字符串，
-# 轮次之间放上**特殊词元**（special token）。特殊词元不代表任何文字，只表示一个轮次的开始或结束。
-# 训练必须用模型当初学过的模板，否则模型就会学到第二种“方言”。Llama 3.2 用的是 Llama 3.1 的模板。
+# 并在轮次之间插入**特殊词元**（special token）。特殊词元不代表任何文字，只表示一个轮次的开始或结束。
+# 训练时必须用模型当初学过的模板，否则模型就会学到第二种“方言”。Llama 3.2 用的是 Llama 3.1 的模板。
 #
-# Llama 的模板会写出一个日期，而服务器会写出当天的日期。最后一行把日期固定为 Unsloth 训练时写出的那一个。
-# 这样，以后提问时的写法就和训练时一样。
+# Llama 的模板会写入一个日期，而服务器会写入当天的日期。下面代码的最后一行把日期固定为 Unsloth 训练时写入的那一个。
+# 这样，以后提问时写出的文本就和训练时一致。
 
 # %%
 from unsloth.chat_templates import get_chat_template  # before transformers: it patches it
@@ -117,10 +117,10 @@ if "date_string" in tokenizer.chat_template:
 # `<|im_end|>`. A system turn, which tells the model how to behave, comes first even if you gave none.
 
 # %% [markdown] lang="zh"
-# 下面是写出来的一问一答。在 Llama 的模板里，
+# 下面是按模板写出来的一问一答。在 Llama 的模板里，
 # 一个轮次依次是 `<|start_header_id|>user<|end_header_id|>`、一个空行、正文和 `<|eot_id|>`。
 # 在 SmolLM2 和 Qwen 使用的 ChatML 里，一个轮次写在 `<|im_start|>user` 和 `<|im_end|>` 之间。
-# 系统轮次告诉模型该怎样表现。即使你没有给出，它也会排在最前面。
+# 系统轮次规定模型该如何表现。即使你没有写，它也会出现在最前面。
 
 # %% tags=["nbval-check-output"]
 example = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
@@ -134,7 +134,7 @@ print(tokenizer.apply_chat_template(example, tokenize=False))
 # %% [markdown] lang="zh"
 # 这里有很多地方会悄悄出错：例如生成时遇到结束词元却停不下来，或者某个特殊词元换了含义。
 # `check_template` 会实际试一遍，并与刚加载时的分词器比较。
-# **BOS** 是一段文本的开头，**EOS** 是结尾，**pad** 用来把较短的行填满。
+# **BOS** 表示一段文本的开头，**EOS** 表示结尾，**pad** 用来填充较短的行。
 
 # %% tags=["nbval-check-output"]
 from helpers.template import check_template
@@ -149,8 +149,8 @@ template_report
 # makes the end. Read the rows that say *problem*: an id that the model knows by one name now has another.
 
 # %% [markdown] lang="zh"
-# 故意弄错试一次：换成另一个模型家族的模板。`get_chat_template` 会照样接受，最多说一句它把哪个词元当作结尾。
-# 看写着 **problem** 的那几行：同一个词元编号，模型认识的是一个名字，现在却换成了另一个。
+# 故意弄错一次试试：换成另一个模型家族的模板。`get_chat_template` 会照样接受，最多提一句它把哪个词元当作结尾。
+# 请看标着 **problem** 的那几行：同一个词元编号，模型认得的是一个名字，现在却换成了另一个名字。
 
 # %% tags=["nbval-check-output"]
 foreign = get_chat_template(AutoTokenizer.from_pretrained(MODEL_NAME), chat_template="gemma")
@@ -172,9 +172,9 @@ check_template(foreign, original=untouched)
 # %% [markdown] lang="zh"
 # ## 读取对话
 #
-# 数据的每一行可以是下面任何一种格式：
+# 数据里的一行可以是下面任意一种格式：
 #
-# | 格式 | 一行 |
+# | 格式 | 一行数据 |
 # |---|---|
 # | ShareGPT | `{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}` |
 # | messages | `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}` |
@@ -198,12 +198,12 @@ if os.path.isfile(DATASET):  # the first line, as it stands in the file
 # never end. All are counted and left out.
 
 # %% [markdown] lang="zh"
-# `read_conversations` 会查看数据，自己认出格式，并告诉你是哪一种。
+# `read_conversations` 会查看数据，自动识别格式，并告诉你是哪一种。
 # 文件可以是 `.jsonl`、`.json`、`.csv`、`.tsv` 或 `.parquet`。
 # 每一行都会变成一个轮次列表，每个轮次有 `role` 和 `content`。
 #
-# 有些行教不了模型什么，或者会教错：空的回答、连续两个问题、文本里夹着特殊词元、与前面某一行重复。
-# 超过 `MAX_SEQ_LENGTH` 个词元的行会丢掉结尾，让模型学会永远不结束的回答。这些行都会被计数，并且被排除。
+# 有些行教不了模型什么，或者会把模型教错：空的回答、连续两个问题、文本里夹着特殊词元、与前面某一行重复。
+# 超过 `MAX_SEQ_LENGTH` 个词元的行会被截掉结尾，模型就会学着没完没了地回答。这些行都会被计数并排除。
 
 # %% tags=["nbval-check-output"]
 from helpers.conversations import read_conversations
@@ -233,7 +233,7 @@ dataset[0]["conversations"]
 # cell again, and see what it finds.
 
 # %% [markdown] lang="zh"
-# 故意弄错试一次。从 0 数起，第 1 行的角色被人弄反了，第 2 行没有回答。
+# 再故意弄错一次试试。从 0 数起，第 1 行的角色写反了，第 2 行没有回答。
 # 改一改这几行，再运行一次这个单元格，看看它会发现什么。
 
 # %% tags=["nbval-check-output"]
@@ -255,8 +255,8 @@ broken_report
 # %% [markdown] lang="zh"
 # ## 从角色到文本
 #
-# Llama 的模板会写一个 BOS 词元，它的分词器也会在每段文本前面加一个。这样模型会看到两个，所以要去掉一个。
-# 消息前后的空格和换行也要去掉：如果回答前面有一个空格或换行，它会和前面的标记连成一体。
+# Llama 的模板会写一个 BOS 词元，它的分词器也会在每段文本前面加一个。这样模型就会看到两个，所以要去掉一个。
+# 消息前后的空格和换行也要去掉：如果回答以空格或换行开头，它就会和前面的标记粘在一起。
 
 # %%
 bos = tokenizer.bos_token if tokenizer("").input_ids else ""  # what the tokenizer adds by itself
@@ -280,8 +280,8 @@ print(dataset[0]["text"])
 # %% [markdown] lang="zh"
 # ## 看一看长度
 #
-# 训练要占多少显存，由最长的对话决定。如果有几段对话比其他的长得多，就可以把 `MAX_SEQ_LENGTH` 调小。
-# 这样训练更快，而失去的只有这几段。
+# 训练要占多少显存，由最长的对话决定。如果少数几段对话比其他的长得多，就可以把 `MAX_SEQ_LENGTH` 调小。
+# 这样训练更快，失去的也只是这几段对话。
 
 # %%
 import matplotlib.pyplot as plt
@@ -306,7 +306,7 @@ plt.show()
 # ## 留出一部分
 #
 # **损失**（loss）表示模型对一段文本预测得有多差。如果这段文本训练时用过，损失再低也说明不了什么。
-# 留出的行从不参与训练；第 04 章会在训练前和训练后各测一次它们的损失。
+# 留出的行从不参与训练；第 04 章会在训练前后各测一次模型在这些行上的损失。
 #
 # 客服对话自带划分：留出的问题都没有在训练数据里出现过。其他数据则随机划分，最多留出五分之一。
 
@@ -343,11 +343,11 @@ print(f"{len(train_dataset)} conversations to train on, {len(eval_dataset)} held
 # | 多种多样的任务 | [1,000](https://arxiv.org/abs/2305.11206) 段以上 |
 # | 新的事实 | 写进提示词：靠训练[教不好](https://arxiv.org/abs/2405.05904) |
 #
-# 至少留出 20 段。如果 20 个回复里有 10 个正确，真实的比例可能是 30% 到 70%；
-# 如果 100 个里有 50 个正确，则是 40% 到 60%。
+# 至少留出 20 段。如果 20 条回复里有 10 条正确，真实的比例可能在 30% 到 70% 之间；
+# 如果 100 条里有 50 条正确，则在 40% 到 60% 之间。
 #
-# 假如有 5,000 行，`ROWS` 只读 2,000 行，而第 04 章的 60 步只用其中 480 行训练：
-# 请调大 `ROWS`，并设置那一章的 `EPOCHS`。第 07 章会测量模型忘掉了什么，并混入一般的数据行。
+# 假如你有 5,000 行数据，`ROWS` 只会读取 2,000 行，而第 04 章的 60 步只用其中 480 行来训练。
+# 所以请调大 `ROWS`，并设置那一章的 `EPOCHS`。第 07 章会测量模型忘掉了什么，并在训练时混入一般性的数据行。
 
 # %% [markdown] lang="en"
 # ## Hand the data on
@@ -357,7 +357,7 @@ print(f"{len(train_dataset)} conversations to train on, {len(eval_dataset)} held
 # %% [markdown] lang="zh"
 # ## 交接数据
 #
-# 分词器和数据一起交出去。这样，第 04 章训练时用的就是你刚才看过的模板。
+# 分词器和数据一起交接。这样，第 04 章训练时用的就是你刚才看过的模板。
 
 # %% tags=["handoff"]
 from datasets import DatasetDict
@@ -370,8 +370,8 @@ tokenizer.save_pretrained(f"{RUN_DIR}/new/dataset/tokenizer")
 # and copies it to `DRIVE_DIR`. The template's *fingerprint* tells later chapters if another one gets in between.
 
 # %% [markdown] lang="zh"
-# `new` 里的内容要完整了才算数：`run.keep` 把它移进运行文件夹，记下每个文件的校验和，再复制到 `DRIVE_DIR`。
-# 如果中途混进了别的模板，后面的章节能从模板的**指纹**（fingerprint）看出来。
+# `new` 里的内容要齐全了才算数：`run.keep` 会把它移进运行文件夹，记下每个文件的校验和，再复制到 `DRIVE_DIR`。
+# 如果中途换成了别的模板，后面的章节能从模板的**指纹**（fingerprint）看出来。
 
 # %% tags=["handoff"]
 name = os.path.basename(DATASET) if os.path.isfile(DATASET) else DATASET
@@ -396,9 +396,9 @@ print(f"Result: {len(train_dataset)} + {len(eval_dataset)} conversations, longes
 # %% [markdown] lang="zh"
 # ## 到这里为止
 #
-# 运行文件夹里有了 `dataset/`：两组检查过的对话，已经写成文本，还有分词器。
+# 运行文件夹里已经有 `dataset/`，里面是两组检查过并写成文本的对话，还有分词器。
 #
-# 自己动手：换一个 `RUN_DIR`，在表格里写十个问题和回答，存成 `.csv` 文件，列名用 `question` 和 `answer`，
-# 再把文件路径填进 `DATASET`。把 `MAX_SEQ_LENGTH` 设为 96，看看有多少行放不下了。
+# 自己动手：换一个 `RUN_DIR`，在表格里写十组问题和回答，存成 `.csv` 文件，列名用 `question` 和 `answer`，
+# 再把文件路径填进 `DATASET`。把 `MAX_SEQ_LENGTH` 设为 96，看看有多少行放不下。
 #
 # {{next}}

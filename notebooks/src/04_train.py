@@ -21,7 +21,7 @@
 #
 # [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/04_train.ipynb)
 #
-# 学完这一章，你会有一个适配器，还会有证据：在它从未见过的对话上，它让模型变好了。
+# 学完这一章，你会有一个适配器，还会有证据表明：在从未见过的对话上，它让模型变好了。
 #
 # 学完后你能
 # - 设置 `SFTTrainer`，并说出每项设置的作用；
@@ -30,7 +30,7 @@
 # - 分清模型是真的学会了，还是仅仅训练损失在下降。
 #
 # 你需要第 03 章的 `dataset/`，它可以在运行文件夹里，也可以在 `DRIVE_DIR` 里。
-# 如果两处都没有，会有一条消息告诉你，用哪条命令可以在这里生成它。
+# 如果两处都没有，会有一条消息告诉你用哪条命令在这里生成它。
 #
 # {{budget}}
 
@@ -48,11 +48,11 @@
 # are as in chapter 03, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` as in chapter 02.
 
 # %% [markdown] lang="zh"
-# `MAX_STEPS` 是权重要更新多少次。`EPOCHS` 如果不是 0，就改由它规定数据要训练几轮：
-# 小文件用 3，几千段对话用 1。`LEARNING_RATE` 是每次更新走多远：Llama 保持 2e-4，小模型需要更大的值。
+# `MAX_STEPS` 是权重更新的次数。`EPOCHS` 如果不是 0，就改由它规定用这些数据训练几轮：
+# 小文件用 3，几千段对话用 1。`LEARNING_RATE` 决定每次更新走多远：训练 Llama 时保持 2e-4，小模型需要更大的值。
 #
-# `KEEP_BEST` 会在留出集损失上升时停止训练，并回到损失最低的时候。
-# 每一步从 `MICRO_BATCH` × `ACCUMULATION` 段对话中学习。`CHECKPOINTING` 和 `PADDING_FREE` 在下文的规划一节解释。
+# 打开 `KEEP_BEST` 后，如果留出集上的损失上升，就会停止训练，并恢复到损失最低时的状态。
+# 每一步从 `MICRO_BATCH` × `ACCUMULATION` 段对话中学习。`CHECKPOINTING` 和 `PADDING_FREE` 在下文的“规划”一节解释。
 #
 # 如果上次训练中断了，打开 `START_AFRESH` 就会从头开始，而不是接着训练。`RUN_DIR` 和 `DRIVE_DIR` 与第 03 章相同，
 # `MODEL_NAME`、`MAX_SEQ_LENGTH`、`HF_ENDPOINT` 和 `USE_MODELSCOPE` 与第 02 章相同。
@@ -93,7 +93,7 @@ run = open_run(RUN_DIR, chapter="04_train", base_model=MODEL_NAME, drive=DRIVE_D
 # ## 加载数据
 #
 # 数据行和分词器都来自第 03 章。设置 `UNSLOTH_BLOCK_COMPILE` 是为了不让 Unsloth 编译各层：
-# 编译要花大半分钟，而且只有带填充的批次会因此变快。
+# 编译要花大半分钟，而且只有带填充的批次才会因此变快。
 
 # %%
 import os
@@ -128,15 +128,15 @@ print(f"{len(train_dataset)} conversations, each trained about {times:.1f} times
 # %% [markdown] lang="zh"
 # ## 规划：怎样才放得下
 #
-# 一**步**（step）会沿着这一步所有对话的梯度，把要训练的权重更新一次。这些对话可以一次全部通过模型，
-# 这就是大的**微批次**（micro-batch）；也可以分几次通过，再把梯度加起来，这就是**梯度累积**（accumulation）。
-# 结果相同，占用的显存和时间却不同。
+# 每一**步**（step）会根据这一步里所有对话的梯度，把要训练的权重更新一次。这些对话可以一次全部通过模型，
+# 这就是用大的**微批次**（micro-batch）；也可以分几次通过，再把梯度加起来，这就是**梯度累积**（accumulation）。
+# 两种做法结果相同，占用的显存和时间却不同。
 #
 # **重算**（checkpointing）在显存里少存一些内容，用到时再算一遍。`False` 全部保留；`True` 只丢掉放不下的部分；
 # `"unsloth"` 只保留很少的内容，并且放在电脑的内存里。**无填充**（padding-free）把一个批次里的对话首尾相接，
-# 而不是把较短的对话填充到一样长：计算量更少，单独的调用更多。
+# 而不是把较短的对话填充到一样长：计算量更小，但单独的调用更多。
 #
-# `plan_batch` 预测每种组合要花多少时间，以及遇到这些对话中最长的那些时要用多少显存。
+# `plan_batch` 会预测每种组合要花多少时间，以及处理其中最长的那些对话时要用多少显存。
 # 它会列出放得下的组合里最快的五种，还有你选的那一种。没有 GPU 时，给出的是 T4 的数字。
 
 # %%
@@ -164,7 +164,7 @@ plan
 # %% [markdown] lang="zh"
 # ## 加载模型，加上 LoRA
 #
-# 这就是第 02 章的那两个调用。
+# 这就是第 02 章用过的那两个调用。
 
 # %%
 model, _ = FastLanguageModel.from_pretrained(
@@ -193,8 +193,8 @@ model = FastLanguageModel.get_peft_model(
 # %% [markdown] lang="zh"
 # ## 训练前先提问
 #
-# 模型现在先回答几个留出集里的问题，训练后再回答同样的问题。`do_sample=False` 每次都取可能性最大的词元，
-# 这样前后两次才能比较。`for_inference` 和 `for_training` 让 Unsloth 在提问和训练之间切换。
+# 现在先让模型回答几个留出集里的问题，训练后再回答同样的问题。`do_sample=False` 让模型每次都取概率最大的词元，
+# 这样前后两次的回复才能比较。`for_inference` 和 `for_training` 让 Unsloth 在提问和训练之间切换。
 
 
 # %%
@@ -221,7 +221,7 @@ print(f"{questions[0][-1]['content']}\n→ {replies_before[0]}")
 # %% [markdown] lang="zh"
 # ## 设置训练器
 #
-# TRL 库的 `SFTTrainer` 做的是**监督微调**（supervised fine-tuning）：给模型看问题，也给它看答案。
+# TRL 库的 `SFTTrainer` 做的是**监督微调**（supervised fine-tuning）：给模型看问题，也给它看回答。
 # 下面是训练器的各项设置。
 
 # %%
@@ -275,9 +275,9 @@ trainer = SFTTrainer(
 # %% [markdown] lang="zh"
 # ## 只训练回答部分
 #
-# 没有下面这一行，模型还会去学怎样写客户的提问。每行数据里的每个词元都有一个**标签**（label），
+# 没有下面这一行代码，模型还会去学怎样写客户的提问。每行数据里的每个词元都有一个**标签**（label），
 # 也就是这个位置上正确的词元。`train_on_responses_only` 靠模板自己的标记找到回答，
-# 再把其他标签全部设为 −100，计算损失时会忽略它们。
+# 再把其他标签全部设为 −100，这些标签在计算损失时会被忽略。
 
 # %%
 from unsloth.chat_templates import train_on_responses_only
@@ -290,7 +290,7 @@ print(f"{len(train_dataset) - len(trainer.train_dataset)} rows dropped because n
 # end token is the trainer's, untrained.
 
 # %% [markdown] lang="zh"
-# 下面把一行数据解码出来：先是模型读到的全部内容，然后只有训练它去写的部分。
+# 下面把一行数据解码出来：先是模型读到的全部内容，然后是其中训练它去写的部分。
 # 第二个结束词元是训练器加上的，没有参与训练。
 
 # %% tags=["nbval-check-output"]
@@ -304,8 +304,8 @@ print(tokenizer.decode([label for label in row.get("labels", []) if label != -10
 # compares: nothing of a user trained, no answer left out, every answer's end trained.
 
 # %% [markdown] lang="zh"
-# 一行看起来没错，说明不了多少问题。`check_masking` 按照对话模板读出**每一行**的各个轮次，再逐一对照：
-# 用户的话一点都没有训练到，回答一个都没有漏掉，每个回答的结尾都训练到了。
+# 只看一行没有错，说明不了多少问题。`check_masking` 按照对话模板读出**每一行**的各个轮次，再逐一核对：
+# 用户的话没有一处参与训练，回答一个都没有漏掉，每个回答的结尾也都参与了训练。
 
 # %% tags=["nbval-check-output"]
 from helpers.masking import check_masking, show_masking
@@ -318,7 +318,7 @@ display(mask_report, show_masking(row, tokenizer=tokenizer))
 # A check that cannot fail is none. Here every token is trained, as without the line above.
 
 # %% [markdown] lang="zh"
-# 永远不会失败的检查，等于没有检查。这里每个词元都参与训练，就像没有上面那一行代码一样。
+# 永远不会失败的检查，等于没有检查。下面让每个词元都参与训练，就像没有上面那一行代码一样。
 
 # %% tags=["nbval-check-output"]
 unmasked = {"input_ids": row["input_ids"], "labels": row["input_ids"]}
@@ -339,10 +339,10 @@ show_masking(unmasked, tokenizer=tokenizer)
 # %% [markdown] lang="zh"
 # ## 训练前先测量
 #
-# 这是留出集回答上的损失。一个词元的损失，是对模型给它的概率取 −ln：如果模型完全确定，损失就是 0。
-# **困惑度**（perplexity）是 e 的“平均损失”次方：困惑度为 100 时，模型就像在 100 个同样可能的词元之间拿不定主意。
+# 下面测的是模型在留出集回答上的损失。一个词元的损失，就是对模型给它的概率取 −ln：如果模型完全确定，损失就是 0。
+# **困惑度**（perplexity）是 e 的“平均损失”次幂：困惑度为 100 时，模型就像在 100 个同样可能的词元之间拿不定主意。
 #
-# 输出中的区间，100 次里有 95 次会包含所有这类对话的平均损失。
+# 输出里还有一个区间。这样的区间，100 次里有 95 次会包含全部同类对话的平均损失。
 
 # %%
 from helpers.training import check_evidence, held_out_losses
@@ -365,14 +365,14 @@ held_out_before
 # %% [markdown] lang="zh"
 # ## 训练
 #
-# 每走一步，图就多画一点。训练损失会随着批次上下跳动；真正要看的是留出集损失。
+# 每训练一步，曲线就往前延伸一点。训练损失会随着批次上下跳动；真正要看的是留出集上的损失。
 #
 # 如果不用辅助函数，这个单元格就只有一行 `trainer.train()`。
 #
 # `Checkpoints` 每五分钟保存一次训练进度，你按下停止按钮时也会保存，并且同时存到 `DRIVE_DIR`。
-# 再运行一遍这一章，训练就会从上次的地方继续。损失爆炸时，`stop_on_divergence` 会结束训练；
-# 批次里的内容不是检查过的那些行时，`watch` 会结束训练。`fit_into_memory` 先试最长的对话：
-# 如果单独一段就已经太长，现在就会失败。
+# 再运行一遍这一章，训练就会从上次停下的地方继续。如果损失爆炸，`stop_on_divergence` 会结束训练；
+# 如果批次里的内容不是检查过的那些行，`watch` 会结束训练。`fit_into_memory` 会先试最长的对话：
+# 如果单独一段就已经太长，训练一开始就会失败。
 
 # %%
 from helpers.memory import fit_into_memory, track_memory
@@ -400,8 +400,8 @@ if best:
 # %% [markdown] lang="zh"
 # ## 保存适配器
 #
-# 训练的成果先保存，再评判。`save_pretrained` 只写出 LoRA 矩阵，大小是 10 到 100 MB；
-# 使用时，还要另外加载基座模型。分词器也一起保存，因为对话模板在它里面。
+# 训练的成果要先保存，再评判。`save_pretrained` 只写出 LoRA 矩阵，大小是 10 到 100 MB；
+# 使用时，还要另外加载基座模型。分词器也一起保存，因为对话模板就在分词器里。
 
 # %% tags=["handoff"]
 model.save_pretrained(f"{RUN_DIR}/new/adapter")
@@ -424,11 +424,11 @@ run.keep("adapter", template=run.facts("dataset")["template"])
 # %% [markdown] lang="zh"
 # ## 它学会了吗？
 #
-# 再测一次留出集损失，用的还是之前那些对话。然后是九条论断，每一条都由程序检查。
-# `check_evidence` 会拿到你的选择，再和训练器实际做的事情对比。不到一轮的训练只用到一部分行，
+# 再测一次留出集上的损失，用的还是之前那些对话。然后是九条论断，每一条都由程序检查。
+# `check_evidence` 会把你的选择和训练器实际做的事情对比。如果训练不到一轮，就只用到了一部分行，
 # 所以也只评判那些行。**梯度范数**（gradient norm）是一步里所有梯度合在一起的大小。
 #
-# 像 FineTome 里那样的一般性问题，Llama 在训练之前就答得很好。用那些数据训练，损失的下降会小得多。
+# 像 FineTome 里那样的一般性问题，Llama 在训练之前就答得很好。用那样的数据训练，损失下降的幅度会小得多。
 
 # %% tags=["nbval-check-output"]
 held_out_after = held_out_losses(model, trainer.eval_dataset)
@@ -451,8 +451,8 @@ evidence
 # where the product may be named. Read what they advise: form is learned before help.
 
 # %% [markdown] lang="zh"
-# 还是训练前的那些问题。这里只显示每段对话的最后一个轮次；模型还读了前面的轮次，产品名可能就在那里。
-# 读一读它们给出的建议：模型先学会回复的形式，然后才学会帮上忙。
+# 下面还是训练前的那些问题。这里只显示每段对话的最后一个轮次；模型还读了前面的轮次，产品名可能就在那里。
+# 读一读回复里给出的建议：模型先学会回复的形式，然后才学会真正帮上忙。
 
 # %%
 replies_after = ask(questions)
@@ -471,7 +471,7 @@ for question, before, after in pairs[:4]:
 # ## 数一数
 #
 # 读四条回复，得到的是印象；把所有回复都数一遍，得到的才是结果。
-# 客服对话为每个问题写明了问的是哪个产品，以及正确的帮助里有什么。别的数据没有写明，也就不计数。
+# 客服对话为每个问题标明了问的是哪个产品，以及正确的帮助应该包含什么。别的数据没有标明这些，也就不计数。
 
 
 # %%
@@ -502,7 +502,7 @@ print(counted)
 # %% [markdown] lang="zh"
 # ## 写报告
 #
-# `report.html` 用一页展示整次训练：你可以打开看，也可以发给别人。`report.json` 保存同样的内容，供程序读取。
+# `report.html` 在一个页面里展示整次训练：你可以打开看，也可以发给别人。`report.json` 保存同样的内容，供程序读取。
 
 # %% tags=["handoff"]
 from helpers.training import write_report
@@ -527,7 +527,7 @@ report = write_report(
 
 # %% [markdown] lang="zh"
 # 只要有一条论断不成立，这一章就在这里停下。报告会指出是哪一条，适配器无论如何都已经保存，
-# [第 07 章](07_when_it_goes_wrong.ipynb)会告诉你该改什么。从这里往后，再运行这一章就会训练一个新的适配器，
+# [第 07 章](07_when_it_goes_wrong.ipynb)会告诉你该改什么。过了这里，再运行这一章就会训练一个新的适配器；
 # 现在这个会改名为 `adapter.previous-1`，保留在旁边，`from_pretrained` 同样能加载它。
 
 # %%
@@ -564,17 +564,17 @@ print(f"Result: {figure}")
 # ## 到这里为止
 #
 # 运行文件夹里已经有 `adapter/`、`report.json` 和 `report.html`。你也知道了：
-# 在从未见过的文本上，这个适配器确实更好。在 Colab 上，请现在就下载文件夹 `adapter`（点文件夹图标），
-# 除非你设置了 `DRIVE_DIR`：你的全部成果都在里面。
+# 在从未见过的文本上，这个适配器确实让模型变好了。在 Colab 上，如果没有设置 `DRIVE_DIR`，
+# 请现在就下载文件夹 `adapter`（点文件夹图标）：你的全部成果都在这个文件夹里。
 #
 # 自己动手：先给第 03 章和第 04 章换一个 `RUN_DIR`，不设 `DRIVE_DIR`。
 # 然后把 `MAX_STEPS` 设为 5，看看哪些论断还成立。
-# 去掉 `train_on_responses_only`，看看是什么让这一章停下。把 `LEARNING_RATE` 设为 0.1。
+# 去掉 `train_on_responses_only`，看看是什么让这一章停下。再试试把 `LEARNING_RATE` 设为 0.1。
 #
 # 实践中：用 LoRA 训练 Llama，学习率取 1e-4 到 5e-4 比较合适，大约是训练全部权重时的[十倍](https://thinkingmachines.ai/blog/lora/)。
 # 如果损失几乎不动，就把学习率提高到三倍；如果损失上升，就降到三分之一。
 #
-# 如果留出集损失后来又上升，就打开 `KEEP_BEST`，或者多用一些对话。它保留下来的损失会显得比实际好一点，
-# 因为那是挑选出来的。[第 07 章](07_when_it_goes_wrong.ipynb)会演示这里的每一种训练。
+# 如果留出集上的损失后来又上升，就多用一些对话，或者打开 `KEEP_BEST`。后者保留下来的损失会显得比实际好一点，
+# 因为那是挑选出来的。[第 07 章](07_when_it_goes_wrong.ipynb)会演示这里提到的每一种训练。
 #
 # {{next}}

@@ -22,17 +22,17 @@
 #
 # [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/05_infer.ipynb)
 #
-# 学完这一章，你会有一段与自己模型的对话，也会知道 `generate` 的每个设置怎样影响回答。
+# 学完这一章，你会和自己的模型对上话，也会知道 `generate` 的每个设置怎样影响回答。
 #
 # 学完后你能
-# - 把消息变成模型训练时用的那种提示词；
-# - 一次生成全部文字，或者逐词生成；
+# - 把消息变成模型训练时见过的那种提示词；
+# - 一次得到全部文字，或者看着它逐词生成；
 # - 在贪心解码和采样之间做选择；
-# - 用同一个问题问基座模型和微调后的模型，而不用加载两个模型；
-# - 在聊天框里进行对话，并且不让对话长到模型装不下。
+# - 拿同一个问题问基座模型和微调后的模型，而不必加载两个模型；
+# - 在聊天框里对话，并且不让对话长到模型装不下。
 #
 # 你需要第 03 章和第 04 章的 `dataset/`、`adapter/` 和 `report.json`，它们在运行文件夹或 `DRIVE_DIR` 里。
-# 如果两处都没有，会有一条消息给出命令，用它可以就地生成这些文件。
+# 如果两处都没有，会出现一条消息，里面的命令可以就地生成这些文件。
 #
 # {{budget}}
 
@@ -90,7 +90,7 @@ print(f"Adapters on the model: {list(model.peft_config)}")
 # so. This check does. It holds matrices and tokenizer against their files, and the held-out loss against chapter 04's.
 
 # %% [markdown] lang="zh"
-# 如果模型只加载了一半，或者提问的格式和训练时不同，回答就会变差，而且没有任何提示。这项检查会告诉你。
+# 如果模型只加载了一半，或者提问的格式和训练时不同，回答就会变差，而且没有任何提示。下面的检查能发现这种情况：
 # 它把矩阵和分词器与各自的文件比对，把留出集上的损失与第 04 章的结果比对。
 
 # %% tags=["nbval-check-output"]
@@ -108,8 +108,8 @@ check_loaded(run, model, tokenizer)
 # %% [markdown] lang="zh"
 # ## 从消息到提示词
 #
-# `add_generation_prompt=True` 让提示词以助手轮次的开头收尾，这样模型会回答问题，而不是接着写问题。
-# `return_dict=True` 还会给出**注意力掩码**（attention mask），它说明哪些是提示词，哪些只是用来把一行填满的。
+# `add_generation_prompt=True` 让提示词以助手轮次的开头收尾，这样模型会回答问题，而不是接着往下写问题。
+# `return_dict=True` 还会给出**注意力掩码**（attention mask），它标明哪些词元是提示词，哪些只是用来把一行填满的。
 
 # %% tags=["nbval-check-output"]
 messages = [{"role": "user", "content": "Continue the Fibonacci sequence: 1, 1, 2, 3, 5, 8,"}]
@@ -127,9 +127,9 @@ print({name: tuple(tensor.shape) for name, tensor in inputs.items()})
 # %% [markdown] lang="zh"
 # ## 采样一个回复
 #
-# 模型给每个词元一个概率。**采样**（sampling）按这些概率抽出下一个词元，直到遇到结束词元，
+# 模型给每个词元一个概率。**采样**（sampling）按这些概率抽出一个又一个词元，直到遇到结束词元，
 # 或者达到 `max_new_tokens`。`temperature=1.5` 让少见的词更常出现。
-# `min_p=0.1` 去掉所有可能性不到最佳词元十分之一的词元，这样就挡住了最离谱的胡话。每次运行都会得到不同的回答。
+# `min_p=0.1` 去掉概率不到最可能的词元十分之一的那些词元，这样就挡住了最离谱的胡话。每次运行都会得到不同的回答。
 
 # %%
 output = model.generate(
@@ -143,7 +143,7 @@ print(tokenizer.decode(output[0]))
 # others, and only the answer is left.
 
 # %% [markdown] lang="zh"
-# 结果可能看起来有点怪。在内容单一的数据集上微调，就会这样。模型学的是写客服回复，写出来的就是客服回复。
+# 结果可能看起来有点怪。在内容单一的数据集上微调，就会这样：模型学的是写客服回复，写出来的也就是客服回复。
 # 这段文本以提示词开头，还带着特殊词元。截掉提示词，跳过特殊词元，剩下的就只有回答。
 
 # %%
@@ -157,7 +157,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 # %% [markdown] lang="zh"
 # ## 看着它写
 #
-# `TextStreamer` 会在每个词刚生成时就把它打印出来。
+# 每生成一个词，`TextStreamer` 就立刻把它打印出来。
 
 # %%
 from transformers import TextStreamer
@@ -173,9 +173,9 @@ output = model.generate(**inputs.to(model.device), max_new_tokens=MAX_NEW_TOKENS
 # as fast as an adapter beside 4-bit weights.
 
 # %% [markdown] lang="zh"
-# `stream_reply` 也是边生成边打印，同时还会计时。读者感受到的，先是等待第一个词元的时间，
-# 在这段时间里模型要读完整个提示词；之后则是每秒生成多少词元。
-# [第 06 章](06_save.ipynb)合并后的模型，生成速度是“适配器加 4 位权重”的两到三倍。
+# `stream_reply` 也是边生成边打印，同时还会计时。读回复的人先感受到的，是等待第一个词元的时间，
+# 模型要在这段时间里读完整个提示词；之后感受到的，是每秒生成多少词元。
+# [第 06 章](06_save.ipynb)里合并后的模型，生成速度是“适配器加 4 位权重”的两到三倍。
 
 # %%
 from helpers.chat import stream_reply
@@ -193,10 +193,10 @@ reply
 # %% [markdown] lang="zh"
 # ## 贪心还是采样
 #
-# **贪心**（greedy）解码，也就是 `do_sample=False`，总是取可能性最大的词元。
+# **贪心**（greedy）解码，也就是 `do_sample=False`，总是取概率最大的词元。
 # 这样，同样的提示词会得到同样的回答，客服回复和测试要的正是这一点。
 # 下面是第 03 章的第一个留出问题，两种方式各问一次。比较一下两个回复给出的建议：
-# 采样保持了格式，但帮助的内容就要碰运气了。
+# 采样的回复保持了格式，但给出什么帮助就要碰运气了。
 
 # %%
 from datasets import load_from_disk
@@ -240,7 +240,7 @@ for turns, base_reply, tuned_reply in zip(questions, base, tuned):
 # If no reply differs, you are talking to the base model: the adapter is not active, or it learned nothing.
 
 # %% [markdown] lang="zh"
-# 如果没有一个回复不同，那么和你对话的就是基座模型：适配器没有生效，或者什么也没学到。
+# 如果两边的回复全都相同，那么和你对话的就是基座模型：适配器没有生效，或者什么也没学到。
 
 # %%
 differing = sum(first != second for first, second in zip(base, tuned))
@@ -271,7 +271,7 @@ print(ask([conversation])[0])
 
 # %% [markdown] lang="zh"
 # 对话迟早会超过 `max_seq_length`，也就是加载模型时设定的长度。这时就得去掉最早的轮次，问题和它的回答要一起去掉。
-# 如果只留下半截，就成了模型在训练中从没见过的文本。
+# 如果只去掉其中之一，剩下的就成了模型在训练中从没见过的文本。
 
 # %%
 def count_tokens(turns):
@@ -297,13 +297,13 @@ print(f"The last {len(longer)} messages fit: {count_tokens(longer)} tokens")
 # %% [markdown] lang="zh"
 # ## 和它聊一聊
 #
-# 输入一个问题，然后按 Enter 键。**Stop** 停止一个回复，**Reset** 重新开始，**Ask** 选择由谁来回答：
-# 微调后的模型、基座模型，或者两者并排。**Save transcript** 把对话写进运行文件夹。
-# 你在那个文件里改好的内容，可以拿来训练。
+# 输入一个问题，然后按 Enter 键。**Stop** 中止当前的回复，**Reset** 重新开始，**Ask** 选择由谁来回答：
+# 微调后的模型、基座模型，或者两者并排回答。**Save transcript** 把对话写进运行文件夹。
+# 你在那个文件里改好的对话，可以拿来训练。
 #
-# ![聊天框，里面有一个问题、微调后的模型的回答和基座模型的回答](https://raw.githubusercontent.com/your-org/llama-3.2-unsloth-t4/v0.1.0/notebooks/images/chat.png)
+# ![聊天框，里面有一个问题，以及微调后的模型和基座模型各自的回答](https://raw.githubusercontent.com/your-org/llama-3.2-unsloth-t4/v0.1.0/notebooks/images/chat.png)
 #
-# 如果没有人能输入，例如由程序来运行这个笔记本，就改为提出两个问题。
+# 如果没有人能输入，例如由程序来运行这个 notebook，就改为自动提出两个问题。
 
 # %%
 from helpers.chat import ChatBox
@@ -330,12 +330,12 @@ print(f"Result: {differing} of {len(tuned)} held-out replies differ from the bas
 # %% [markdown] lang="zh"
 # ## 到这里为止
 #
-# 磁盘上没有新增后面章节需要的东西。现在，你知道自己的模型怎样说话了。
+# 这一章没有在磁盘上留下后面章节需要的东西。不过，你现在知道自己的模型怎样说话了。
 #
-# 自己动手：把 `temperature` 设为 0.3，再设为 3，各采样一次。去掉 `min_p`。给聊天框一个系统提示词。
+# 自己动手：把 `temperature` 设为 0.3，再设为 3，各采样一次。再去掉 `min_p` 试试。还可以给聊天框一个系统提示词。
 #
 # 实践中：
 # [Transformers 的指南](https://huggingface.co/docs/transformers/generation_strategies)列出了选择下一个词元的其他方法。
-# 如果回答不能有变化，就用贪心解码。
+# 如果每次的回答必须相同，就用贪心解码。
 #
 # {{next}}

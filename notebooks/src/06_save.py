@@ -22,13 +22,13 @@
 #
 # [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/06_save.ipynb)
 #
-# 学完这一章，你会有别人能加载的各种形式的模型，还会有一张表，说明每种形式与你训练的模型有多接近。
+# 学完这一章，你的模型会有好几种形式，每一种别人都能加载；还会有一张表，说明每种形式与你训练的模型有多接近。
 #
 # 学完后你能
 # - 在适配器、合并后的模型和笔记本电脑用的 GGUF 文件之间做出选择；
-# - 合并模型时，不带上 4 位量化的舍入；
+# - 合并模型时，不把 4 位量化的舍入误差带进去；
 # - 证明保存下来的模型和你训练的模型回答得一样；
-# - 在其他程序里使用它，愿意的话还可以发布它。
+# - 在其他程序里使用它，如果愿意，还能把它发布出去。
 #
 # 你需要第 03 章和第 04 章的 `dataset/`、`adapter/` 和 `report.json`，它们可以在运行文件夹里，也可以在 `DRIVE_DIR` 里。
 # 如果两处都没有，会有一条消息告诉你，用哪条命令可以在这里生成它们。
@@ -44,8 +44,8 @@
 # in chapter 03, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` as in chapter 02.
 
 # %% [markdown] lang="zh"
-# `GGUF` 列出要写的 GGUF 文件；`[]` 表示一个也不写。`PUSH_TO` 是空的，所以没有任何东西会离开这台机器。
-# 如果填上 `"your-name/your-model"`，最后就会把 `PUSH_FORM` 选定的形式发布到 Hub。
+# `GGUF` 列出要写出的 GGUF 文件；`[]` 表示一个也不写。`PUSH_TO` 空着，就没有任何东西会离开这台机器。
+# 如果填上 `"your-name/your-model"`，最后就会把 `PUSH_FORM` 选定的那种形式发布到 Hub。
 # `RUN_DIR` 和 `DRIVE_DIR` 与第 03 章相同，`MODEL_NAME`、`MAX_SEQ_LENGTH`、`HF_ENDPOINT` 和 `USE_MODELSCOPE` 与第 02 章相同。
 
 # %% tags=["parameters"]
@@ -77,8 +77,8 @@ run = open_run(RUN_DIR, chapter="06_save", base_model=MODEL_NAME, drive=DRIVE_DI
 # %% [markdown] lang="zh"
 # ## 适配器
 #
-# 第 04 章用 `save_pretrained` 保存了它：里面有 LoRA 矩阵、所属基座模型的名称，还有带对话模板的分词器。
-# 它很小，但离不开它的基座模型。
+# 第 04 章用 `save_pretrained` 保存了适配器：里面有 LoRA 矩阵、所属基座模型的名称，还有带对话模板的分词器。
+# 适配器很小，但离不开它的基座模型。
 
 # %%
 import os
@@ -95,8 +95,8 @@ for file in sorted(os.scandir(f"{RUN_DIR}/adapter"), key=lambda file: -file.stat
 # %% [markdown] lang="zh"
 # ## 放得下吗？
 #
-# 免费的 Colab 机器大约有 12 GB 内存，一旦用完，就会不声不响地结束。所以在加载或写入任何东西之前，先问一问：
-# 需要的必须少于空闲的。这里还会把适配器和它的基座模型核对一遍。
+# 免费的 Colab 机器大约有 12 GB 内存，一旦用完，机器就会不声不响地停掉。所以在加载或写入任何东西之前，先算一算：
+# 需要的空间必须小于空闲的空间。这里还会核对适配器与它的基座模型是否相符。
 
 # %%
 from helpers.export import plan_export
@@ -115,9 +115,9 @@ plan
 # %% [markdown] lang="zh"
 # ## 加载到 16 位权重上
 #
-# 合并时，把 $\frac{\alpha}{r} B A$ 加到每个冻结的 $W$ 上，最后得到一个普通的模型。训练时，$W$ 用 4 位保存。
-# 如果合并到这样的权重里，每个权重的舍入就会永远留下来。所以要重新加载 16 位的基座模型；
-# 对 3B 模型来说，要下载超过 6 GB。
+# 合并就是把 $\frac{\alpha}{r} B A$ 加到每个冻结的 $W$ 上，最后得到一个普通的模型。训练时，$W$ 以 4 位保存。
+# 如果合并到这样的权重里，每个权重的舍入误差就会永远留下来。所以要重新加载 16 位的基座模型；
+# 3B 模型的下载量超过 6 GB。
 
 # %%
 from unsloth import FastLanguageModel
@@ -132,7 +132,7 @@ print(f"Loaded as {model.dtype}")
 # Is it the model of chapter 04? Its held-out loss may differ a little, because the 16-bit base is not rounded.
 
 # %% [markdown] lang="zh"
-# 这还是第 04 章的那个模型吗？它的留出集损失可能略有不同，因为 16 位的基座模型没有经过舍入。
+# 这还是第 04 章的那个模型吗？它在留出集上的损失可能略有不同，因为 16 位的基座模型没有经过舍入。
 
 # %% tags=["nbval-check-output"]
 from helpers.training import check_loaded
@@ -147,11 +147,11 @@ check_loaded(run, model, tokenizer)
 # would be certainty.
 
 # %% [markdown] lang="zh"
-# ## 已加载的模型怎么回答
+# ## 已加载的模型怎样回答
 #
-# 每一种保存下来的形式，都要和这里的结果对照：一是对留出集问题的贪心回复，
-# 二是模型认为正确回答里的每个词元有多大可能。**困惑度**（perplexity）表示，
-# 模型在每个词元上相当于在多少个同样可能的词元之间犹豫；1 就是完全确定。
+# 保存下来的每一种形式，都要和这里的结果对照：一看它对留出集问题的贪心回复，
+# 二看它认为正确回答里的每个词元有多大可能。**困惑度**（perplexity）表示：
+# 在每个词元上，模型相当于在多少个同样可能的词元之间犹豫；1 就是完全确定。
 
 # %%
 from datasets import load_from_disk
@@ -172,7 +172,7 @@ print(f"{conversations[0][-2]['content']}\n\n{in_memory.replies[0]}\n\nPerplexit
 # %% [markdown] lang="zh"
 # ## 合并
 #
-# 这里写出一个普通的 16 位模型。
+# 这一步写出一个普通的 16 位模型。
 
 # %% tags=["handoff"]
 model.save_pretrained_merged(f"{RUN_DIR}/new/merged", tokenizer, save_method="merged_16bit")
@@ -188,8 +188,8 @@ run.keep("merged", template=template)
 # %% [markdown] lang="zh"
 # ## 导出为 GGUF
 #
-# 一个 GGUF 文件同时装着权重、分词器和对话模板，供 llama.cpp 和 Ollama 使用，这两个程序能在笔记本电脑上运行模型。
-# `q8_0` 每个权重约占 8 位，`q4_k_m` 约占 5 位。导出要花几分钟。
+# 一个 GGUF 文件里同时有权重、分词器和对话模板，供 llama.cpp 和 Ollama 使用；这两个程序能在笔记本电脑上运行模型。
+# 用 `q8_0`，每个权重约占 8 位；用 `q4_k_m`，约占 5 位。导出要花几分钟。
 
 # %% tags=["handoff"]
 if GGUF:
@@ -201,9 +201,9 @@ if GGUF:
 # trained in answers worse.
 
 # %% [markdown] lang="zh"
-# Unsloth 还会写一个 16 位的文件；`keep_gguf` 把它删掉，并给其他文件起短名字。
-# 同一个辅助函数还会为 Ollama 写一个 `Modelfile`，其中的模板和停止词都来自分词器：
-# 如果提问的形式和训练时不同，模型就会答得更差。
+# Unsloth 还会写一个 16 位的文件；`keep_gguf` 把它删掉，并给其余文件换上短名字。
+# 这个辅助函数还会为 Ollama 写一个 `Modelfile`，其中的模板和停止词都来自分词器：
+# 如果提问的格式和训练时不同，模型就会答得更差。
 
 # %% tags=["handoff"]
 from helpers.export import keep_gguf
@@ -223,9 +223,9 @@ if GGUF:
 # %% [markdown] lang="zh"
 # ## 在全新的进程里重新加载每一种形式
 #
-# 模型在这个 notebook 里能回答，并不能说明它的文件没问题：它还一直加载着。现在把它清除，
-# 再让一个只有文件、别的什么都没有的进程，向每一种形式提问。适配器由 Unsloth 加载，合并后的模型只用 Transformers 加载，
-# 每个 GGUF 文件都通过 `llama-server` 提问，和任何程序的做法一样。
+# 模型在这个 notebook 里能回答，并不能说明它的文件没问题：作答的是一直加载着的那个模型。现在把它清除，
+# 再启动一个只拿得到文件的新进程，向每一种形式提问。适配器由 Unsloth 加载，合并后的模型只用 Transformers 加载，
+# 每个 GGUF 文件则通过 `llama-server` 提问，和别的程序使用它时一样。
 
 # %%
 import gc
@@ -249,11 +249,11 @@ exports
 # that missed a limit stops here, before anyone can take it for your model.
 
 # %% [markdown] lang="zh"
-# 适配器和合并后的模型必须给出逐字相同的回复；**近似并列**（near tie）是指在某个位置上，
-# 先前加载的那个模型自己也觉得两个词元几乎同样可能。GGUF 文件对权重做了舍入，所以用词可以不同。
+# 适配器和合并后的模型必须给出逐字相同的回复；**近似并列**（near tie）是指这样的位置：
+# 先前加载的那个模型自己也觉得，有两个词元几乎同样可能。GGUF 文件的权重经过舍入，所以回复的用词可以不同。
 # 困惑度最多可以变化 1%，不到 8 位的文件最多可以变化 10%。
 #
-# 第 05 章就是把适配器放在 4 位的基座模型上和它对话的；那个基座模型不是你的文件，所以不评判。
+# 在第 05 章和你对话的，就是放在 4 位基座模型上的适配器；那个基座模型不是你的文件，所以不评判这种形式。
 # 只要有一种形式超出限度，这一章就在这里停下，免得有人把它当成你的模型。
 
 # %%
@@ -268,7 +268,7 @@ exports.raise_if_failed()
 # %% [markdown] lang="zh"
 # ## 写模型卡片
 #
-# 没有卡片的模型，对发现它的人来说是个谜，对你自己也一样。这张卡片是根据各章记录的内容写成的。
+# 模型如果没有卡片，对找到它的人来说就是个谜，对你自己也一样。这张卡片根据各章的记录写成。
 
 # %% tags=["handoff"]
 from helpers.export import make_model_card
@@ -289,9 +289,9 @@ print(card)
 # %% [markdown] lang="zh"
 # ## 想发布的话
 #
-# 只有在 `PUSH_TO` 里填了名称才会发布。发布的正是验证过的那些文件，连同卡片一起，放进一个私有仓库。
-# 访问凭证（access token）用的是 Colab 密钥里的那个（`HF_TOKEN`，钥匙图标），或者 `hf auth login` 存下的那个。
-# 由 Llama 3.2 得来的模型受 Meta 的许可证约束，名称必须以“Llama”开头。
+# 只有在 `PUSH_TO` 里填了名称，才会发布。发布的正是验证过的那些文件，连同卡片一起，放进一个私有仓库。
+# 访问凭证（access token）用的是 Colab 密钥（钥匙图标）里的 `HF_TOKEN`，或者 `hf auth login` 存下的那个。
+# 由 Llama 3.2 衍生的模型受 Meta 的许可证约束，名称必须以“Llama”开头。
 
 # %%
 from helpers.export import publish
@@ -339,8 +339,8 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 # it at the address that it prints, path `/v1`. Here `serve_gguf` starts and ends it.
 
 # %% [markdown] lang="zh"
-# **任何能向 OpenAI 提问的程序**：`llama-server -m model-q4_k_m.gguf` 用一个 GGUF 文件提供服务，
-# 任何 OpenAI 客户端都可以向它显示的地址提问，路径是 `/v1`。这里由 `serve_gguf` 负责启动和结束它。
+# **任何能调用 OpenAI 接口的程序**：`llama-server -m model-q4_k_m.gguf` 用一个 GGUF 文件提供服务，并显示一个地址。
+# 任何 OpenAI 客户端都可以向这个地址提问，路径是 `/v1`。这里由 `serve_gguf` 启动和关闭这个服务。
 
 # %%
 from helpers.export import serve_gguf
@@ -372,13 +372,13 @@ if GGUF:
 # forgets them. Here sixteen old rows stand for the new ones.
 
 # %% [markdown] lang="zh"
-# **Ollama**：把文件夹 `gguf` 拷到装有 Ollama 的电脑上。同一个客户端在端口 11434 上向它提问，路径是 `/v1`。
+# **Ollama**：把文件夹 `gguf` 拷到装有 Ollama 的电脑上。同样的客户端也可以向它提问，端口是 11434，路径是 `/v1`。
 # ```
 # cd gguf
 # ollama create my-model -f Modelfile
 # ollama run my-model
 # ```
-# **vLLM**：适合同时服务许多用户。它需要 GPU，这里没有运行过。在 T4 上要加 `--dtype half`。
+# **vLLM**：适合同时为许多用户服务。它需要 GPU，这里没有运行过。在 T4 上要加 `--dtype half`。
 # 客户端使用的模型名是 `my-model`。
 # ```
 # vllm serve unsloth/Llama-3.2-3B-Instruct --enable-lora --lora-modules my-model=adapter
@@ -386,9 +386,9 @@ if GGUF:
 #
 # ## 继续训练
 #
-# 假设你有了新的对话。适配器像第 05 章那样加载，训练器从它接着训练，学习率降到十分之一。
+# 假设你有了新的对话。适配器像第 05 章那样加载，训练器在它的基础上接着训练，学习率降到原来的十分之一。
 # 要用新对话，就换一个 `RUN_DIR` 运行第 03 章，再加载那个文件夹里的 `dataset`。
-# 还要混入一些旧的行，否则模型会忘掉它们。这里用十六行旧数据代替新数据。
+# 还要混入一些旧数据，否则模型会忘掉它们。这里用十六行旧数据代替新数据。
 
 # %%
 from unsloth.chat_templates import train_on_responses_only
@@ -425,7 +425,7 @@ print("Loss of each step:", [round(entry["loss"], 2) for entry in trainer.state.
 # The first loss is where chapter 04 ended, not where an untouched model begins: it goes on.
 
 # %% [markdown] lang="zh"
-# 第一个损失就是第 04 章结束时的水平，而不是未经训练的模型的起点：训练确实是接着进行的。
+# 第一步的损失就是第 04 章结束时的水平，而不是原始模型的起点：可见训练确实是接着进行的。
 
 # %%
 within = sum(not check.faults for check in exports.checks)
@@ -456,11 +456,11 @@ print(f"Result: {within} of {len(forms)} forms answer within their limits")
 # ## 到这里为止
 #
 # 运行文件夹里已经有 `adapter/`、`merged/`、带 `Modelfile` 的 `gguf/`，还有一张模型卡片。
-# 你也知道了它们各自与你训练的模型有多接近。
+# 你也知道了每种形式与你训练的模型有多接近。
 #
-# 自己动手：在 `GGUF` 里加上 `"q2_k"`，看看它偏离多少。用 `load_in_4bit=True` 加载，读一读这一章为什么停下。
+# 自己动手：在 `GGUF` 里加上 `"q2_k"`，看看它偏离多少。用 `load_in_4bit=True` 加载，看看这一章为什么停下。
 # 改掉 Modelfile 模板里的一个词，再向 Ollama 提问。
 #
-# 实践中：留好适配器。你的全部成果都在里面，其他每种形式都可以由它重新做出来。
+# 实践中：保管好适配器。你的全部成果都在里面，其他每种形式都可以由它重新做出来。
 #
 # {{next}}

@@ -20,12 +20,12 @@
 #
 # [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/07_when_it_goes_wrong.ipynb)
 #
-# 学完这一章，你会见过训练失败的六种情形，每一种都和一次成功的训练放在一起对照。
+# 学完这一章，你就见识过训练失败的六种情形，每一种都和一次成功的训练对照过。
 #
 # 学完后你能
-# - 分清学习率是太低还是太高，
-# - 看出模型在死记硬背，并及时停下，
-# - 查出训练了不该训练的词，或者训练用的格式不对，
+# - 分清学习率是太低还是太高；
+# - 看出模型在死记硬背，并及时停止训练；
+# - 查出模型训练了不该训练的词，或者训练用的格式不对；
 # - 测出模型忘了什么，并防止它遗忘。
 #
 # 这一章不需要前面几章的任何结果。每次训练都很短，全部做完只要几分钟。
@@ -41,7 +41,7 @@
 # `USE_MODELSCOPE` as in chapter 02. Here the model is the 1B, which trains faster.
 
 # %% [markdown] lang="zh"
-# `DATASET` 和 `GENERAL` 是本系列自带的文件；换成别的文件，也要有同样的列。
+# `DATASET` 和 `GENERAL` 是本系列自带的文件；如果换成别的文件，里面也要有同样的列。
 # `MAX_STEPS` 和 `LEARNING_RATE` 的含义与第 04 章相同，`CHAT_TEMPLATE` 和 `RUN_DIR` 与第 03 章相同，
 # `MODEL_NAME`、`MAX_SEQ_LENGTH`、`HF_ENDPOINT` 和 `USE_MODELSCOPE` 与第 02 章相同。
 # 这里用的是 1B 模型，它训练得更快。
@@ -76,8 +76,8 @@ run = open_run(RUN_DIR)
 # %% [markdown] lang="zh"
 # ## 所有训练共用一个模型
 #
-# 这个小模型用 16 位也放得下，而且这样训练更快。`untrained` 保存了全新适配器的一份副本。
-# 每次训练都从这份副本开始。这样，两次训练之间只有特意改动的那一处不同。
+# 这个小模型用 16 位也放得下，而且这样训练更快。`untrained` 保存全新适配器的一份副本，
+# 每次训练都从这份副本开始。这样，两次训练之间就只有特意改动的那一处不同。
 
 # %%
 import os
@@ -111,8 +111,8 @@ untrained = {name: matrix.clone() for name, matrix in get_peft_model_state_dict(
 # %% [markdown] lang="zh"
 # ## 两组问题
 #
-# 第一组是客服对话，只取一问一答的那些。另一组是 68 个通用问题，例如法国的首都是哪里。
-# 其中 20 个是留出的，每个都配有一个正确答案和一个错误答案：从它们可以看出模型忘了什么。
+# 第一组是客服对话，只取一问一答的那些。第二组是 68 个一般性问题，例如“法国的首都是哪里”。
+# 其中 20 个是留出的，每个都配有一个正确答案和一个错误答案：由此可以看出模型忘了什么。
 
 # %% tags=["nbval-check-output"]
 from datasets import load_dataset
@@ -153,8 +153,8 @@ held_out_rows = {"support": support_held_out.select(range(12)), "right": right_a
 # %% [markdown] lang="zh"
 # ## 一行代码，一次训练
 #
-# 这里把第 04 章的调用写成了函数，所以一次训练只要一行。训练途中会测量五次留出集损失。
-# 留出的数据只做一次掩码，每次训练都用同样的数据来测量。
+# 这里把第 04 章的那些调用写成了函数，所以一次训练只要一行代码。训练途中，留出集上的损失会测量五次。
+# 留出的数据只做一次掩码，每次训练都用这同一份数据来测量。
 
 # %%
 shared = dict(
@@ -251,7 +251,7 @@ ask(support_question)
 # %% [markdown] lang="zh"
 # ## 一次成功的训练
 #
-# 两个损失起初下降得很快，之后慢下来。后面的训练都会和这一次画在一起。
+# 两个损失起初都下降得很快，之后慢了下来。后面的训练都会和这一次画在同一张图里。
 
 # %%
 train("works", train_rows)
@@ -264,9 +264,9 @@ ask(support_question)
 # model the adapter is switched off.
 
 # %% [markdown] lang="zh"
-# 它忘了多少？按每个词元来算，如果模型觉得正确答案比错误答案更有可能，就算它知道这个答案。
-# 光靠猜，20 个里它也会“知道”10 个。正确答案的损失，说明模型觉得这些答案有多大可能。
-# 测量未经训练的模型时，适配器是关掉的。
+# 它忘了多少？按每个词元平均来算，如果模型觉得正确答案比错误答案更有可能，就算它知道这个答案。
+# 光靠猜，20 个里也能“知道”10 个。正确答案的损失，说明模型觉得这些答案有多大可能。
+# 测量原始模型时，适配器是关掉的。
 
 # %%
 import torch
@@ -301,7 +301,7 @@ knowledge
 # %% [markdown] lang="zh"
 # ## 学习率太低
 #
-# **症状**：两个损失几乎不动，变化只有原来的百分之几，回答也和未经训练的模型一样。
+# **症状**：两个损失几乎不动，和开始时相比只变了百分之几，回答也和原始模型一样。
 # **原因**：每一步的方向都对，但几乎没有前进。
 # **改法**：每次都把学习率提高到上一次的三倍，直到新的训练不再比上一次好。
 # 增加步数也有用，但花费更多。
@@ -347,9 +347,9 @@ check_evidence(runs["rate too high"], before=untouched, after=after, learning_ra
 # %% [markdown] lang="zh"
 # ## 死记硬背
 #
-# 四段对话，看了一遍又一遍。**症状**：训练损失降到几乎为零，留出集损失不再下降，转而上升。
-# **原因**：模型学到的是这四个回答，而不是怎样写出回答。数据很少时，训练十轮就足以造成这种结果。
-# 在第 04 章，`KEEP_BEST` 测量得足够频繁，你能看到这个现象。
+# 四段对话，看了一遍又一遍。**症状**：训练损失降到几乎为零，留出集上的损失不再下降，反而上升。
+# **原因**：模型学到的是这四个回答，而不是怎样写回答。数据很少时，训练十轮就足以造成这种结果。
+# 在第 04 章，打开 `KEEP_BEST` 后会测量得足够频繁，让你看到这个现象。
 
 # %%
 train("by heart", train_rows.select(range(4)))
@@ -365,9 +365,9 @@ check_evidence(runs["by heart"], before=untouched, after=after, learning_rate=LE
 # `load_best_model_at_end` goes back to where it was lowest. In chapter 04 `KEEP_BEST` does both.
 
 # %% [markdown] lang="zh"
-# **改法**：用更多的对话，就像那次成功的训练。没有更多对话时，就及时停下。
-# 如果留出集损失连续两次没有创下新低，`EarlyStoppingCallback` 就结束训练；
-# `load_best_model_at_end` 会回到损失最低的地方。在第 04 章，`KEEP_BEST` 把这两件事都做了。
+# **改法**：用更多的对话，就像那次成功的训练一样。没有更多对话时，就及时停下。
+# 如果留出集上的损失连续两次测量都没有创下新低，`EarlyStoppingCallback` 就会结束训练；
+# `load_best_model_at_end` 会让模型回到损失最低的时候。在第 04 章，`KEEP_BEST` 把这两件事都做了。
 
 # %%
 from transformers import EarlyStoppingCallback
@@ -392,8 +392,8 @@ draw("works", "by heart", "best kept")
 # %% [markdown] lang="zh"
 # ## 训练了不该训练的词
 #
-# 有人漏掉了 `train_on_responses_only`。**症状**：几乎没有。损失看起来都正常，只是留出集损失降得稍慢一点。
-# **原因**：每个词元都参与了训练，所以模型学到的东西里，有一部分是客户怎样提问。只有查看标签才能发现。
+# 有人漏掉了 `train_on_responses_only`。**症状**：几乎没有。损失看起来都正常，只是留出集上的损失降得稍慢一点。
+# **原因**：每个词元都参与了训练，所以模型学到的东西里，有一部分是客户怎样提问。这个错误，只有查看标签才能发现。
 
 # %%
 train("no mask", train_rows, masked=False)
@@ -409,13 +409,13 @@ draw("works", "no mask")
 # in which the model is asked, and falls less. *Cause*: two dialects.
 
 # %% [markdown] lang="zh"
-# **改法**：把这一行放回去，就又是那次成功的训练了。
+# **改法**：把这一行加回去，得到的就又是那次成功的训练。
 #
 # ## 训练用的格式不对
 #
-# 有人用自创的格式来写对话。**症状**：在你自己的训练里，两个损失都会下降，因为留出的数据也是这种格式；
-# 回答可能收不住尾，或者没有学到该有的风格。
-# 而在这里，留出集损失是用向模型提问时的格式测量的，它降得少一些。**原因**：两种“方言”。
+# 有人用自创的格式写对话。**症状**：在你自己的训练里，两个损失都会下降，因为留出的数据也是这种格式；
+# 但回答可能停不下来，或者没有学到该有的风格。
+# 而在这里，测量留出集上的损失时，用的是向模型提问的格式，所以它降得少一些。**原因**：训练和提问用了两种“方言”。
 
 
 # %%
@@ -432,7 +432,7 @@ ask(support_question)
 # What `check_masking` says of these two runs, and of the one that works:
 
 # %% [markdown] lang="zh"
-# 对这两次训练和那次成功的训练，`check_masking` 是这样说的：
+# 对于这两次训练和那次成功的训练，`check_masking` 是这样说的：
 
 # %%
 from helpers.masking import check_masking
@@ -458,9 +458,9 @@ for name in ("works", "no mask", "own form"):
 #
 # ## 它忘了原来会的
 #
-# **症状**：留出集损失很好，但问起别的事情，得到的也是客服式的回答，就像上面问法国首都时那样。
+# **症状**：留出集上的损失很好，但问起别的事情，得到的也是客服式的回答，就像上面问法国首都时那样。
 # **原因**：训练里没有任何东西告诉它，世上还有别的问题。
-# **改法**：混入其他对话。这里，通用问题先占全部数据的十分之一，再占十分之三；
+# **改法**：混入其他对话。这里，一般性问题先占全部数据的十分之一，再占十分之三；
 # 留出的那 20 个问题，一个也不在里面。
 
 # %%
@@ -494,9 +494,9 @@ for name, result in knowledge.items():
 # | other questions get your form as well | forgetting | 10 to 30 % other conversations |
 
 # %% [markdown] lang="zh"
-# 混入的通用问题也要占用步数：总步数不变，用来教客服格式的步数就少了。
-# 模型不能丢掉什么，混入的内容就应当像什么：往你的文件里加入 FineTome 的数据，
-# 或者由你提问，把模型自己的回答加进去。挑五个这样的问题，训练前后各问一遍。
+# 混入的一般性问题也要占用步数：总步数不变，用来学客服式回答的步数就少了。
+# 模型不能忘掉什么，混入的内容就应当像什么：可以往你的文件里加入 FineTome 的数据，
+# 也可以由你提问，把模型自己的回答加进去。挑五个这样的问题，训练前后各问一遍。
 #
 # ## 从症状到改法
 #
@@ -504,10 +504,10 @@ for name, result in knowledge.items():
 # |---|---|---|
 # | 两个损失几乎不动 | 学习率太低 | 学习率提高到原来的三倍；然后增加步数 |
 # | 损失升到比开始时还高，并停在那里 | 学习率太高 | 学习率降到原来的三分之一 |
-# | 训练损失接近 0，留出集损失上升 | 死记硬背 | 增加对话；减少步数；`KEEP_BEST` |
+# | 训练损失接近 0，留出集上的损失上升 | 死记硬背 | 增加对话；减少步数；`KEEP_BEST` |
 # | `check_masking` 让第 04 章停下：没有标签，或者训练了用户的话 | 没有掩码 | `train_on_responses_only` |
 # | `check_masking` 让第 04 章停下：BOS 词元有问题，或者轮次不同 | 格式不对 | 第 03 章的对话模板 |
-# | 其他问题也得到你那种格式的回答 | 遗忘 | 混入 10 % 到 30 % 的其他对话 |
+# | 问别的问题，得到的也是你那种风格的回答 | 遗忘 | 混入 10% 到 30% 的其他对话 |
 
 # %%
 logs = {name: trainer.state.log_history for name, trainer in runs.items() if name != "rate too high"}  # it ended early
@@ -540,10 +540,10 @@ print(f"Result: of 20 general answers known: {', '.join(known)}")
 #
 # 每种错误你都见过一次了，也知道靠什么发现它。
 #
-# 自己动手：把 `MAX_STEPS` 设为 60，看看哪些训练变好了，哪些变差了。再试试混入 1 % 的通用问题。
+# 自己动手：把 `MAX_STEPS` 设为 60，看看哪些训练变好了，哪些变差了。再试试混入 1% 的一般性问题。
 #
 # 实践中：一次只改一处，并保持留出的数据不变。和训练全部权重相比，LoRA 忘得少，
 # [学得也少](https://arxiv.org/abs/2405.09673)。混入少量[以前的数据](https://arxiv.org/abs/2205.12393)，
-# 就能保住许多原有的东西。
+# 就能保住许多原来会的东西。
 #
 # {{next}}

@@ -22,17 +22,17 @@
 #
 # [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/08_scale_up.ipynb)
 #
-# 学完这一章，你会有一个由你的全部 GPU 一起训练出来的适配器，还会有第 04 章的那些证据。
+# 学完这一章，你会有一个由全部 GPU 一起训练出来的适配器，还会有和第 04 章一样的证据。
 #
 # 学完后你能
 # - 用 torchrun 或 Accelerate，在任意多块 GPU 上启动同一个脚本；
-# - 说出 GPU 之间互相传送什么，这要付出多大代价；
-# - 让一步保持原样，或者把它变大，并相应地改变学习率；
+# - 说出 GPU 之间传送什么，以及代价有多大；
+# - 让一步的大小保持不变，或者把它变大，并相应地调整学习率；
 # - 说出一块 GPU 放不下模型时该怎么办。
 #
-# 你需要第 03 章的 `dataset/`。Colab 借给你一块 GPU，Kaggle 借给你两块 T4。只有一块 GPU，这里的一切也都能运行。
+# 你需要第 03 章的 `dataset/`。Colab 提供一块 GPU，Kaggle 提供两块 T4。即使只有一块 GPU，这里的一切也都能运行。
 #
-# 这一页还没有在两块 GPU 上运行过。在 CPU 上用两个进程运行过：训练的结果和一个进程的相同。
+# 这一页还没有在两块 GPU 上运行过，但在 CPU 上用两个进程运行过：训练的结果和用一个进程时相同。
 #
 # {{budget}}
 
@@ -51,7 +51,7 @@
 # %% [markdown] lang="zh"
 # `PROCESSES` 是参与训练的 GPU 数量，0 表示用上这里所有的 GPU。
 # 和第 04 章一样，`MICRO_BATCH` × `ACCUMULATION` 段对话构成一步，由各块 GPU 分担。
-# 打开 `GROW_BATCH`，每块 GPU 就各自处理这么多段对话。
+# 打开 `GROW_BATCH` 后，每块 GPU 就各自处理这么多段对话。
 #
 # `SCALED_DIR` 是这一章新建的运行文件夹。存放数据的 `RUN_DIR` 保持不变。
 #
@@ -107,15 +107,15 @@ scaled = open_run(SCALED_DIR, base_model=MODEL_NAME)
 # %% [markdown] lang="zh"
 # ## 每块 GPU 做什么
 #
-# 每块 GPU 都有一个自己的**进程**（process），里面装着整个模型。每个进程处理一步中分给自己的那些对话。
-# 然后，所有进程把各自的梯度取平均，这叫作**全归约**（all-reduce），再做出同样的更新。
+# 每块 GPU 都有自己的**进程**（process），里面装着整个模型。在每一步里，每个进程只处理分给自己的那些对话。
+# 然后，所有进程一起对梯度求平均，这叫作**全归约**（all-reduce）；最后各自做同样的更新。
 #
 # 需要传送的只有 LoRA 的梯度：3B 模型每一步传 2400 万个数，最多 97 MB。
-# 下表是传送所需的时间，由计算得出。按 T4 的算力，算完一步八段对话要 1.5 秒，用真卡还要更久。
+# 下表是计算得出的传送时间。作为对比，按 T4 的算力，一步的八段对话要算 1.5 秒，实际的显卡还要更久。
 #
 # | GPU 之间的连接 | 2 块 GPU | 8 块 GPU |
 # |---|---|---|
-# | NVLink，NVIDIA 自己的连线，300 GB/s | 不到 1 ms | 不到 1 ms |
+# | NVLink，NVIDIA 自家的连接，300 GB/s | 不到 1 ms | 不到 1 ms |
 # | PCIe 3，电脑里的插槽，10 GB/s | 10 ms | 17 ms |
 # | 机器之间 10 Gbit/s 的网络 | 78 ms | 137 ms |
 # | 1 Gbit/s 的网络 | 0.8 s | 1.4 s |
@@ -133,12 +133,12 @@ scaled = open_run(SCALED_DIR, base_model=MODEL_NAME)
 # %% [markdown] lang="zh"
 # ## 分担一步
 #
-# 一块 GPU 处理八段对话，或者两块 GPU 各处理四段：这一步是相同的，学到的东西也相同。
-# 只要每块 GPU 还有足够的计算可做，所需时间就大约减半。从八块 GPU 起，每块就只有一段对话了。
+# 一块 GPU 处理八段对话，或者两块 GPU 各处理四段：这一步都是一样的，学到的东西也一样。
+# 只要每块 GPU 还有足够多的计算可做，所需时间就大约减半。用到八块 GPU 时，每块就只剩一段对话了。
 #
 # GPU 很多时，可以用 `GROW_BATCH`：一步里的对话更多，同样的数据需要的步数更少。
 # 这样，梯度的噪声更小，每一步也就可以走得更远。
-# 用 Adam 优化器时，学习率随一步大小的[平方根](https://arxiv.org/abs/2205.10287)增长。
+# 用 Adam 优化器时，学习率应当与一步大小的[平方根](https://arxiv.org/abs/2205.10287)成正比。
 
 # %%
 import torch
@@ -161,7 +161,7 @@ print(f"{MAX_STEPS} steps, learning rate {LEARNING_RATE:.3g}")
 # `plan_batch`, as in chapter 04, says whether one GPU's share fits.
 
 # %% [markdown] lang="zh"
-# 和第 04 章一样，`plan_batch` 会告诉你，一块 GPU 分到的那一份放不放得下。
+# 和第 04 章一样，`plan_batch` 会告诉你一块 GPU 能不能放下分给它的那一份。
 
 # %%
 from datasets import load_from_disk
@@ -190,8 +190,8 @@ plan
 # %% [markdown] lang="zh"
 # ## 准备文件夹
 #
-# 脚本在自己的进程里运行，看不到 notebook。所以，它需要的一切都放进一个文件夹：数据，
-# 还有 `get_peft_model` 和 `SFTConfig` 的参数，这些参数就是第 04 章用的那些。
+# 脚本在自己的进程里运行，看不到 notebook。所以，它需要的一切都要放进一个文件夹：数据，
+# 以及 `get_peft_model` 和 `SFTConfig` 的参数，也就是第 04 章用过的那些参数。
 
 # %% tags=["handoff"]
 import shutil
@@ -254,11 +254,11 @@ scaled.write_json("settings.json", settings)
 # %% [markdown] lang="zh"
 # ## 启动训练
 #
-# [`scale_up.py`](../scale_up.py) 就是写成脚本的第 04 章，有一百行。把它和快速入门一章对照着读：
+# [`scale_up.py`](../scale_up.py) 就是写成脚本的第 04 章，有一百行。把它和“快速入门”一章对照着读：
 # 里面的调用是一样的。
 #
 # 有两个程序可以启动它，每块 GPU 启动一次。`torchrun` 是 PyTorch 自带的。
-# `accelerate launch` 来自 Transformers 训练时使用的那个库，它需要的信息从一个文件里读取：
+# `accelerate launch` 来自 Transformers 训练时所用的那个库，所需的信息从一个文件里读取：
 
 # %%
 accelerate = f"""compute_environment: LOCAL_MACHINE
@@ -283,11 +283,11 @@ print(by_accelerate, by_torchrun, sep="\n")
 # another `PROCESSES` and without `GROW_BATCH`: then a step has as many conversations as before.
 
 # %% [markdown] lang="zh"
-# 两行命令任选一行，在这里或在终端里运行都可以。`start` 运行它的方式和终端一样。
-# 你按下停止按钮时，它会把停止信号传下去，好让训练进度存下来；
+# 两行命令任选一行，在这里或在终端里运行都可以。`start` 会像终端那样运行它。
+# 你按下停止按钮时，停止信号也会传给训练进程，好让训练进度存下来；
 # 如果有进程失败，最后显示的就是那个进程的消息。
 #
-# 再运行一次，训练会从最后一个检查点继续。想换一个 GPU 数量，就换一个 `PROCESSES`，
+# 再运行一次，训练会从最后一个检查点继续。如果想改变 GPU 的数量，就修改 `PROCESSES`，
 # 关掉 `GROW_BATCH`，再从头运行这一章：这样，一步里的对话数和之前相同。
 
 # %%
@@ -303,8 +303,8 @@ scaled.start(by_accelerate)
 # ## 结果如何
 #
 # 每个进程都有一个号码，叫作**进程编号**（rank）；它和 LoRA 的秩（rank）是两回事。
-# 0 号进程检查了掩码和第 04 章的论断，也由它写出结果。最后，所有进程互相比较了适配器：
-# 只要有一个比特不同，这次训练就会失败。
+# 0 号进程检查了掩码和第 04 章的那些论断，并写出了结果。最后，各个进程互相比对了适配器：
+# 只要有一个比特不同，这次训练就算失败。
 
 # %%
 from IPython.display import Image
@@ -327,8 +327,8 @@ Image(f"{SCALED_DIR}/curves/curves.png")
 # **Several machines.** They need the same install, the same series and a folder that all of them see. For two with eight
 # GPUs each set `PROCESSES` to 16, `GROW_BATCH`, and `SCALED_DIR` to `/shared/scaled`.
 #
-# Run this chapter up to *Start it* on one of them. Then type on each its own line, within a minute. `FIRST` is the first
-# machine's name or address.
+# Run this chapter to the end of *Prepare the folder* on one of them. Then type on each its own line, within a minute.
+# `FIRST` is the first machine's name or address.
 #
 # ```
 # torchrun --nnodes=2 --node-rank=0 --nproc-per-node=8 --master-addr=FIRST --rdzv-conf=timeout=60 notebooks/scale_up.py /shared/scaled
@@ -364,33 +364,33 @@ Image(f"{SCALED_DIR}/curves/curves.png")
 # ## 在哪里输入什么
 #
 # **Kaggle**：用 **File → Import Notebook → GitHub** 导入这一页。
-# 在 **Settings** 里选择 **GPU T4 x2** 和 **Internet on**。第一条消息会告诉你，用哪条命令可以在那里生成数据。
+# 在 **Settings** 里选择 **GPU T4 x2** 和 **Internet on**。第一条消息会告诉你用哪条命令在那里生成数据。
 # 会话结束之前，把 `SCALED_DIR` 下载下来。
 #
-# **一台机器，多块 GPU**：直接运行这个 notebook，或者在同一环境的终端里运行那两行命令中的一行。
+# **一台机器，多块 GPU**：直接运行这个 notebook，或者在同一环境的终端里运行那两行命令中的任意一行。
 # 在命令前面加上 `CUDA_VISIBLE_DEVICES=0,1`，就只用前两块 GPU。
 #
-# **多台机器**：它们需要同样的安装、同样的本系列文件，还需要一个所有机器都能看到的文件夹。
+# **多台机器**：各台机器要装好同样的环境，有同样的本系列文件，还要有一个所有机器都能访问的文件夹。
 # 如果有两台机器，每台八块 GPU，就把 `PROCESSES` 设为 16，打开 `GROW_BATCH`，
 # 把 `SCALED_DIR` 设为 `/shared/scaled`。
 #
-# 先在其中一台机器上运行这一章，到“启动训练”一节为止。然后在每台机器上输入它自己的那一行命令，
-# 要在一分钟之内全部输入。`FIRST` 是第一台机器的名称或地址。
+# 先在其中一台机器上运行这一章，运行到“准备文件夹”一节结束。然后在每台机器上输入各自的那一行命令，
+# 要在一分钟之内全部输入完。`FIRST` 是第一台机器的名称或地址。
 #
 # ```
 # torchrun --nnodes=2 --node-rank=0 --nproc-per-node=8 --master-addr=FIRST --rdzv-conf=timeout=60 notebooks/scale_up.py /shared/scaled
 # torchrun --nnodes=2 --node-rank=1 --nproc-per-node=8 --master-addr=FIRST --rdzv-conf=timeout=60 notebooks/scale_up.py /shared/scaled
 # ```
 #
-# 如果某台机器上有一个进程失败，所有进程都会在一分钟之内结束。最后几行会写出它的进程编号和原因，
+# 如果某台机器上有一个进程失败，所有进程都会在一分钟之内结束。最后几行会写出它的进程编号和失败原因，
 # 例如内存或显存不够、磁盘已满，或者版本和 0 号进程的不一致。
 # 如果有一台机器没有启动，另一台机器上的 `torchrun` 会显示 `1/2 clients joined`。
-# 排除问题，再把这几行命令输入一遍。
+# 排除问题后，再把这几行命令输入一遍。
 #
 # ## 放不下的模型
 #
-# 这样做，GPU 越多就越快。但每块 GPU 都装着整个模型，所以更大的模型并不会因此放得下。
-# 下表是一块 GPU 需要的显存，以 GiB 计，按第 04 章的公式算出，
+# 用这种方法，GPU 越多，训练越快。但每块 GPU 都要装下整个模型，所以增加 GPU 并不能放下更大的模型。
+# 下表是一块 GPU 需要的显存（单位为 GiB），按第 04 章的公式算出，
 # 条件是 `CHECKPOINTING = True`、4 位精度、LoRA 的秩为 16：
 #
 # | 模型 | 一段 2,048 个词元的对话 | 8,192 | 32,768 |
@@ -399,11 +399,11 @@ Image(f"{SCALED_DIR}/curves/curves.png")
 # | Llama 3.1 8B | 7.2 | 9.7 | 19.3 |
 # | Llama 3.3 70B | 45.1 | 54.5 | 92.1 |
 #
-# T4 有 14.7 GiB，其中 13.3 GiB 可用。所以 8B 模型放得下，对话最长可以有 16,000 个词元。
-# 对话更长时，用 `CHECKPOINTING = "unsloth"`，或者换一块更大的显卡。
+# T4 有 14.7 GiB 显存，其中 13.3 GiB 可用。所以 8B 模型放得下，对话最长可以有 16,000 个词元。
+# 对话更长时，用 `CHECKPOINTING = "unsloth"`，或者换一块显存更大的显卡。
 #
 # 70B 模型需要一块 80 GB 的显卡，或者把权重分散到几块显卡上。它的 45.1 GiB 里，41.9 GiB 是权重。
-# PyTorch 的 [FSDP2](https://docs.pytorch.org/tutorials/intermediate/FSDP_tutorial.html) 会切分这些权重：
+# PyTorch 的 [FSDP2](https://docs.pytorch.org/tutorials/intermediate/FSDP_tutorial.html) 可以切分这些权重：
 # 分到四块 GPU 上，每块至少 13.7 GiB；分到八块上，每块至少 8.4 GiB。
 #
 # Unsloth 自己的开关是 `UNSLOTH_FSDP2=1`，在 `torchrun` 下使用。本系列没有试过它；
@@ -430,10 +430,10 @@ print(f"Result: held-out loss {before:.2f} → {after:.2f} in {report['seconds']
 # ## 到这里为止
 #
 # `SCALED_DIR` 里已经有 `adapter/`、`report.json` 和 `report.html`。
-# 在第 05 章和第 06 章设置 `RUN_DIR = "runs/scaled"`，它们就会从那里读取。
+# 在第 05 章和第 06 章设置 `RUN_DIR = "runs/scaled"`，这两章就会从那里读取。
 #
-# 自己动手：打开 `GROW_BATCH`，用同样的数据训练之后，比较两次的留出集损失。
+# 自己动手：打开 `GROW_BATCH`，用同样的数据再训练一次，然后比较两次训练在留出集上的损失。
 #
-# 实践中：一块大的显卡，比两块小的用起来简单。先看看把 `MAX_SEQ_LENGTH` 调小或者减少步数，是不是就够了。
+# 实践中：一块大显卡用起来比两块小显卡简单。先看看把 `MAX_SEQ_LENGTH` 调小或者减少步数，是不是就够了。
 #
 # {{next}}
