@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,12 @@ from helpers.conversations import validate_conversations
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 DATA = NOTEBOOKS / "data"
 GENERAL = [json.loads(line) for line in (DATA / "general_questions.jsonl").read_text(encoding="utf-8").splitlines()]
-ROWS = [json.loads(line) for line in (DATA / "support_conversations.jsonl").read_text(encoding="utf-8").splitlines()]
+FILES = {"en": "support_conversations.jsonl", "zh": "support_conversations_zh.jsonl"}
+ALL_ROWS = {
+    lang: [json.loads(line) for line in (DATA / file).read_text(encoding="utf-8").splitlines()]
+    for lang, file in FILES.items()
+}
+ROWS = ALL_ROWS["en"]
 
 
 def chapters_judge():
@@ -33,8 +39,8 @@ def judged(reply, *, product, right_help):
     return JUDGE(reply, {"product": product, "right_help": [["an earlier turn's"], right_help]})
 
 
-def rows_of(split):
-    return [row for row in ROWS if row["split"] == split]
+def rows_of(split, lang="en"):
+    return [row for row in ALL_ROWS[lang] if row["split"] == split]
 
 
 def questions(row):
@@ -49,16 +55,27 @@ def answers(row):
     return [(reply, right) for reply, right in zip(replies, row["right_help"], strict=True) if right]
 
 
-def test_the_file_is_what_the_script_makes():
+def test_the_files_are_what_the_script_makes():
     command = [sys.executable, "make_support_conversations.py", "--check"]
     assert subprocess.run(command, cwd=DATA, capture_output=True).returncode == 0
 
 
-def test_the_check_notices_a_changed_file(tmp_path):
-    (tmp_path / "make.py").write_text((DATA / "make_support_conversations.py").read_text(encoding="utf-8"))
-    text = (DATA / "support_conversations.jsonl").read_text(encoding="utf-8")
-    (tmp_path / "support_conversations.jsonl").write_text(text.replace("Mossbell", "Mosbell", 1), encoding="utf-8")
-    assert subprocess.run([sys.executable, "make.py", "--check"], cwd=tmp_path, capture_output=True).returncode != 0
+def test_the_script_writes_the_same_bytes_anew(tmp_path):
+    shutil.copy(DATA / "make_support_conversations.py", tmp_path)
+    subprocess.run([sys.executable, "make_support_conversations.py"], cwd=tmp_path, check=True, capture_output=True)
+    assert {file.name for file in tmp_path.glob("*.jsonl")} == set(FILES.values())
+    assert all((tmp_path / file).read_bytes() == (DATA / file).read_bytes() for file in FILES.values())
+
+
+@pytest.mark.parametrize("changed", FILES.values())
+def test_the_check_notices_a_changed_file(tmp_path, changed):
+    for name in ("make_support_conversations.py", *FILES.values()):
+        shutil.copy(DATA / name, tmp_path)
+    text = (DATA / changed).read_text(encoding="utf-8")
+    (tmp_path / changed).write_text(text.replace("Mossbell", "Mosbell", 1), encoding="utf-8")
+    command = [sys.executable, "make_support_conversations.py", "--check"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode != 0 and f"{changed} is not what this script makes" in done.stderr
 
 
 def test_every_row_is_a_valid_conversation():
@@ -66,26 +83,44 @@ def test_every_row_is_a_valid_conversation():
     assert report.ok and 300 <= report.rows <= 1000
 
 
-def test_no_held_out_question_was_seen():
-    trained_pairs = {(row["product"], topic) for row in rows_of("train") for _, topic in questions(row)}
-    trained_texts = {text for row in rows_of("train") for text, _ in questions(row)}
-    for row in rows_of("held_out"):
+def test_every_chinese_row_is_a_valid_conversation():
+    assert validate_conversations(ALL_ROWS["zh"]).ok
+    assert [len(rows_of(split, "zh")) for split in ("train", "held_out")] == [48, 12]
+    assert {tuple(row) for row in ALL_ROWS["zh"]} == {tuple(row) for row in ROWS}  # the same columns
+
+
+def test_no_chinese_conversation_is_there_twice():
+    asked = [tuple(t["value"] for t in row["conversations"] if t["from"] == "human") for row in ALL_ROWS["zh"]]
+    assert len(set(asked)) == len(asked) == 60
+
+
+@pytest.mark.parametrize("lang", FILES)
+def test_no_held_out_question_was_seen(lang):
+    trained_pairs = {(row["product"], topic) for row in rows_of("train", lang) for _, topic in questions(row)}
+    trained_texts = {text for row in rows_of("train", lang) for text, _ in questions(row)}
+    for row in rows_of("held_out", lang):
         for text, topic in questions(row):
             assert (row["product"], topic) not in trained_pairs
             assert text not in trained_texts
 
 
-def wordings(split):
-    """The customers' sentences with the product taken out and what is said before and after cut off."""
+def language(lang):
+    """The script's tables of one language."""
     spec = importlib.util.spec_from_file_location("make", DATA / "make_support_conversations.py")
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
-    known = {sentence for topic in make.TOPICS.values() for sentence in topic["questions"]} | set(make.GREETINGS)
+    return {"en": make.ENGLISH, "zh": make.CHINESE}[lang]
+
+
+def wordings(split, lang):
+    """The customers' sentences with the product taken out and what is said before and after cut off."""
+    tables = language(lang)
+    known = {sentence for topic in tables.topics.values() for sentence in topic["questions"]} | set(tables.greetings)
     used = set()
-    for row in rows_of(split):
+    for row in rows_of(split, lang):
         for turn in row["conversations"]:
             if turn["from"] == "human":
-                things = ["it", *(f"{whose} {row['product']}" for whose in ("my", "our", "the"))]
+                things = [tables.it, *(thing.format(product=row["product"]) for thing in tables.things)]
                 said = turn["value"].lower()
                 found = {w for w in known if any(w.format(it=thing).lower() in said for thing in things)}
                 assert found, turn
@@ -93,39 +128,45 @@ def wordings(split):
     return used
 
 
-def test_no_held_out_wording_was_seen():
-    assert not wordings("train") & wordings("held_out")
-    assert len(wordings("held_out")) >= 20
+@pytest.mark.parametrize(("lang", "held_out"), [("en", 20), ("zh", 10)])
+def test_no_held_out_wording_was_seen(lang, held_out):
+    assert not wordings("train", lang) & wordings("held_out", lang)
+    assert len(wordings("held_out", lang)) >= held_out
 
 
-def test_no_question_holds_its_own_help():
+@pytest.mark.parametrize("lang", FILES)
+def test_no_question_holds_its_own_help(lang):
     """A model that repeats the question must not pass for one that helps."""
-    for row in ROWS:
+    for row in ALL_ROWS[lang]:
         asked = [turn["value"] for turn in row["conversations"] if turn["from"] == "human"]
         for text, right in zip(asked, row["right_help"], strict=True):
             assert not judged(text, product=row["product"], right_help=right)[1]
 
 
-def test_some_held_out_products_are_new():
-    trained = {row["product"] for row in rows_of("train")}
-    assert len({row["product"] for row in rows_of("held_out")} - trained) >= 4
+@pytest.mark.parametrize(("lang", "new"), [("en", 4), ("zh", 2)])
+def test_some_held_out_products_are_new(lang, new):
+    trained = {row["product"] for row in rows_of("train", lang)}
+    assert len({row["product"] for row in rows_of("held_out", lang)} - trained) >= new
 
 
-def test_shapes_are_mixed():
-    turns = {len([turn for turn in row["conversations"] if turn["from"] == "gpt"]) for row in ROWS}
+@pytest.mark.parametrize("lang", FILES)
+def test_shapes_are_mixed(lang):
+    rows = ALL_ROWS[lang]
+    turns = {len([turn for turn in row["conversations"] if turn["from"] == "gpt"]) for row in rows}
     assert turns == {1, 2}
-    with_system = sum(row["conversations"][0]["from"] == "system" for row in ROWS)
-    assert 0.3 < with_system / len(ROWS) < 0.7
+    with_system = sum(row["conversations"][0]["from"] == "system" for row in rows)
+    assert 0.3 < with_system / len(rows) < 0.7
 
 
-def test_there_are_several_right_answers():
+@pytest.mark.parametrize("lang", FILES)
+def test_there_are_several_right_answers(lang):
     steps = {}
-    for row in ROWS:
+    for row in ALL_ROWS[lang]:
         replies = [turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"]
         for topic, reply in zip(row["topics"], replies, strict=True):
             if topic:
                 steps.setdefault(topic, set()).add(reply.split("\n")[1])
-    assert {len(different) for different in steps.values()} == {4}
+    assert {len(different) for different in steps.values()} <= ({4} if lang == "en" else {3, 4})
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
@@ -135,13 +176,26 @@ def test_every_answer_passes_its_own_judge(split):
             assert judged(reply, product=row["product"], right_help=right) == (True, True)
 
 
-def test_the_help_of_another_topic_is_not_right():
+def test_every_chinese_answer_has_the_house_style():
+    for row in ALL_ROWS["zh"]:
+        topics = [topic for topic in row["topics"] if topic]
+        for topic, (reply, right) in zip(topics, answers(row), strict=True):
+            first, second, last = reply.split("\n")
+            assert first == f"关于：{row['product']}，{topic}"
+            assert second.startswith("下一步：") and second.endswith("。")
+            assert last.endswith(" — Mossbell 客服") and last != " — Mossbell 客服"
+            assert sum(words in second for words in right) == 1 and len(right) == 2
+
+
+@pytest.mark.parametrize(("lang", "topics"), [("en", 10), ("zh", 8)])
+def test_the_help_of_another_topic_is_not_right(lang, topics):
     """Each topic's answers, judged by every other topic's help: never both."""
+    rows = ALL_ROWS[lang]
     help_of = {
-        topic: right for row in ROWS for topic, right in zip(row["topics"], row["right_help"], strict=True) if topic
+        topic: right for row in rows for topic, right in zip(row["topics"], row["right_help"], strict=True) if topic
     }
-    replies = {topic: reply for row in ROWS for reply, _ in answers(row) for topic in row["topics"][-1:] if topic}
-    assert len(help_of) >= 10
+    replies = {topic: reply for row in rows for reply, _ in answers(row) for topic in row["topics"][-1:] if topic}
+    assert len(help_of) >= topics
     for topic, reply in replies.items():
         last = [t for t, right in help_of.items() if judged(reply, product="", right_help=right)[1]]
         assert last, topic

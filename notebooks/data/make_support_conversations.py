@@ -38,9 +38,7 @@ class Language:
     follow_ups: list[str]
     things: list[str]  # what a customer calls the product
     it: str  # and what later, once it was named
-    greetings: list[
-        str
-    ]  # a conversation can start without a question; the wordings are split like those of the questions
+    greetings: list[str]  # where a conversation starts without a question; split like the wordings of the questions
     ask_back: list[str]
     goodbyes: list[str]
     reply: str  # the house style
@@ -494,12 +492,12 @@ CHINESE = Language(
     ],
     openers=["", "", "", "你好，", "您好！", "在吗？", "客服您好，", "打扰一下，", "早上好！"],
     closers=["", "", "", "谢谢！", "麻烦帮忙看看。", "麻烦您了。", "请尽快回复。", "在线等。", "辛苦了！"],
-    follow_ups=["明白了。另外，", "好的，我试试。还有，", "收到。对了，", "好的。还有一件事：", "知道了。再问一个问题："],
+    follow_ups=["明白了。另外，", "好的，我试试。还有，", "收到。对了，", "好的。还有一件事：", "知道了。还有个问题："],
     things=["我的{product}", "我的{product}", "我买的{product}", "我这台{product}"],
     it="它",
     greetings=[
-        "想咨询一下{it}的问题。", "有件事想请您帮忙，是关于{it}的。", "能帮我看看{it}吗？", "有个关于{it}的问题想请教。",
-        "想问问{it}的事。", "{it}的事，可以找您吗？",
+        "想咨询一下{it}的问题。", "有件事想请您帮忙，是关于{it}的。", "能帮我看看{it}吗？",
+        "有个关于{it}的问题想请教。", "想问问{it}的事。", "{it}的事，可以找您吗？",
     ],
     ask_back=["好的，请问是什么问题？", "好的，请您说说具体情况。", "您好，请问有什么可以帮您？"],
     goodbyes=[
