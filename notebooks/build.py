@@ -245,7 +245,15 @@ def next_line(chapter: str, lang: str) -> str:
     following = CHAPTERS[CHAPTER_NAMES.index(chapter) + 1 :][:1]
     word = {"en": "Next", "zh": "下一章"}[lang]
     between = {"en": ": ", "zh": "："}[lang]
-    return "".join(f"{word}{between}[{title_of(other.name, lang)} →]({other.name}.ipynb)" for other in following)
+    return "".join(
+        f"{word}{between}[{title_of(other.name, lang)} →]({place_of(other.name, lang)})" for other in following
+    )
+
+
+def place_of(chapter: str, lang: str) -> str:
+    """Where a chapter lies, from the folder of an edition; the English one where it has no other yet."""
+    spoken = title(NOTEBOOKS / "src" / f"{chapter}.py", lang)
+    return f"{chapter}.ipynb" if spoken else f"../{chapter}.ipynb"
 
 
 def title_of(chapter: str, lang: str) -> str:

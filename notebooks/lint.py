@@ -175,7 +175,7 @@ def of_text(notebook: NotebookNode, chapter: Chapter) -> list[str]:
             found.append(f"link to {link}, which does not exist")
     chapters = [source.stem for source in build.sources()]
     following = chapters[chapters.index(chapter.source.stem) + 1 :][:1]
-    if following and f"{following[0]}.ipynb" not in links:
+    if following and build.place_of(following[0], chapter.lang) not in links:
         found.append(f"no link to the next chapter, {following[0]}.ipynb")
     if notebook.cells[-1].cell_type != "markdown" or ALONE[chapter.lang] not in prose[-1]:
         found.append("the last cell says what to try on your own")

@@ -89,6 +89,8 @@ def test_a_chapter_is_built_run_and_linted_with_no_other_file_touched(copy):
     assert "[99 Count to three](notebooks/99_extra.ipynb)" in (copy / "README.md").read_text(encoding="utf-8")
     before = nbformat.read(copy / f"notebooks/{CHAPTERS[-1].name}.ipynb", as_version=4)
     assert "Next: [Count to three →](99_extra.ipynb)" in before.cells[-1].source
+    chinese = nbformat.read(copy / f"notebooks/zh-CN/{CHAPTERS[-1].name}.ipynb", as_version=4)
+    assert "下一章：[Count to three →](../99_extra.ipynb)" in chinese.cells[-1].source  # it has no Chinese text yet
     done = run(copy, "notebooks/lint.py")
     assert done.returncode and "99_extra.ipynb: outputs that are not recorded" in done.stdout
     done = run(copy, "-m", "tests.maintain.series", "99_extra", "-p", "LAST", "4", "-p", "RUN_DIR", str(copy / "run"))
