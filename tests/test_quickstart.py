@@ -12,7 +12,9 @@ from helpers.base import ROOT
 sys.path.insert(0, str(ROOT / "notebooks"))
 import build  # noqa: E402
 
-CELLS = build.read_cells(ROOT / "notebooks/src/00_quickstart.py")
+CELLS = [
+    cell for cell in build.read_cells(ROOT / "notebooks/src/00_quickstart.py") if cell.metadata.get("lang") != "zh"
+]
 CODE = [cell.source for cell in CELLS if cell.cell_type == "code"]
 PROSE = [cell.source for cell in CELLS if cell.cell_type == "markdown"]
 QUESTION, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
