@@ -44,7 +44,8 @@ from tests.maintain.shown import compare_notebook
 from tests.maintain.smollm2 import prepare_smollm2
 
 WORK = ROOT / "runs" / "faults"
-LINKED = {chapter.name for chapter in CHAPTERS if chapter.needs or chapter.writes}  # a fault reaches these
+# A fault reaches these. Chapter 08 trains once more what chapter 04 does, and is tested by itself.
+LINKED = {chapter.name for chapter in CHAPTERS if chapter.needs or chapter.writes} - {"08_scale_up"}
 CONVERSATIONS = ROOT / "notebooks" / "data" / "support_conversations.jsonl"
 
 # fault: (the first chapter that it can touch, what is broken)
