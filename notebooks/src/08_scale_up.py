@@ -198,6 +198,8 @@ import shutil
 
 os.makedirs(f"{SCALED_DIR}/new", exist_ok=True)
 shutil.copytree(f"{RUN_DIR}/dataset", f"{SCALED_DIR}/new/dataset", dirs_exist_ok=True)
+
+# %% tags=["handoff"]
 facts = run.facts("dataset")
 scaled.keep("dataset", **{name: facts[name] for name in ("template", "source", "dataset", "train_rows")})
 
@@ -313,6 +315,8 @@ report = scaled.read_json("report.json")
 before, after = report["held_out_loss"]["before"], report["held_out_loss"]["after"]
 speeds = [row["tokens_per_second"] for row in report["curves"]["rows"] if row["tokens_per_second"]]
 print(f"{report['environment']['device']}, {sorted(speeds)[len(speeds) // 2]:,.0f} tokens a second")
+trained_on = "1 process" if PROCESSES == 1 else f"{PROCESSES} processes"
+print(f"Result: held-out loss {before:.2f} → {after:.2f} in {report['seconds']:.0f} s, {trained_on}")
 Image(f"{SCALED_DIR}/curves/curves.png")
 
 # %% [markdown] lang="en"
@@ -408,10 +412,6 @@ Image(f"{SCALED_DIR}/curves/curves.png")
 #
 # Unsloth 自己的开关是 `UNSLOTH_FSDP2=1`，在 `torchrun` 下使用。本系列没有试过它；
 # 请看[在多块 GPU 上使用 Unsloth](https://docs.unsloth.ai/basics/multi-gpu-training-with-unsloth)。
-
-# %%
-trained_on = "1 process" if PROCESSES == 1 else f"{PROCESSES} processes"
-print(f"Result: held-out loss {before:.2f} → {after:.2f} in {report['seconds']:.0f} s, {trained_on}")
 
 # %% [markdown] lang="en"
 # ## Where you are
