@@ -5,6 +5,7 @@ and nothing else.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -108,7 +109,7 @@ def _gpu() -> str:
 def _code() -> str:
     """Names this series' own files, which another host may have in another version."""
     files = hash_files(ROOT / "helpers", pattern="*.py") | hash_files(ROOT / "notebooks" / "scale_up.py")
-    return str(sum(int(digits[:12], 16) for digits in files.values()))
+    return hashlib.sha256("".join(files.values()).encode()).hexdigest()[:12]
 
 
 def _read(store: Any, key: str, rank: int, seconds: float) -> dict[str, Any]:
@@ -222,7 +223,7 @@ def one_message() -> Iterator[None]:
 def start(command: str) -> None:
     """Run a program and its arguments as a terminal would, and show what it prints, up to the first failure.
 
-    Stop, or Ctrl-C, is passed on once, and the processes have time to save. Programs of this Python's environment are
+    Stop, or Ctrl-C, is passed on, and the processes have time to save. Programs of this Python's environment are
     found, whether it is activated or not.
 
     Raises:
@@ -234,7 +235,7 @@ def start(command: str) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"}
     options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    lines, talks, words = [], False, shlex.split(command)
+    lines, talks, stopped, words = [], False, False, shlex.split(command)
     if shutil.which(words[0], path=path) is None:
         fix = "install this series' packages into this Python, or start its kernel"
         raise RankError(words[0], found=f"no such program beside {sys.executable}", expected="one", fix=fix)
@@ -249,10 +250,11 @@ def start(command: str) -> None:
                         print(line, end="", flush=True)
                 break
             except KeyboardInterrupt:
+                stopped = True
                 process.send_signal(signal.SIGINT)
+    if process.returncode and stopped:
+        raise KeyboardInterrupt("stopped; run the cell again to go on")
     if process.returncode:
-        if any(line.startswith("stopped after step") for line in lines):
-            raise KeyboardInterrupt("stopped; run the cell again to go on")
         found, fix = cause_of(lines), "mend that and run the cell again: it goes on from the last checkpoint"
         raise RankError(words[0], found=found, expected="a run to its end", fix=fix)
 

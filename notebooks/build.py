@@ -111,7 +111,7 @@ def build(source: Path, lang: str) -> NotebookNode:
         source_text = cell.source
         for mark, line in written.items():
             source_text = source_text.replace(mark, line)
-        source_text = switched(source_text, source.stem, lang, languages).rstrip()
+        source_text = with_switch(source_text, source.stem, lang, languages).rstrip()
         make = nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
         cell_id = hashlib.sha256(f"{text}\n{seen[text]}".encode()).hexdigest()[:12]
         cells.append(make(source_text, id=cell_id, metadata=metadata))
@@ -217,8 +217,8 @@ def budget(chapter: str, lang: str) -> str:
         return "**输出**：尚未测量。" if lang == "zh" else "**Outputs**: not measured yet."
     given = taken["choices"] | taken["choices"].get(chapter, {})
     shown = choice_names(chapter).intersection(SHOWN)
-    between = "，" if lang == "zh" else ", "
-    choices = "".join(f"{between}`{name} = {value!r}`" for name, value in given.items() if name in shown)
+    comma = "，" if lang == "zh" else ", "
+    choices = "".join(f"{comma}`{name} = {value!r}`" for name, value in given.items() if name in shown)
     if lang == "zh":
         return (
             f"**输出**：{taken['date']} 录于 {device(lang)}{choices}；"
@@ -244,9 +244,9 @@ def next_line(chapter: str, lang: str) -> str:
     """The link to the chapter that follows; nothing behind the last one."""
     following = CHAPTERS[CHAPTER_NAMES.index(chapter) + 1 :][:1]
     word = {"en": "Next", "zh": "下一章"}[lang]
-    between = {"en": ": ", "zh": "："}[lang]
+    colon = {"en": ": ", "zh": "："}[lang]
     return "".join(
-        f"{word}{between}[{title_of(other.name, lang)} →]({place_of(other.name, lang)})" for other in following
+        f"{word}{colon}[{title_of(other.name, lang)} →]({place_of(other.name, lang)})" for other in following
     )
 
 
@@ -262,7 +262,7 @@ def title_of(chapter: str, lang: str) -> str:
     return title(source, lang) or title(source)
 
 
-def switched(text: str, chapter: str, lang: str, languages: Container[str]) -> str:
+def with_switch(text: str, chapter: str, lang: str, languages: Container[str]) -> str:
     """A chapter's first text with a link to its other edition behind the badge; any other text as it is."""
     if "zh" not in languages:
         return text

@@ -22,7 +22,7 @@ import pytest
 
 from helpers.base import reason
 from helpers.training.checkpoints import CheckpointError, Checkpoints, compare_settings
-from helpers.training.order import ordered
+from helpers.training.order import seeded_sampler
 from helpers.training.saved import copy_whole, delete_unfinished, handed_over, newest_good, read_saved, saved_in
 
 STEPS = 12
@@ -210,7 +210,7 @@ def test_the_order_of_the_rows_is_that_of_seed_and_epoch():
     lengths = [number % 7 + 1 for number in range(40)]
 
     def in_order(sampler, seed):
-        return ordered(lambda rows: sampler, lengths, 40, SimpleNamespace(seed=seed, world_size=1))
+        return seeded_sampler(lambda rows: sampler, lengths, 40, SimpleNamespace(seed=seed, world_size=1))
 
     def order(seed, epoch, *, grouped):
         torch.rand(seed + epoch)  # as after other work

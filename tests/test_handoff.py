@@ -135,7 +135,8 @@ def test_the_message_for_a_missing_artefact_is_the_line_that_makes_it(run):
     assert str(caught.value) == (
         f"{run.path}/adapter: found nothing, expected what chapter 04_train writes. Fix: run "
         f"`!python -m tests.maintain.series 03_data 04_train -p RUN_DIR {run.path} -p DATASET YOUR_FILE` in a new "
-        "cell, with your other choices as further -p NAME VALUE; or set DRIVE_DIR to the folder on Drive that holds it."
+        "cell, with your other choices as further -p NAME VALUE; or, where DRIVE_DIR is a choice, set it to the folder "
+        "on Drive that holds it."
     )
     run.write_json("dataset", {})
     with pytest.raises(HandoffError, match=f"series 04_train -p RUN_DIR {run.path}` in a new cell"):

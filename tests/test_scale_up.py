@@ -21,10 +21,10 @@ import torch
 from helpers.base import ROOT
 from helpers.handoff import open_run
 from helpers.memory.fit import DoesNotFit, fit_into_memory
-from helpers.memory.plan import predict_peak
-from helpers.ranks import cause_of, one_message, rank_and_size
+from helpers.memory.plan import T4_GIB, predict_peak
+from helpers.ranks import RankError, _code, _gpu, cause_of, meet_ranks, one_message, rank_and_size
 from helpers.training.checkpoints import compare_settings, settings_of
-from helpers.training.order import in_whole_rounds, ordered, with_empty
+from helpers.training.order import seeded_sampler, whole_rounds, with_empty
 
 STEPS, ROWS, CONVERSATIONS = 20, 21, 4  # of 21 rows four steps of a pass take 4, and the sixth one: a rank has none
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -254,6 +254,30 @@ def run_ranks(tmp_path, body, *, processes=2):
     return done.returncode, done.stdout, done.stderr
 
 
+def test_a_launcher_that_cannot_be_reached_and_a_gpu_that_is_not_there_are_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    with pytest.raises(RankError, match=r"localhost:\d+: found .*, expected the first host's launcher. Fix: give each"):
+        meet_ranks({}, seconds=1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(RankError, match="found 2 GPUs for more processes, .* Fix: start 2 processes on this host"):
+        _gpu()
+
+
+def test_another_version_of_the_series_is_another_code(monkeypatch, tmp_path):
+    for folder in ("helpers", "notebooks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.ipynb"))
+    here = _code()
+    monkeypatch.setattr("helpers.ranks.ROOT", tmp_path)
+    assert _code() == here
+    with open(tmp_path / "helpers" / "base.py", "a", encoding="utf-8") as file:
+        file.write("# changed")
+    assert _code() != here
+
+
 def test_a_rank_that_does_not_come_is_named(tmp_path):
     status, _, errors = run_ranks(
         tmp_path,
@@ -371,7 +395,6 @@ while not asked:
     time.sleep(0.05)
 time.sleep(1)
 print(f"saved, asked {len(asked)} times", flush=True)
-print("stopped after step 3; run the chapter again to go on", flush=True)
 sys.exit(130)
 """)
     status, output, errors = start_here(tmp_path, f"{sys.executable} train.py", interrupt=True)
@@ -419,13 +442,13 @@ def rows_of_each_step(processes, *, hooked=True, strategy="group_by_length", epo
     def of_rank(rank):
         def make():
             rows = trainer.train_dataset
-            order = ordered(plain, rows, ROWS, args) if hooked else plain(rows)
+            order = seeded_sampler(plain, rows, ROWS, args) if hooked else plain(rows)
             if not hooked:
                 order.generator = torch.Generator().manual_seed(args.seed + epoch)
             loader = DataLoader(rows, batch_size=each, sampler=order, collate_fn=list)
             return prepare_data_loader(loader, num_processes=processes, process_index=rank, put_on_device=False)
 
-        loader = in_whole_rounds(make, trainer) if hooked else make()
+        loader = whole_rounds(make, trainer) if hooked else make()
         loader = skip_first_batches(loader, skipped) if skipped else loader  # first, as the trainer does
         loader.set_epoch(epoch)
         return iter(loader.batch_sampler)
@@ -497,6 +520,9 @@ def test_the_figures_on_the_page_are_those_of_the_formulas():
         whole = dict(lora_rank=16, use_gradient_checkpointing=True, triton_loss=True)
         figures = [f"{predict_peak(config, tokens=tokens, **whole):.1f}" for tokens in (2048, 8192, 32768)]
         assert f"| {name} | {' | '.join(figures)} |" in page
+        if name.endswith("8B"):  # "up to 16,000 tokens"
+            fits = [predict_peak(config, tokens=tokens, **whole) <= 0.9 * T4_GIB for tokens in (16_000, 20_000)]
+            assert fits == [True, False]
     weights = predict_peak(config, tokens=1, **whole)
     divided = [f"{weights / gpus + float(figures[0]) - weights:.1f}" for gpus in (4, 8)]
     assert "41.9 are weights" in page and [f"{weights:.1f}", *divided] == ["41.9", "13.7", "8.4"]

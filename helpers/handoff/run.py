@@ -382,7 +382,11 @@ def _missing(run: Run, name: str) -> HandoffError:
     words += ["-p", "DRIVE_DIR", str(run.mirror)] if run.mirror is not None else []
     words += ["-p", "DATASET", "YOUR_FILE"] if "03_data" in chapters else []
     fix = f"run `!{shlex.join(words)}` in a new cell, with your other choices as further -p NAME VALUE"
-    fix = f"{fix}; or set DRIVE_DIR to the folder on Drive that holds it" if run.mirror is None else fix
+    fix = (
+        f"{fix}; or, where DRIVE_DIR is a choice, set it to the folder on Drive that holds it"
+        if run.mirror is None
+        else fix
+    )
     return HandoffError(str(where), found=state, expected=f"what chapter {producer_of(name).name} writes", fix=fix)
 
 

@@ -38,7 +38,7 @@ from helpers.base import InputError, reason, replace_file, set_aside
 from helpers.environment.hub import base_name
 from helpers.handoff.run import fingerprint_rows
 from helpers.ranks import first_failure, on_all, on_first, rank_and_size
-from helpers.training.order import in_whole_rounds, ordered
+from helpers.training.order import seeded_sampler, whole_rounds
 from helpers.training.saved import (
     HANDED_OVER,
     MANIFEST,
@@ -248,8 +248,10 @@ class Checkpoints:
         _replace(stack, trainer, "_save_checkpoint", self._save)
         _replace(stack, trainer, "_load_from_checkpoint", self._load)
         count = len(trainer.train_dataset)
-        _replace(stack, trainer, "_get_train_sampler", lambda make, rows: ordered(make, rows, count, trainer.args))
-        _replace(stack, trainer, "get_train_dataloader", lambda make: in_whole_rounds(make, trainer))
+        _replace(
+            stack, trainer, "_get_train_sampler", lambda make, rows: seeded_sampler(make, rows, count, trainer.args)
+        )
+        _replace(stack, trainer, "get_train_dataloader", lambda make: whole_rounds(make, trainer))
         set_seed(trainer.args.seed)  # else dropout would depend on what ran before in this session
         callback = _callback(self)
         trainer.add_callback(callback)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 
-def ordered(make: Callable, rows: Any, count: int, args: Any) -> Any:
+def seeded_sampler(make: Callable, rows: Any, count: int, args: Any) -> Any:
     """The sampler that `make` gives, with an order that seed and epoch alone decide, for any number of processes.
 
     Transformers shuffles by a generator that it seeds with the state of the global one, which depends on all that ran
@@ -12,7 +12,7 @@ def ordered(make: Callable, rows: Any, count: int, args: Any) -> Any:
     process; here they are fifty steps of all.
 
     Args:
-        rows: those to train on, `count` of them, and behind them what `in_whole_rounds` added, which comes last.
+        rows: those to train on, `count` of them, and behind them what `whole_rounds` added, which comes last.
     """
     import torch
 
@@ -40,7 +40,7 @@ def ordered(make: Callable, rows: Any, count: int, args: Any) -> Any:
     return Ordered()
 
 
-def in_whole_rounds(make: Callable, trainer: Any) -> Any:
+def whole_rounds(make: Callable, trainer: Any) -> Any:
     """The loader that `make` gives. With several processes each gets a batch in the last round of a pass as well.
 
     Accelerate would fill that round up with rows of the first one, which would then be trained twice. Here it is

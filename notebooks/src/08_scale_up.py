@@ -124,7 +124,7 @@ scaled = open_run(SCALED_DIR, base_model=MODEL_NAME)
 # ## Share a step out
 #
 # Eight conversations on one GPU, or four on each of two: the step is the same, and so is what is learned. It takes about
-# half the time, as long as each GPU still has enough to compute. From eight GPUs on each would have one conversation.
+# half the time, as long as each GPU still has enough to compute. With eight GPUs each would have one conversation.
 #
 # `GROW_BATCH` is for many GPUs: a step has more conversations, and there are fewer steps for the same data. Its gradients
 # are less noisy, so each step may go further. With the optimiser Adam the rate grows with the
@@ -354,8 +354,8 @@ Image(f"{SCALED_DIR}/curves/curves.png")
 # | Llama 3.1 8B | 7.2 | 9.7 | 19.3 |
 # | Llama 3.3 70B | 45.1 | 54.5 | 92.1 |
 #
-# A T4 has room for 13.3 of its 14.7. So the 8B fits, with conversations of up to 16,000 tokens. For longer ones take
-# `CHECKPOINTING = "unsloth"` or a larger card.
+# A T4 has room for 13.3 of its 14.7. By this formula the 8B fits, with conversations of up to 16,000 tokens; it was not
+# run. For longer ones take `CHECKPOINTING = "unsloth"` or a larger card.
 #
 # The 70B needs a card of 80 GB, or its weights spread over several. Of its 45.1 GiB 41.9 are weights. PyTorch's
 # [FSDP2](https://docs.pytorch.org/tutorials/intermediate/FSDP_tutorial.html) divides them: at least 13.7 on each of four
@@ -403,7 +403,7 @@ Image(f"{SCALED_DIR}/curves/curves.png")
 # | Llama 3.1 8B | 7.2 | 9.7 | 19.3 |
 # | Llama 3.3 70B | 45.1 | 54.5 | 92.1 |
 #
-# T4 有 14.7 GiB 显存，其中 13.3 GiB 可用。所以 8B 模型放得下，对话最长可以有 16,000 个词元。
+# T4 有 14.7 GiB 显存，其中 13.3 GiB 可用。按这个公式，8B 模型放得下，对话最长可以有 16,000 个词元；这一点没有实际运行过。
 # 对话更长时，用 `CHECKPOINTING = "unsloth"`，或者换一块显存更大的显卡。
 #
 # 70B 模型需要一块 80 GB 的显卡，或者把权重分散到几块显卡上。它的 45.1 GiB 里，41.9 GiB 是权重。

@@ -4,9 +4,9 @@
     python tests/benchmarks/scaling.py --paper     (no GPU: the same by calculation, for 1 to 64 of them)
 
 Each row is a run under torchrun, with Llama 3.2's shapes and random weights, and chapter 04's settings for one GPU's
-share. *Weak* scaling gives each GPU eight conversations, *strong* scaling shares eight out. The second half of the
-steps counts. The all-reduce is timed alone as well, with as many numbers as LoRA has. Without a GPU the processes are
-the CPU's, for a dry run: `--shapes tiny --gpus 1 2 --steps 4`.
+share, with a T4's memory. *Weak* scaling gives each GPU eight conversations, *strong* scaling shares eight out. The
+second half of the steps counts. The all-reduce is timed alone as well, with as many numbers as LoRA has. Without a GPU
+the processes are the CPU's, for a dry run: `--shapes tiny --gpus 1 2 --steps 4`.
 """
 
 import argparse
