@@ -1,6 +1,6 @@
 """A GGUF file on the CPU, Llama 3.2's shapes: seconds to convert and quantise it, then tokens a second of llama-server.
 
-    python tests/benchmarks/gguf.py [--shapes 1B 3B] [--tokens 64] [--out FILE]
+    python tests/benchmarks/cpu_serving.py [--shapes 1B 3B] [--tokens 64] [--out FILE]
 
 The weights are random and made here, the tokenizer is SmolLM2's (`make model`), llama.cpp is the one that
 `make llama-cpp` builds. The prompt has 256 tokens; one question at a time, as `serve_gguf` serves. The first reply
@@ -89,7 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["1B", "3B"])
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("gguf.csv"))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("cpu_serving.csv"))
     options = parser.parse_args()
     rows = []
     for shape in options.shapes:
