@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from helpers.messages import _
+
 ROOT = Path(__file__).resolve().parent.parent  # the folder that holds helpers/ and notebooks/
 NUMBER = re.compile(r"[-+]?[\d,]+(\.\d+)?( ?%)?|")
 
@@ -29,7 +31,8 @@ class InputError(ValueError):
 
     def __init__(self, where: str, *, found: str, expected: str, fix: str):
         self.where, self.found, self.expected, self.fix = where, found, expected, fix
-        super().__init__(f"{where}: found {found}, expected {expected}. Fix: {fix}.")
+        line = _("{where}: found {found}, expected {expected}. Fix: {fix}.")
+        super().__init__(line.format(where=where, found=found, expected=expected, fix=fix))
 
     def _render_traceback_(self) -> list[str]:
         """IPython shows this instead of a traceback: the one line that the reader needs."""
@@ -91,7 +94,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, shutil.Error):  # copytree's list of (source, target, message)
         return str(error.args[0][0][2]).partition(": '")[0]
     if isinstance(error, RuntimeError) and "inline_container" in str(error):  # its own words name a line of its source
-        return "PyTorch could not write a file to its end: is the disk full?"
+        return _("PyTorch could not write a file to its end: is the disk full?")
     return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
 
 
