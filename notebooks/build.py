@@ -8,7 +8,7 @@ there on, because everything below a changed cell may depend on it. `--outputs-f
 notebooks of a run instead, and `--check` writes nothing and fails where a notebook differs from its source.
 
 The README's chapter table is written too, from the titles and from what was measured when the outputs were recorded.
-Its picture of the losses is the recorded one.
+Its picture of the losses is the recorded one. The glossary comes from `terms.toml`; it is no chapter: text alone.
 `--location owner/name` rewrites every mention of the series' place on GitHub.
 """
 
@@ -22,6 +22,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Container
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 from nbformat import NotebookNode
@@ -37,6 +38,7 @@ PICTURED = NOTEBOOKS / f"{producer_of('report.json').name}.ipynb"  # the chapter
 RUN_START, RUN_END = "<!-- run: written by notebooks/build.py -->", "<!-- end of run -->"
 TABLE_START, TABLE_END = "<!-- chapters: written by notebooks/build.py -->", "<!-- end of chapters -->"
 EDITIONS = {"en": NOTEBOOKS, "zh": NOTEBOOKS / "zh-CN"}
+TERMS, GLOSSARY = NOTEBOOKS / "terms.toml", "glossary.ipynb"
 METADATA = {
     "accelerator": "GPU",
     "colab": {"gpuType": "T4", "provenance": []},
@@ -120,6 +122,56 @@ def build(source: Path, lang: str) -> NotebookNode:
     return notebook
 
 
+class Term(NamedTuple):
+    """A word of the trade that the glossary explains.
+
+    Attributes:
+        names: in each language.
+        meanings: a sentence in each language.
+        uses: in each language, a pattern for the word in a text.
+    """
+
+    names: dict[str, str]
+    meanings: dict[str, str]
+    uses: dict[str, str]
+
+    @property
+    def anchor(self) -> str:
+        """Its place on the page. Example: "learning rate" -> "learning-rate"
+
+        So the documentation site names it. JupyterLab keeps capitals: there the links to LoRA and GGUF open the page.
+        """
+        return self.names["en"].lower().replace(" ", "-")
+
+
+def terms() -> list[Term]:
+    """The glossary's words, in the order of the English alphabet: those of terms.toml that have a meaning."""
+    found = []
+    for row in tomllib.loads(TERMS.read_text(encoding="utf-8"))["term"]:
+        if "meaning_en" in row:
+            names = {"en": re.split(r",| \(", row["en"])[0], "zh": row["zh"]}
+            uses = {"en": row.get("uses_en", f"{names['en']}s?"), "zh": row.get("uses_zh", row["zh"])}
+            found.append(Term(names, {lang: row[f"meaning_{lang}"] for lang in EDITIONS}, uses))
+    return sorted(found, key=lambda term: term.names["en"].lower())
+
+
+def glossary(lang: str) -> NotebookNode:
+    """The glossary in one language. Both have English headings, so that one link leads to a word in either."""
+    title, other, opening = {
+        "en": ("Glossary", f"[简体中文](zh-CN/{GLOSSARY})", "The words of the trade, each in a sentence."),
+        "zh": ("术语表", f"[English](../{GLOSSARY})", "本系列用到的术语，每个用一句话说明。按英文字母排序。"),
+    }[lang]
+    texts = [f"# {title}\n\n{other}\n\n{opening}"]
+    for term in terms():
+        name, meaning = term.names["zh"], term.meanings[lang]
+        said = {"en": f"{meaning} In Chinese: {name}.", "zh": f"**{name}**：{meaning}"}[lang]
+        texts.append(f"## {term.names['en']}\n\n{said}")
+    cells = [nbformat.v4.new_markdown_cell(text, id=hashlib.sha256(text.encode()).hexdigest()[:12]) for text in texts]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": METADATA["kernelspec"]})
+    notebook.nbformat_minor = 5
+    return notebook
+
+
 def move(location: str) -> list[Path]:
     """Put another `owner/name` wherever the repository's name stands; returns the files that changed.
 
@@ -159,7 +211,9 @@ def readme(trained: NotebookNode, lang: str = "en") -> str:
         figures = taken["chapters"].get(source.stem, {"minutes": unknown, "peak_gib": ""})
         name = f"[{source.stem[:2]} {title_of(source.stem, lang)}]({place})"
         rows.append(f"| {name} | {badge} | {figures['minutes']} | {figures['peak_gib']} |")
-    table = "\n".join([TABLE_START, *rows, TABLE_END])
+    place = (EDITIONS[lang] / GLOSSARY).relative_to(ROOT).as_posix()
+    words = {"en": f"The words of the trade: [glossary]({place}).", "zh": f"[术语表]({place})解释各章用到的术语。"}[lang]
+    table = "\n".join([TABLE_START, *rows, "", words, TABLE_END])
     text = READMES[lang].read_text(encoding="utf-8")
     text = between(text, TABLE_START, TABLE_END, table)
     return between(text, RUN_START, RUN_END, "\n".join([RUN_START, *run_lines(trained, lang), RUN_END]))
@@ -345,6 +399,7 @@ def main() -> int:
             keep_outputs(notebook, read_notebook(donor))
         notebooks[path] = notebook
         made[path] = (nbformat.writes(notebook) + "\n").encode()
+    made |= {folder / GLOSSARY: (nbformat.writes(glossary(lang)) + "\n").encode() for lang, folder in EDITIONS.items()}
     made |= {path: readme(notebooks[PICTURED], lang).encode() for lang, path in READMES.items() if path.exists()}
     if picture := first_picture(notebooks[PICTURED]):
         made[PICTURE] = picture

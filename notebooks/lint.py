@@ -27,9 +27,16 @@ MACHINE_PATH = re.compile(rf"(?<![\w./<-])/{{1,3}}(?:{MACHINE_FOLDERS})/[\w.@+-]
 URL = re.compile(r"\b(?!file:)[a-z][a-z0-9+.-]*://[^\s<>\"']+")  # its path is nobody's machine's
 # By such a comment nbval lets a cell pass whatever it shows, also a tagged one.
 NBVAL_COMMENT = re.compile(r"^\s*#+\s*((?:NBVAL|PYTEST_VALIDATE)_\w+)\s*$", re.MULTILINE)
-TERMS = build.NOTEBOOKS / "terms.toml"
 CODE_SPAN, LINK = re.compile(r"`[^`]+`"), re.compile(r"\]\(([^)\s]+)\)")
 ALONE = {"en": "On your own", "zh": "自己动手"}
+SUMMARY = {"en": "Solution", "zh": "参考答案"}
+# The blank lines let GitHub, Colab and JupyterLab read what is folded as Markdown.
+FOLDED = re.compile(r"^<details><summary>(.+)</summary>\n\n```python\n(.+?)\n```\n\n(.+?)\n\n</details>$", re.M | re.S)
+MOST_MEANING_WORDS = 30
+BLOCK = re.compile(r"```.*?```", re.DOTALL)
+# What is no running text: code, formulas, pictures, headings and rows of tables.
+UNREAD = re.compile(r"```.*?```|`[^`]+`|\$[^$]+\$|!\[[^\]]*\]\([^)]*\)|^(?:#+ |\|).*?$", re.DOTALL | re.MULTILINE)
+LINKED = re.compile(r"\[([^\]]*)\]\(([^)]*)\)")
 NUMBER = re.compile(r"\d(?:[\d.]*\d)?")
 UNITS = {"million": 10**6, "billion": 10**9, "万": 10**4, "亿": 10**8}
 LARGE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})")
@@ -41,7 +48,7 @@ def _links(text: str) -> list[str]:
 
 
 def _spans(text: str) -> list[str]:
-    return CODE_SPAN.findall(re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return CODE_SPAN.findall(BLOCK.sub("", text))
 
 
 def _numbers(text: str) -> list[str]:
@@ -53,6 +60,7 @@ def _numbers(text: str) -> list[str]:
 
 # What a text and its translation must share.
 PARTS = {"code spans": _spans, "links": _links, "numbers": _numbers}
+PARTS |= {"blocks of code": BLOCK.findall}
 PARTS |= {"headings": lambda text: re.findall(r"^#+ ", text, re.MULTILINE)}
 PARTS |= {"rows of tables": lambda text: re.findall(r"^\|", text, re.MULTILINE)}
 QUOTE = r"(?:[\"']|&(?:quot|apos|#\w+);)"
@@ -171,7 +179,7 @@ def of_text(notebook: NotebookNode, chapter: Chapter) -> list[str]:
         found.append(f"badge to {badge}")
     links = re.findall(r"\]\(([^)\s]+)\)", "\n".join(prose))
     for link in links:
-        if "://" not in link and not (chapter.path.parent / link).is_file():
+        if "://" not in link and not (chapter.path.parent / link.partition("#")[0]).is_file():
             found.append(f"link to {link}, which does not exist")
     chapters = [source.stem for source in build.sources()]
     following = chapters[chapters.index(chapter.source.stem) + 1 :][:1]
@@ -179,8 +187,29 @@ def of_text(notebook: NotebookNode, chapter: Chapter) -> list[str]:
         found.append(f"no link to the next chapter, {following[0]}.ipynb")
     if notebook.cells[-1].cell_type != "markdown" or ALONE[chapter.lang] not in prose[-1]:
         found.append("the last cell says what to try on your own")
+    found += of_exercises(prose[-1] if prose else "", chapter)
     if silent := [name for name in parameter_names(notebook) if not re.search(rf"`{name}\b", "\n".join(prose))]:
         found.append(f"parameters that no text cell explains, named as `NAME`: {', '.join(silent)}")
+    return found
+
+
+def solutions_of(text: str) -> list[str]:
+    """The code of the solutions that a text folds away."""
+    return [code for _, code, _ in FOLDED.findall(text)]
+
+
+def of_exercises(text: str, chapter: Chapter) -> list[str]:
+    """A chapter's last text has an exercise, and each has a short solution that unfolds everywhere."""
+    found = []
+    folded = FOLDED.findall(text)
+    if not folded and chapter.source.stem != build.CHAPTERS[0].name:
+        found.append("no solution to an exercise in the last cell")
+    if text.count("<details>") != len(folded) or any(said != SUMMARY[chapter.lang] for said, *_ in folded):
+        found.append(f"a solution of another form than <details><summary>{SUMMARY[chapter.lang]}</summary>, code, outcome")
+    for _, code, _ in folded:
+        lines = code.splitlines()
+        if len(lines) > MOST_LINES or max(map(len, lines)) > MOST_CHARACTERS:
+            found.append(f"more than {MOST_LINES} lines, or of {MOST_CHARACTERS} characters, in the solution `{lines[0]}`")
     return found
 
 
@@ -274,7 +303,7 @@ def problems_of_pairs(cells: list[NotebookNode]) -> list[str]:
 
 def problems_of_terms(cells: list[NotebookNode]) -> list[str]:
     """The words of a Chinese text that the table of terms says to avoid."""
-    terms = tomllib.loads(TERMS.read_text(encoding="utf-8"))["term"]
+    terms = tomllib.loads(build.TERMS.read_text(encoding="utf-8"))["term"]
     prose = [cell for cell in cells if cell.metadata.get("lang") == "zh"]
     return [
         f"{word} instead of {term['zh']} in `{first_line(cell)}`"
@@ -285,20 +314,63 @@ def problems_of_terms(cells: list[NotebookNode]) -> list[str]:
     ]
 
 
+def running_text(cells: list[NotebookNode], lang: str) -> str:
+    """All that a chapter says in a language, in one line, without what is no running text."""
+    prose = "\n\n".join(cell.source for cell in cells if cell.metadata.get("lang") == lang)
+    return " ".join(UNREAD.sub("", prose).split())
+
+
+def glossary_links(text: str) -> list[tuple[str, str, str]]:
+    """The links of a text to the glossary: (the linked words, the anchor, the text before, without links)."""
+    links = [link for link in LINKED.finditer(text) if link[2].startswith(f"{build.GLOSSARY}#")]
+    return [(link[1], link[2].partition("#")[2], LINKED.sub("", text[: link.start()])) for link in links]
+
+
+def problems_of_words(cells: list[NotebookNode]) -> list[str]:
+    """Links to words that the glossary lacks, on other words, or behind the word's first use in the chapter."""
+    found, terms = [], {term.anchor: term for term in build.terms()}
+    for lang in build.EDITIONS:
+        for words, anchor, before in glossary_links(running_text(cells, lang)):
+            if anchor not in terms:
+                found.append(f"link to {build.GLOSSARY}#{anchor}, which the glossary does not explain")
+                continue
+            use = terms[anchor].uses[lang]
+            pattern = re.compile(rf"(?<![\w-])(?:{use})(?![\w-])" if lang == "en" else use, re.IGNORECASE)
+            if not pattern.search(words):
+                found.append(f"link to {build.GLOSSARY}#{anchor} on other words, {words!r}")
+            if earlier := pattern.search(before):
+                behind = before[max(0, earlier.start() - 20) : earlier.end()]
+                found.append(f"link to {build.GLOSSARY}#{anchor} behind the first use of the word, …{behind!r}")
+    return found
+
+
+def problems_of_glossary(chapters: list[list[NotebookNode]]) -> list[str]:
+    """Words of the glossary that no chapter links, or whose meaning is long."""
+    found = []
+    for lang in build.EDITIONS:
+        linked = {anchor for cells in chapters for _, anchor, _ in glossary_links(running_text(cells, lang))}
+        found += [f"no link to {term.anchor}, {lang}" for term in build.terms() if term.anchor not in linked]
+    for term in build.terms():
+        if len(term.meanings["en"].split()) > MOST_MEANING_WORDS:
+            found.append(f"more than {MOST_MEANING_WORDS} words for {term.anchor}")
+    return found
+
+
 def main() -> int:
     problems = []
     chapters = [Chapter(*target) for target in build.targets()]
-    for source in build.sources():
-        cells = build.read_cells(source)
-        checks = (problems_of_source, problems_of_pairs, problems_of_terms)
+    sources = {source: build.read_cells(source) for source in build.sources()}
+    for source, cells in sources.items():
+        checks = (problems_of_source, problems_of_pairs, problems_of_terms, problems_of_words)
         problems += [f"{source.name}: {problem}" for check in checks for problem in check(cells)]
+    problems += [f"{build.TERMS.name}: {problem}" for problem in problems_of_glossary(list(sources.values()))]
     for chapter in chapters:
         name = chapter.path.relative_to(build.NOTEBOOKS)
         if chapter.path.exists():
             problems += [f"{name}: {text}" for text in problems_of(build.read_notebook(chapter.path), chapter)]
         else:
             problems.append(f"{name}: does not exist: run `make notebooks`")
-    built = {chapter.path for chapter in chapters}
+    built = {chapter.path for chapter in chapters} | {folder / build.GLOSSARY for folder in build.EDITIONS.values()}
     for folder in build.EDITIONS.values():
         problems += [f"{path.name}: has no source" for path in sorted(folder.glob("*.ipynb")) if path not in built]
     print("\n".join(problems) or f"{len(chapters)} notebooks: no problem found")

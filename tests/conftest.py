@@ -8,6 +8,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+os.environ["LANGUAGE"] = "en"  # whatever the developer reads: the tests compare what is said
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the setup cell does: several tests run at the same time
 
 

@@ -344,7 +344,7 @@ def test_after_the_cell_pytorchs_threads_sleep_while_they_wait_unless_it_is_set_
 
 
 def test_the_cell_is_short_and_names_this_version_and_this_repository():
-    assert CELL.startswith("# @title Set up: the same cell opens every chapter\n")
+    assert CELL.startswith("# @title Set up, in every chapter · 准备，每章开头都一样\n")
     assert len(CELL.splitlines()) <= 12
     tag, repository = CLONE.groups()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

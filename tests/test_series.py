@@ -524,10 +524,14 @@ def test_chapters_are_prepared_to_be_opened_with_the_choices_and_without_outputs
     notebook.cells[1].execution_count = 2
     notebook.cells[1].outputs = [nbformat.v4.new_output("stream", text="Result: recorded\n")]
     nbformat.write(notebook, chapters / "01_install.ipynb")
+    (chapters / "zh-CN").mkdir()
+    nbformat.write(notebook, chapters / "zh-CN" / "01_install.ipynb")
     parameters = {"MAX_STEPS": 7, "GGUF": ["q8_0"], "RUN_DIR": "run", "ROWS": 5}
     monkeypatch.chdir(tmp_path)
     paths = prepare_chapters(["01_install", "03_data"], folder=tmp_path / "open", parameters=parameters)
-    assert [path.name for path in paths] == ["01_install.ipynb", "03_data.ipynb"] and not (tmp_path / "run").exists()
+    places = [path.relative_to(tmp_path / "open").as_posix() for path in paths]
+    assert places == ["01_install.ipynb", "03_data.ipynb", "zh-CN/01_install.ipynb"]
+    assert not (tmp_path / "run").exists()
     for path in paths:
         code = nbformat.read(path, 4).cells
         assert [(cell.outputs, cell.execution_count) for cell in code] == [([], None)] * len(code)

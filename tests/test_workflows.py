@@ -189,6 +189,17 @@ def test_on_a_pull_request_a_browser_opens_the_chapters():
     assert ROOT / kept["path"] == SCREENSHOTS and kept["if-no-files-found"] == "error"
 
 
+def test_the_site_is_built_before_it_is_deployed_and_only_then_may_a_job_write():
+    jobs = read_workflow("site.yml")["jobs"]
+    writing = [name for name, job in jobs.items() if "write" in job["permissions"].values()]
+    assert writing == ["deploy"] and jobs["deploy"]["needs"] == "build"
+    build = [step.get("run") for step in jobs["build"]["steps"]]
+    assert "make site" in build and "make setup" not in build
+    [kept] = [step["with"]["path"] for step in jobs["build"]["steps"] if "upload-pages" in step.get("uses", "")]
+    assert kept == "runs/site/html/"
+    assert jobs["deploy"]["if"] == "${{ github.ref == 'refs/heads/main' }}"  # by hand on a branch it only builds
+
+
 def run_step(workflow, name, *, cwd=ROOT, **environment):
     """Run a step's script as the runner does."""
     script = next(step["run"] for step in steps(ROOT / ".github/workflows" / workflow) if step["name"] == name)

@@ -14,6 +14,7 @@ from typing import Any
 
 from helpers.base import short_path
 from helpers.chat.replies import ChatError, Message, Reply, generating, stream_reply, trim_conversation
+from helpers.messages import N_, _
 
 REFRESH_SECONDS = 0.1  # each refresh sends the whole history to the browser
 BESIDE = "<div style='display:flex;gap:8px;align-items:flex-start'>{}</div>"
@@ -21,6 +22,8 @@ BUBBLE = (
     "<div style='flex:1;min-width:0;margin:4px 0;padding:6px 10px;border-radius:6px;white-space:pre-wrap;"
     "overflow-wrap:anywhere;line-height:1.4;background:{colour};color:#111'>{who}{text}</div>"
 )
+SIDES = {"tuned": N_("tuned"), "base": N_("base")}
+MODELS = {"tuned": N_("tuned model"), "base": N_("base model")}
 COLOURS = {"you": "#e8eef7", "tuned": "#e7f4e4", "base": "#f4efe0", "note": "#f0f0f0"}
 
 
@@ -86,7 +89,7 @@ class ChatBox:
             replies = {}
             for side, conversation in conversations.items():
                 if self._stop.is_set():
-                    exchange.notes.append(f"{side}: not asked, you pressed Stop")
+                    exchange.notes.append(_("{side}: not asked, you pressed Stop", side=_(SIDES[side])))
                 else:
                     replies[side] = self._reply(side, conversation, exchange)
             return replies
@@ -96,17 +99,19 @@ class ChatBox:
             exchange.replies[side] += text
             self._draw()
 
+        who = _(SIDES[side])
         limits = dict(max_seq_length=self.max_seq_length, max_new_tokens=self.max_new_tokens)
         kept, left_out = trim_conversation(self.tokenizer, conversation, **limits)
         if left_out:
-            exchange.notes.append(f"{side}: the oldest {left_out} messages no longer fit and are not seen")
+            note = _("{side}: the oldest {count} messages no longer fit and are not seen", side=who, count=left_out)
+            exchange.notes.append(note)
         exchange.replies[side] = ""
         switched = self.model.disable_adapter() if side == "base" else contextlib.nullcontext()
         options = dict(temperature=self.temperature, min_p=self.min_p, max_new_tokens=self.max_new_tokens)
         with generating(self.model), switched:
             reply = stream_reply(self.model, self.tokenizer, kept, on_text=on_text, stop=self._stop, **options)
         exchange.replies[side] = reply.text
-        exchange.notes.append(f"{side}: {reply}")
+        exchange.notes.append(_("{who}: {text}", who=who, text=reply))
         self._draw(now=True)
         return reply
 
@@ -141,16 +146,17 @@ class ChatBox:
         """The history. All that was typed or generated is escaped: markup in a reply is shown, never executed."""
         parts = []
         for exchange in self.exchanges:
-            replies = [_bubble(side, f"<b>{side} model</b>\n", text) for side, text in exchange.replies.items()]
-            parts += [_bubble("you", "<b>you</b>\n", exchange.question), BESIDE.format("".join(replies))]
+            replies = [_bubble(side, _(MODELS[side]), text) for side, text in exchange.replies.items()]
+            parts += [_bubble("you", _("you"), exchange.question), BESIDE.format("".join(replies))]
             parts += [_bubble("note", "", note) for note in exchange.notes]
         return "".join(parts)
 
     def __repr__(self) -> str:
         lines = []
         for exchange in self.exchanges:
-            lines.append(f"you: {exchange.question}")
-            lines += [f"{side}: {text}" for side, text in exchange.replies.items()]
+            said = {_("you"): exchange.question}
+            said |= {_(SIDES[side]): text for side, text in exchange.replies.items()}
+            lines += [_("{who}: {text}", who=who, text=text) for who, text in said.items()]
         return "\n".join(lines)
 
     def show(self, *, script: Sequence[str] = (), save_to: str | Path = "transcript.jsonl") -> None:
@@ -176,32 +182,32 @@ class ChatBox:
 
         wide, width = w.Layout(width="auto"), {"description_width": "110px"}
         named = dict(layout=wide, style=width)
-        sides = {"tuned model": ("tuned",), "base model": ("base",), "both, side by side": ("tuned", "base")}
+        sides = {_(name): (side,) for side, name in MODELS.items()} | {_("both, side by side"): ("tuned", "base")}
         made = self._widgets = {
             "history": w.HTML(),
-            "question": w.Text(placeholder="Your question", layout=wide),
-            "send": w.Button(description="Send", button_style="primary"),
-            "stop": w.Button(description="Stop", disabled=True),
-            "reset": w.Button(description="Reset"),
-            "save": w.Button(description="Save transcript"),
+            "question": w.Text(placeholder=_("Your question"), layout=wide),
+            "send": w.Button(description=_("Send"), button_style="primary"),
+            "stop": w.Button(description=_("Stop"), disabled=True),
+            "reset": w.Button(description=_("Reset")),
+            "save": w.Button(description=_("Save transcript")),
             "status": w.Label(),
-            "sides": w.Dropdown(options=list(sides), description="Ask", disabled=not self.has_base, **named),
-            "system": w.Textarea(value=self.system, description="System prompt", rows=2, **named),
+            "sides": w.Dropdown(options=list(sides), description=_("Ask"), disabled=not self.has_base, **named),
+            "system": w.Textarea(value=self.system, description=_("System prompt"), rows=2, **named),
             "temperature": w.FloatSlider(self.temperature, min=0, max=2, step=0.1, description="temperature", **named),
             "min_p": w.FloatSlider(self.min_p, min=0, max=0.5, step=0.01, description="min_p", **named),
             "max_new_tokens": w.IntSlider(
-                self.max_new_tokens, min=8, max=max(8, self.max_seq_length // 2), description="max tokens", **named
+                self.max_new_tokens, min=8, max=max(8, self.max_seq_length // 2), description=_("max tokens"), **named
             ),
         }
         for name in ("system", "temperature", "min_p", "max_new_tokens"):
             setattr(self, name, made[name].value)  # a slider keeps to its range, and the box to its sliders
             made[name].observe(lambda change, name=name: setattr(self, name, change["new"]), "value")
         made["sides"].observe(lambda change: setattr(self, "sides", sides[change["new"]]), "value")
-        made["send"].on_click(lambda _: self._send())
-        made["question"].on_submit(lambda _: self._send())
-        made["stop"].on_click(lambda _: self._stop.set())
-        made["reset"].on_click(lambda _: self.reset())
-        made["save"].on_click(lambda _: self._say(f"saved: {short_path(self.save_transcript(save_to))}"))
+        made["send"].on_click(lambda button: self._send())
+        made["question"].on_submit(lambda field: self._send())
+        made["stop"].on_click(lambda button: self._stop.set())
+        made["reset"].on_click(lambda button: self.reset())
+        made["save"].on_click(lambda button: self._save(save_to))
         # Laid out from below, so that the newest text stays in view while it grows.
         scrolled = w.Layout(max_height="420px", overflow="auto", flex_flow="column-reverse", border="1px solid #ccc")
         buttons = w.HBox([made[name] for name in ("send", "stop", "reset", "save", "status")])
@@ -210,6 +216,9 @@ class ChatBox:
         self._draw(now=True)
         return w.VBox([w.Box([made["history"]], layout=scrolled), made["question"], buttons, *settings])
 
+    def _save(self, path: str | Path) -> None:
+        self._say(_("saved: {path}", path=short_path(self.save_transcript(path))))
+
     def _send(self) -> None:
         """Answer in a thread, so that the kernel stays free to hear the stop button."""
         question = self._widgets["question"].value.strip()
@@ -217,7 +226,7 @@ class ChatBox:
             return
         self._widgets["question"].value = ""
         self._widgets["send"].disabled, self._widgets["stop"].disabled = True, False
-        self._say("writing …")
+        self._say(_("writing …"))
         threading.Thread(target=self._answer, args=(question,), daemon=True).start()
 
     def _answer(self, question: str) -> None:
@@ -242,7 +251,7 @@ class ChatBox:
 
 
 def _bubble(kind: str, who: str, text: str) -> str:
-    return BUBBLE.format(colour=COLOURS[kind], who=who, text=html.escape(text))
+    return BUBBLE.format(colour=COLOURS[kind], who=f"<b>{who}</b>\n" if who else "", text=html.escape(text))
 
 
 def has_reader() -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from helpers.base import InputError
+from helpers.messages import N_, _
 
 Message = dict[str, str]
 _LOCKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -31,9 +32,10 @@ def render_prompt(tokenizer: Any, conversation: Sequence[Message]) -> str:
     prompt = render(tokenizer, stripped, add_generation_prompt=True)
     bos = tokenizer.bos_token
     if bos and (prompt.startswith(bos * 2) or (adds_bos(tokenizer) and not prompt.startswith(bos))):
-        found = f"{'two' if prompt.startswith(bos) else 'no'} {bos} at its start"
-        fix = "write one {{ bos_token }} at the start of tokenizer.chat_template"
-        raise ChatError("prompt", found=found, expected="one", fix=fix)
+        two = prompt.startswith(bos)
+        found = _("two {bos} at its start", bos=bos) if two else _("no {bos} at its start", bos=bos)
+        fix = _("write one {{ bos_token }} at the start of tokenizer.chat_template")
+        raise ChatError(_("prompt"), found=found, expected=_("one"), fix=fix)
     return prompt
 
 
@@ -76,9 +78,11 @@ def trim_conversation(
     while count_tokens(tokenizer, system + turns) + max_new_tokens > max_seq_length:
         later = next((i for i, message in enumerate(turns) if i and message["role"] == "user"), None)
         if later is None:
-            found = f"{count_tokens(tokenizer, system + turns)} tokens and {max_new_tokens} for the reply"
-            fix = "shorten it, or raise max_seq_length"
-            raise ChatError("the last question", found=found, expected=f"at most {max_seq_length} in all", fix=fix)
+            tokens = count_tokens(tokenizer, system + turns)
+            found = _("{tokens} tokens and {reply} for the reply", tokens=tokens, reply=max_new_tokens)
+            expected = _("at most {most} in all", most=max_seq_length)
+            fix = _("shorten it, or raise max_seq_length")
+            raise ChatError(_("the last question"), found=found, expected=expected, fix=fix)
         turns = turns[later:]
     return system + turns, total - len(turns)
 
@@ -116,8 +120,11 @@ class Reply:
         return (self.tokens - 1) / max(self.seconds - self.seconds_to_first_token, 1e-9)
 
     def __repr__(self) -> str:
-        speed = f"{self.tokens_per_second:.1f} tokens/s" if self.tokens > 1 else "one token"
-        return f"{self.tokens} tokens, the first after {self.seconds_to_first_token:.2f} s, {speed}, {self.ended_by}"
+        told = dict(tokens=self.tokens, first=self.seconds_to_first_token, end=_(self.ended_by))
+        if self.tokens > 1:
+            told |= dict(speed=self.tokens_per_second)
+            return _("{tokens} tokens, the first after {first:.2f} s, {speed:.1f} tokens/s, {end}", **told)
+        return _("{tokens} tokens, the first after {first:.2f} s, one token, {end}", **told)
 
 
 def stream_reply(
@@ -175,7 +182,7 @@ def stream_reply(
             **sampling,
         )
     new = output[0, prompt["input_ids"].shape[1] :]
-    ended_by = "end of turn" if new[-1].item() in ends else "stop" if stop.is_set() else "max_new_tokens"
+    ended_by = N_("end of turn") if new[-1].item() in ends else N_("stop") if stop.is_set() else "max_new_tokens"
     text = tokenizer.decode(new, skip_special_tokens=True).strip()
     return Reply(text, len(new), times[0] - start, times[-1] - start, ended_by)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from helpers.base import InputError
 from helpers.conversations.source import ROLE_KEYS, Row, Unreadable
+from helpers.messages import N_, _
 
 ROLES = {"system": "system", "developer": "system"}
 ROLES |= dict.fromkeys(["user", "human", "input", "prompter", "customer", "instruction"], "user")
@@ -40,14 +41,19 @@ class Turn(NamedTuple):
     Attributes:
         role: "system", "user" or "assistant"; None where it is none of them.
         text: its text, or whatever stands in its place.
-        name: how a problem calls it, such as "message 1" or "`output`".
+        place: its number among the messages, or its column.
         said: the role as it stands in the row.
     """
 
     role: str | None
     text: Any
-    name: str
+    place: int | str
     said: Any = None
+
+    @property
+    def name(self) -> str:
+        """How a problem calls it: "message 1" or "`output`"."""
+        return f"`{self.place}`" if isinstance(self.place, str) else _("message {number}", number=self.place)
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,10 @@ def find_form(rows: Sequence[Row], *, where: str, columns: Sequence[str] = (), k
     names = list(dict.fromkeys(str(name) for value in values for name in value))
     wrong = [name for name in columns if name not in names]
     if wrong:
-        fix = "correct COLUMNS, or leave it empty"
-        raise InputError("COLUMNS", found=repr(wrong[0]), expected=f"some of {', '.join(names)}", fix=fix)
+        expected, fix = _("some of {columns}", columns=", ".join(names)), _("correct COLUMNS, or leave it empty")
+        raise InputError("COLUMNS", found=repr(wrong[0]), expected=expected, fix=fix)
     if not values and any(isinstance(row.value, list) for row in rows[:SAMPLE]):
-        return Form("turns", title="Read as lists of turns.")
+        return Form("turns", title=_("Read as lists of turns."))
     form = _turns(values, names, columns, where) or _spread(values, names, columns, where)
     form = form or _table(names, columns, where)
     by_name = {_plain(name): name for name in names}
@@ -98,9 +104,11 @@ def find_form(rows: Sequence[Row], *, where: str, columns: Sequence[str] = (), k
     read = {*form.columns, form.order, *more.values()}
     more = {name: "" if column in form.columns else column for name, column in more.items()}
     unread = [name for name in names if name not in read and name not in keep]
-    title = f"Read as {form.title}"
-    title += f", with the system prompt in `{more['system']}`" if more["system"] else ""
-    title += f". Not read: {_listed(unread)}." if unread else "."
+    if more["system"]:
+        title = _("Read as {form}, with the system prompt in `{column}`.", form=form.title, column=more["system"])
+    else:
+        title = _("Read as {form}.", form=form.title)
+    title = _("{sentence} Not read: {columns}.", sentence=title, columns=_listed(unread)) if unread else title
     return Form(form.kind, form.columns, **more, order=form.order, title=title)
 
 
@@ -115,13 +123,19 @@ def _turns(values: list[Mapping], names: list[str], columns: Sequence[str], wher
     chosen = chosen or (known if not _first({_plain(name): name for name in names}, ROLE_KEYS) else [])
     both = next((v for v in values if sum(v.get(name) not in (None, []) for name in chosen) > 1), None)
     if both is not None:
-        found, fix = f"conversations in {_listed(chosen)}", f'set COLUMNS to the one to train on, such as "{chosen[0]}"'
-        raise InputError(where, found=found, expected="one column with them", fix=fix)
+        found = _("conversations in {columns}", columns=_listed(chosen))
+        fix = _('set COLUMNS to the one to train on, such as "{column}"', column=chosen[0])
+        raise InputError(where, found=found, expected=_("one column with them"), fix=fix)
     if not chosen:
         return None
     keys = next((set(map(str, turn)) for v in values for name in chosen for turn in _dicts(v.get(name))), set())
-    kind = "ShareGPT (`from`, `value`)" if {"from", "value"} <= keys else "conversations"
-    return Form("turns", tuple(chosen), title=f"{kind if 'role' not in keys else 'messages'}: {_listed(chosen)}")
+    if "role" in keys:
+        title = _("messages: {columns}", columns=_listed(chosen))
+    elif {"from", "value"} <= keys:
+        title = _("ShareGPT (`from`, `value`): {columns}", columns=_listed(chosen))
+    else:
+        title = _("conversations: {columns}", columns=_listed(chosen))
+    return Form("turns", tuple(chosen), title=title)
 
 
 def _is_turns(value: Any) -> bool:
@@ -148,17 +162,24 @@ def _spread(values: list[Mapping], names: list[str], columns: Sequence[str], whe
     ids = [by_name[name] for name in GROUPS if name in by_name and by_name[name] not in (role, text)]
     ids = ids if len(ids) < 2 else [name for name in ids if _plain(name) != "id"]
     if len(ids) != 1:
-        found = f"one turn a row, and {_listed(ids) if ids else 'no column that says of which conversation'}"
-        fix = "name it `conversation_id`" if not ids else f"delete all but one of {_listed(ids)}"
-        raise InputError(where, found=found, expected="one column with the conversation's id", fix=fix)
-    order = _first(by_name, ORDERS)
-    title = f"one turn a row: {_listed([ids[0], role, text])}" + (f", in the order of `{order}`" if order else "")
+        if ids:
+            found = _("one turn a row, and {columns}", columns=_listed(ids))
+            fix = _("delete all but one of {columns}", columns=_listed(ids))
+        else:
+            found = _("one turn a row, and no column that says of which conversation")
+            fix = _("name it `conversation_id`")
+        raise InputError(where, found=found, expected=_("one column with the conversation's id"), fix=fix)
+    order, listed = _first(by_name, ORDERS), _listed([ids[0], role, text])
+    if order:
+        title = _("one turn a row: {columns}, in the order of `{order}`", columns=listed, order=order)
+    else:
+        title = _("one turn a row: {columns}", columns=listed)
     return Form("spread", (ids[0], role, text), order=order, title=title)
 
 
 def _table(names: list[str], columns: Sequence[str], where: str) -> Form:
     if columns:
-        return Form("table", tuple(columns), title=f"question and answer: {_listed(columns)}")
+        return Form("table", tuple(columns), title=_("question and answer: {columns}", columns=_listed(columns)))
     by_name = {_plain(name): name for name in names}
     questions = [by_name[name] for name in QUESTIONS if name in by_name]
     answers = [by_name[name] for name in ANSWERS if name in by_name]
@@ -167,17 +188,36 @@ def _table(names: list[str], columns: Sequence[str], where: str) -> Form:
         questions = [name for name in questions if name not in more]
     else:
         more = []
-    for what, found in {"question": questions, "answer": answers}.items():
+    for found, several, none in (
+        (
+            questions,
+            N_("{count} columns that may be the question ({columns})"),
+            N_("no column for the question among {columns}"),
+        ),
+        (
+            answers,
+            N_("{count} columns that may be the answer ({columns})"),
+            N_("no column for the answer among {columns}"),
+        ),
+    ):
         if len(found) != 1 or len(more) > 1:
-            some = f"{len(found)} columns that may be the {what} ({_listed(found)})"
-            some = some if len(found) != 1 else f"both {_listed(more)} beside the instruction"
-            some = some if found else f"no column for the {what} among {_listed(names)}"
-            some = some if names else "no conversations"
-            fix = "name the question's and the answer's column in COLUMNS, as in \"question, answer\""
-            raise InputError(where, found=some, expected="one for each, or a column with conversations", fix=fix)
-    title = "instructions and outputs" if "instruction" in by_name else "questions and answers"
+            if not names:
+                some = _("no conversations")
+            elif not found:
+                some = _(none, columns=_listed(names))
+            elif len(found) == 1:
+                some = _("both {columns} beside the instruction", columns=_listed(more))
+            else:
+                some = _(several, count=len(found), columns=_listed(found))
+            expected = _("one for each, or a column with conversations")
+            fix = _("name the question's and the answer's column in COLUMNS, as in \"question, answer\"")
+            raise InputError(where, found=some, expected=expected, fix=fix)
     read = (questions[0], *more, answers[0])
-    return Form("table", read, title=f"{title}: {_listed(read)}")
+    if "instruction" in by_name:
+        title = _("instructions and outputs: {columns}", columns=_listed(read))
+    else:
+        title = _("questions and answers: {columns}", columns=_listed(read))
+    return Form("table", read, title=title)
 
 
 def grouped(rows: Sequence[Row], form: Form, *, where: str) -> list[Row]:
@@ -190,9 +230,11 @@ def grouped(rows: Sequence[Row], form: Form, *, where: str) -> list[Row]:
     conversations: dict[str, list[Row]] = {}
     for row in rows:
         if not isinstance(row.value, Mapping) or row.value.get(group) in (None, ""):
-            why = row.value.why if isinstance(row.value, Unreadable) else f"no `{group}`"
-            fix = "correct that row: its conversation would be trained without it"
-            raise InputError(f"{where}, {row.place}", found=why, expected=f"a turn with its `{group}`", fix=fix)
+            place = _("{where}, {place}", where=where, place=row.place)
+            why = row.value.why if isinstance(row.value, Unreadable) else _("no `{column}`", column=group)
+            expected = _("a turn with its `{column}`", column=group)
+            fix = _("correct that row: its conversation would be trained without it")
+            raise InputError(place, found=why, expected=expected, fix=fix)
         conversations.setdefault(str(row.value[group]), []).append(row)
     whole = []
     for parts in conversations.values():
@@ -208,9 +250,9 @@ def _number(row: Row, column: str, where: str) -> float:
     try:
         return float(row.value.get(column))
     except (TypeError, ValueError):
-        found, fix = ascii(row.value.get(column))[:40], "correct that row"
-        place = f"{where}, {row.place}, `{column}`"
-        raise InputError(place, found=found, expected="the number of the turn", fix=fix) from None
+        found, fix = ascii(row.value.get(column))[:40], _("correct that row")
+        place = _("{where}, {place}, `{column}`", where=where, place=row.place, column=column)
+        raise InputError(place, found=found, expected=_("the number of the turn"), fix=fix) from None
 
 
 def turns_of(value: Any, form: Form) -> list[Turn]:
@@ -224,17 +266,18 @@ def turns_of(value: Any, form: Form) -> list[Turn]:
     if isinstance(value, list):
         return [_turn(turn, number) for number, turn in enumerate(_nonempty(value))]
     if not isinstance(value, Mapping):
-        raise Unfit("wrong_nesting", f"{quoted(value)} in place of a conversation")
+        raise Unfit("wrong_nesting", _("{value} in place of a conversation", value=quoted(value)))
     if form.tools and value.get(form.tools) not in (None, "", [], {}, "[]", "{}"):
-        raise Unfit("tool_call", f"`{form.tools}` offers functions")
+        raise Unfit("tool_call", _("`{column}` offers functions", column=form.tools))
     turns = _table_turns(value, form) if form.kind == "table" else _column_turns(value, form)
     system = value.get(form.system) if form.system else None
     if system in (None, ""):
         return turns
     own = [turn.text for turn in turns if turn.role == "system"]
     if own and own != [system]:
-        raise Unfit("two_systems", f"`{form.system}` and the conversation hold different system prompts")
-    return turns if own else [Turn("system", system, f"`{form.system}`"), *turns]
+        message = _("`{column}` and the conversation hold different system prompts", column=form.system)
+        raise Unfit("two_systems", message)
+    return turns if own else [Turn("system", system, form.system), *turns]
 
 
 def _column_turns(value: Mapping, form: Form) -> list[Turn]:
@@ -242,7 +285,7 @@ def _column_turns(value: Mapping, form: Form) -> list[Turn]:
     columns = form.columns[:1] if form.kind == "spread" else form.columns
     column = next((name for name in columns if value.get(name) is not None), None)
     if column is None:
-        raise Unfit("wrong_nesting", f"nothing in {_listed(columns)}")
+        raise Unfit("wrong_nesting", _("nothing in {columns}", columns=_listed(columns)))
     return [_turn(turn, number) for number, turn in enumerate(_nonempty(_list_of(value[column])))]
 
 
@@ -251,8 +294,13 @@ def _table_turns(value: Mapping, form: Form) -> list[Turn]:
     turns = []
     for pair in value.get(form.history) or () if form.history else ():  # Alpaca's: earlier questions and answers
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise Unfit("wrong_nesting", f"`{form.history}` holds {quoted(pair)} in place of a question and its answer")
-        turns += [Turn("user", pair[0], f"`{form.history}`"), Turn("assistant", pair[1], f"`{form.history}`")]
+            message = _(
+                "`{column}` holds {value} in place of a question and its answer",
+                column=form.history,
+                value=quoted(pair),
+            )
+            raise Unfit("wrong_nesting", message)
+        turns += [Turn("user", pair[0], form.history), Turn("assistant", pair[1], form.history)]
     if _is_turns(value.get(asked[0])) or _is_turns(value.get(answer)):  # TRL's conversational prompt and completion
         for column in form.columns:
             turns += [_turn(turn, number) for number, turn in enumerate(_nonempty(_list_of(value.get(column))))]
@@ -262,7 +310,7 @@ def _table_turns(value: Mapping, form: Form) -> list[Turn]:
     if more:  # a part that is no text is told as it is
         wrong = [text for text in (question, *more) if not isinstance(text, str)]
         question = wrong[0] if wrong else "\n\n".join([question, *more])
-    return [*turns, Turn("user", question, f"`{asked[0]}`"), Turn("assistant", value.get(answer), f"`{answer}`")]
+    return [*turns, Turn("user", question, asked[0]), Turn("assistant", value.get(answer), answer)]
 
 
 def _list_of(value: Any) -> Any:
@@ -271,7 +319,7 @@ def _list_of(value: Any) -> Any:
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
-            raise Unfit("wrong_nesting", f"text that is not JSON: {quoted(value)}") from None
+            raise Unfit("wrong_nesting", _("text that is not JSON: {value}", value=quoted(value))) from None
     if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
         return [dict(zip(value, turn, strict=False)) for turn in zip(*value.values(), strict=False)]
     return value
@@ -279,23 +327,23 @@ def _list_of(value: Any) -> Any:
 
 def _nonempty(turns: Any) -> Sequence:
     if not isinstance(turns, list | tuple):
-        raise Unfit("wrong_nesting", f"{quoted(turns)} in place of a list of messages")
+        raise Unfit("wrong_nesting", _("{value} in place of a list of messages", value=quoted(turns)))
     if not turns:
-        raise Unfit("empty_conversation", "the list of messages is empty")
+        raise Unfit("empty_conversation", _("the list of messages is empty"))
     if len(turns) > 1 and all(isinstance(turn, str) for turn in turns):  # the user begins
         return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
     return turns
 
 
 def _turn(message: Any, number: int) -> Turn:
-    name = f"message {number}"
     if not isinstance(message, Mapping):
-        raise Unfit("wrong_nesting", f"{name} is {quoted(message)}")
+        value = quoted(message)
+        raise Unfit("wrong_nesting", _("message {number} is {value}", number=number, value=value))
     message = _lower(message)
     said, text = (next((message[k] for k in keys if k in message), None) for keys in (ROLE_KEYS, TEXT_KEYS))
     if any(message.get(key) for key in ("tool_calls", "function_call")) or _plain(said) in TOOL_ROLES:
-        raise Unfit("tool_call", f"{name} calls a function, or is its result")
-    return Turn(_role(said), _joined(text), name, said)
+        raise Unfit("tool_call", _("message {number} calls a function, or is its result", number=number))
+    return Turn(_role(said), _joined(text), number, said)
 
 
 def _lower(message: Mapping) -> dict[str, Any]:

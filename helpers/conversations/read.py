@@ -15,6 +15,7 @@ from helpers.conversations.validate import (
     special_pattern,
     template_problems,
 )
+from helpers.messages import _
 
 
 def read_conversations(
@@ -58,8 +59,8 @@ def read_conversations(
     from datasets import Dataset
 
     if max_tokens is not None and tokenizer is None:
-        expected = "the tokenizer that counts them"
-        raise InputError("max_tokens", found="no tokenizer", expected=expected, fix="pass tokenizer=")
+        expected = _("the tokenizer that counts them")
+        raise InputError("max_tokens", found=_("no tokenizer"), expected=expected, fix=_("pass tokenizer="))
     named = isinstance(source, str | os.PathLike)
     where = f"DATASET {source}" if named else "dataset"
     found, note = read_rows(source)
@@ -67,7 +68,9 @@ def read_conversations(
         columns = [name.strip() for name in columns.split(",") if name.strip()]
     form = find_form(found, where=where, columns=columns, keep=keep_columns) if found else Form("turns")
     found = grouped(found, form, where=where) if form.kind == "spread" else found
-    cut = f"The first {rows:,} of {len(found):,} were read." if rows is not None and rows < len(found) else ""
+    cut = ""
+    if rows is not None and rows < len(found):
+        cut = _("The first {rows:,} of {all:,} were read.", rows=rows, all=len(found))
     found = found[:rows]
     conversations, problems = _conversations(found, form, tokenizer=tokenizer, max_tokens=max_tokens)
     dropped = {problem.row for problem in problems}
@@ -109,7 +112,7 @@ def _conversations(
     special = special_pattern(tokenizer)
     conversations, found, seen = [], [], {}
     # nothing is shown for what takes less than two seconds, so that recorded outputs stay as they are
-    for number, row in enumerate(tqdm(rows, desc="Reading", unit=" rows", delay=2, leave=False)):
+    for number, row in enumerate(tqdm(rows, desc=_("Reading"), unit=_(" rows"), delay=2, leave=False)):
         turns: list[Turn] = []
         try:
             turns = turns_of(row.value, form)
@@ -120,7 +123,7 @@ def _conversations(
         if messages and all(turn.role and isinstance(turn.text, str) for turn in turns):
             first = seen.setdefault(digest(messages), row.place)
             if first != row.place:
-                problems.append(("duplicate", f"the same as {first}"))
+                problems.append(("duplicate", _("the same as {place}", place=first)))
             if tokenizer is not None and not problems:
                 problems += template_problems(messages, tokenizer, max_tokens)
         conversations.append(messages)
@@ -137,6 +140,8 @@ def _kept_columns(rows: Sequence[Row], names: Sequence[str], *, where: str) -> d
         try:
             pyarrow.array(values)
         except pyarrow.ArrowException as error:
-            found, fix = f"values of several kinds ({str(error).splitlines()[0][:80]})", "make them of one kind"
-            raise InputError(f"{where}, column {name}", found=found, expected="one kind", fix=fix) from None
+            place = _("{where}, column {name}", where=where, name=name)
+            found = _("values of several kinds ({error})", error=str(error).splitlines()[0][:80])
+            fix = _("make them of one kind")
+            raise InputError(place, found=found, expected=_("one kind"), fix=fix) from None
     return kept

@@ -7,16 +7,18 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers.base import InputError
 from helpers.environment.hub import hide_token, require_hub
+from helpers.messages import N_, _
 
-ENDINGS = ".json, .jsonl, .ndjson, .csv, .tsv or .parquet, also with .gz"
-OTHER_FILES = {".xlsx": "save it as .csv, in UTF-8", ".xls": "save it as .csv, in UTF-8", ".zip": "unpack it"}
+ENDINGS = N_(".json, .jsonl, .ndjson, .csv, .tsv or .parquet, also with .gz")
+OTHER_FILES = dict.fromkeys([".xlsx", ".xls"], N_("save it as .csv, in UTF-8")) | {".zip": N_("unpack it")}
+CONVERT = N_("convert it; a file with one JSON object a line ends in .jsonl")
 ROLE_KEYS = ("role", "from", "speaker", "author", "sender")  # of a turn, in lower case
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w.-]+))?")
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -53,9 +55,15 @@ def read_rows(source: Any) -> tuple[list[Row], str]:
     if hasattr(source, "column_names"):  # of a DatasetDict, a dict of them
         return _rows_of_dataset(source, where="dataset")
     if isinstance(source, Sequence):
-        return [Row(f"row {number}", value) for number, value in enumerate(source)], ""
-    found, fix = f"a {type(source).__name__}", "give a path, a name on the Hub, a Dataset or a list"
-    raise InputError("dataset", found=found, expected="conversations", fix=fix)
+        return _numbered(source), ""
+    found = _("a {kind}", kind=type(source).__name__)
+    fix = _("give a path, a name on the Hub, a Dataset or a list")
+    raise InputError("dataset", found=found, expected=_("conversations"), fix=fix)
+
+
+def _numbered(values: Iterable[Any]) -> list[Row]:
+    place = _("row {number}")
+    return [Row(place.format(number=number), value) for number, value in enumerate(values)]
 
 
 def find_path(name: str) -> Path | None:
@@ -69,9 +77,10 @@ def find_path(name: str) -> Path | None:
         return path
     ending = Path(name.lower().removesuffix(".gz")).suffix
     if ending in READERS or ending in OTHER_FILES or not _HUB_NAME.fullmatch(name):
-        fix = "correct the path; on Colab, upload the file (the folder icon) and copy its path"
+        expected = _("a file ending in {ending}", ending=_(ENDINGS))
+        fix = _("correct the path; on Colab, upload the file (the folder icon) and copy its path")
         shown = name if name.isprintable() and name.strip() else repr(name)
-        raise InputError(f"DATASET {shown}", found="no such file", expected=f"a file ending in {ENDINGS}", fix=fix)
+        raise InputError(f"DATASET {shown}", found=_("no such file"), expected=expected, fix=fix)
     return None
 
 
@@ -86,10 +95,15 @@ def _rows_of_path(path: Path) -> tuple[list[Row], str]:
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     chosen = [file for file in files if _TRAIN.search(file.name.lower())] or files
     if not chosen:
-        fix = "put the files into it"
-        raise InputError(f"DATASET {path}", found="a folder without data", expected=f"files in {ENDINGS}", fix=fix)
-    note = f"Read {len(chosen)} of the folder's {len(files)} files: those with `train` in their names."
-    rows = [Row(f"{file.name}, {row.place}", row.value) for file in chosen for row in _rows_of_file(file)]
+        found, expected = _("a folder without data"), _("files in {endings}", endings=_(ENDINGS))
+        raise InputError(f"DATASET {path}", found=found, expected=expected, fix=_("put the files into it"))
+    note = _(
+        "Read {read} of the folder's {all} files: those with `train` in their names.", read=len(chosen), all=len(files)
+    )
+    place = _("{where}, {place}")
+    rows = [
+        Row(place.format(where=file.name, place=row.place), row.value) for file in chosen for row in _rows_of_file(file)
+    ]
     return rows, note if len(chosen) < len(files) else ""
 
 
@@ -100,19 +114,19 @@ def _ending(path: Path) -> str:
 def _rows_of_file(path: Path) -> list[Row]:
     where, ending = f"DATASET {path.name}", _ending(path)
     if ending not in READERS:
-        fix = OTHER_FILES.get(ending, "convert it; a file with one JSON object a line ends in .jsonl")
-        raise InputError(where, found=f"a file ending in {ending or 'nothing'}", expected=ENDINGS, fix=fix)
+        found = _("a file ending in {ending}", ending=ending) if ending else _("a file ending in nothing")
+        fix = _(OTHER_FILES.get(ending, CONVERT))
+        raise InputError(where, found=found, expected=_(ENDINGS), fix=fix)
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     except (OSError, EOFError, zlib.error) as error:
-        fix = "copy or download it again"
-        raise InputError(
-            where, found=f"a file that cannot be read ({error})", expected="a whole file", fix=fix
-        ) from None
+        found, fix = _("a file that cannot be read ({error})", error=error), _("copy or download it again")
+        raise InputError(where, found=found, expected=_("a whole file"), fix=fix) from None
     rows = READERS[ending](data, where)
     if not rows:
-        raise InputError(where, found="an empty file", expected="conversations", fix="give a file with conversations")
+        found, fix = _("an empty file"), _("give a file with conversations")
+        raise InputError(where, found=found, expected=_("conversations"), fix=fix)
     return rows
 
 
@@ -138,8 +152,9 @@ def _json_rows(data: bytes, where: str) -> list[Row]:
         values.append((line, value, at))
         at = _SPACE.match(text, end).end()
     if len(values) > 1:
-        return [Row(f"line {line}", value) for line, value, _ in values]
-    return [Row(f"row {number}", value) for number, value in enumerate(_unwrapped(values[0][1]))] if values else []
+        place = _("line {number}")
+        return [Row(place.format(number=line), value) for line, value, at in values]
+    return _numbered(_unwrapped(values[0][1])) if values else []
 
 
 def _unwrapped(value: Any) -> list[Any]:
@@ -158,24 +173,26 @@ def _lines(text: str, *, where: str, error: Exception, line: int) -> list[Row]:
     Raises:
         InputError: most lines are not, so that the file was not meant to be read so: about what the whole lacked.
     """
-    rows = []
+    rows, place = [], _("line {number}")
     # splitlines would also split at U+2028 and U+0085, which may stand inside a text
     for number, content in enumerate(text.split("\n"), 1):
         if content.strip():
             try:
-                rows.append(Row(f"line {number}", json.loads(content)))
+                value = json.loads(content)
             except (ValueError, RecursionError) as one:
-                rows.append(Row(f"line {number}", Unreadable(f"not JSON ({_message(one)}): {content.strip()[:60]}")))
+                value = Unreadable(_not_json(one, content))
+            rows.append(Row(place.format(number=number), value))
     if sum(isinstance(row.value, dict | list) for row in rows) * 2 <= len(rows):
         line = getattr(error, "lineno", line)
-        content = text.split("\n")[line - 1].strip()[:60]
-        found, fix = f"not JSON ({_message(error)}): {content}", "correct that line, or the one before it"
-        raise InputError(f"{where}, line {line}", found=found, expected="JSON", fix=fix)
+        found = _not_json(error, text.split("\n")[line - 1])
+        fix = _("correct that line, or the one before it")
+        raise InputError(_("{where}, line {line}", where=where, line=line), found=found, expected="JSON", fix=fix)
     return rows
 
 
-def _message(error: Exception) -> str:
-    return getattr(error, "msg", "") or str(error).partition(";")[0]  # a number of too many digits has no `msg`
+def _not_json(error: Exception, content: str) -> str:
+    why = getattr(error, "msg", "") or str(error).partition(";")[0]  # a number of too many digits has no `msg`
+    return _("not JSON ({why}): {content}", why=why, content=content.strip()[:60])
 
 
 def _table_rows(data: bytes, where: str) -> list[Row]:
@@ -187,8 +204,10 @@ def _table_rows(data: bytes, where: str) -> list[Row]:
         names, mark = max(zip(first, ",;\t", strict=True), key=lambda pair: len(pair[0]))
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            found, fix = f"the column {twice[0]!r} twice", "give every column a name of its own"
-            raise InputError(f"{where}, line 1", found=found, expected="different names", fix=fix)
+            place = _("{where}, line {line}", where=where, line=1)
+            found = _("the column {name!r} twice", name=twice[0])
+            fix = _("give every column a name of its own")
+            raise InputError(place, found=found, expected=_("different names"), fix=fix)
         return list(
             _records(csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True), names, where=where)
         )
@@ -198,22 +217,27 @@ def _table_rows(data: bytes, where: str) -> list[Row]:
 
 def _records(reader: Any, names: list[str], *, where: str) -> Iterator[Row]:
     next(reader, None)  # the header
+    place = _("line {number}")
     while True:
         line = reader.line_num + 1
+        here = place.format(number=line)
         try:
             cells = next(reader, None)
         except csv.Error as error:
             if "unexpected end" in str(error):  # it swallowed every line behind it
-                found, fix = "a quotation mark that is never closed", "close it, or double it where it is text"
-                raise InputError(f"{where}, line {line}", found=found, expected="a table", fix=fix) from None
-            yield Row(f"line {line}", Unreadable(f"not a table's row ({error})"))
+                found = _("a quotation mark that is never closed")
+                fix = _("close it, or double it where it is text")
+                where = _("{where}, line {line}", where=where, line=line)
+                raise InputError(where, found=found, expected=_("a table"), fix=fix) from None
+            yield Row(here, Unreadable(_("not a table's row ({error})", error=error)))
             continue
         if cells is None:
             return
         if len(cells) > len(names):
-            yield Row(f"line {line}", Unreadable(f"{len(cells)} cells under {len(names)} columns"))
+            why = _("{cells} cells under {columns} columns", cells=len(cells), columns=len(names))
+            yield Row(here, Unreadable(why))
         elif cells:
-            yield Row(f"line {line}", dict(zip(names, cells, strict=False)))
+            yield Row(here, dict(zip(names, cells, strict=False)))
 
 
 def _parquet_rows(data: bytes, where: str) -> list[Row]:
@@ -223,9 +247,10 @@ def _parquet_rows(data: bytes, where: str) -> list[Row]:
     try:
         values = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
     except pyarrow.ArrowException as error:
-        found, fix = f"not Parquet ({str(error).splitlines()[0][:80]})", "copy or download it again"
-        raise InputError(where, found=found, expected="a Parquet file", fix=fix) from None
-    return [Row(f"row {number}", value) for number, value in enumerate(values)]
+        found = _("not Parquet ({error})", error=str(error).splitlines()[0][:80])
+        fix = _("copy or download it again")
+        raise InputError(where, found=found, expected=_("a Parquet file"), fix=fix) from None
+    return _numbered(values)
 
 
 READERS: dict[str, Callable[[bytes, str], list[Row]]] = {
@@ -247,9 +272,9 @@ def _rows_of_hub(name: str) -> tuple[list[Row], str]:
     try:
         dataset = load_dataset(repository, split=parts["split"])
     except Exception as error:  # what its files hold, its author's choices: datasets raises a dozen kinds
-        fix = "download one of its files and give its path"
-        found = f"a data set that cannot be loaded ({hide_token(error)[:160]})"
-        raise InputError(where, found=found, expected="one that `load_dataset` reads", fix=fix) from None
+        found = _("a data set that cannot be loaded ({error})", error=hide_token(error)[:160])
+        fix = _("download one of its files and give its path")
+        raise InputError(where, found=found, expected=_("one that `load_dataset` reads"), fix=fix) from None
     return _rows_of_dataset(dataset, where=where)
 
 
@@ -261,10 +286,12 @@ def _rows_of_dataset(dataset: Any, *, where: str) -> tuple[list[Row], str]:
         chosen = splits if len(splits) == 1 else [split for split in splits if _TRAIN.search(split.lower())]
         if len(chosen) != 1:
             example = f"{where.partition(' ')[2] or 'name'}:{splits[0]}"
-            found, fix = f"the splits {', '.join(splits)}", f'name one, as in "{example}"'
-            raise InputError(where, found=found, expected="one to train on", fix=fix)
-        note = f"Read of its splits ({', '.join(splits)}): {chosen[0]}." if len(splits) > 1 else ""
+            found = _("the splits {splits}", splits=", ".join(splits))
+            fix = _('name one, as in "{example}"', example=example)
+            raise InputError(where, found=found, expected=_("one to train on"), fix=fix)
+        if len(splits) > 1:
+            note = _("Read of its splits ({splits}): {split}.", splits=", ".join(splits), split=chosen[0])
         dataset = dataset[chosen[0]]
     tables = dataset.with_format("arrow").iter(1000)  # as stored: neither pictures nor sounds are decoded
     values = (value for table in tables for value in table.to_pylist())
-    return [Row(f"row {number}", value) for number, value in enumerate(values)], note
+    return _numbered(values), note

@@ -8,44 +8,45 @@ from typing import Any, NamedTuple
 
 from helpers.base import InputError, Table
 from helpers.conversations.forms import Turn, quoted
+from helpers.messages import N_, _
 
 _SPECIAL = re.compile(r"<\|\w+\|>")
 SMALLEST = 5  # conversations: of fewer, none can be held out
 SHOWN = 5  # rows that a report quotes
 
 MEANINGS = {
-    "unreadable": "a line that cannot be read",
-    "wrong_nesting": "not a list of messages",
-    "empty_conversation": "no messages",
-    "tool_call": "functions that are offered or called: only text is trained",
-    "two_systems": "one system prompt in a column, another in the conversation",
-    "unknown_role": "a role that is none of system, user (human), assistant (gpt)",
-    "missing_content": "a message without text",
-    "content_not_text": "text that is a number, a list or anything else",
-    "empty_content": "text that is empty or white space",
-    "invalid_unicode": "a byte that is not UTF-8, or half a character",
-    "special_token": "a special token in the text, which would begin or end a turn",
-    "late_system": "a system message behind the first message",
-    "starts_with_assistant": "an answer before the first question",
-    "repeated_user": "two questions in a row",
-    "repeated_assistant": "two answers in a row",
-    "ends_with_user": "a last question without an answer",
-    "no_answer": "nothing to train on",
-    "duplicate": "the same conversation as an earlier row's",
-    "refused": "the chat template does not accept it",
-    "too_long": "more tokens than max_tokens",
+    "unreadable": N_("a line that cannot be read"),
+    "wrong_nesting": N_("not a list of messages"),
+    "empty_conversation": N_("no messages"),
+    "tool_call": N_("functions that are offered or called: only text is trained"),
+    "two_systems": N_("one system prompt in a column, another in the conversation"),
+    "unknown_role": N_("a role that is none of system, user (human), assistant (gpt)"),
+    "missing_content": N_("a message without text"),
+    "content_not_text": N_("text that is a number, a list or anything else"),
+    "empty_content": N_("text that is empty or white space"),
+    "invalid_unicode": N_("a byte that is not UTF-8, or half a character"),
+    "special_token": N_("a special token in the text, which would begin or end a turn"),
+    "late_system": N_("a system message behind the first message"),
+    "starts_with_assistant": N_("an answer before the first question"),
+    "repeated_user": N_("two questions in a row"),
+    "repeated_assistant": N_("two answers in a row"),
+    "ends_with_user": N_("a last question without an answer"),
+    "no_answer": N_("nothing to train on"),
+    "duplicate": N_("the same conversation as an earlier row's"),
+    "refused": N_("the chat template does not accept it"),
+    "too_long": N_("more tokens than max_tokens"),
 }
 # What helps where most rows are dropped for one of these; "": where none is dropped.
 FIXES = {
-    "": "add conversations",
-    "too_long": "raise MAX_SEQ_LENGTH, or shorten the conversations",
-    "tool_call": "take conversations without function calls",
-    "unknown_role": "rename the roles to user and assistant",
-    "refused": "change what the template does not accept, or take another CHAT_TEMPLATE",
-    "duplicate": "add conversations that differ",
-    "invalid_unicode": "save the file again as UTF-8 (in Excel: CSV UTF-8)",
+    "": N_("add conversations"),
+    "too_long": N_("raise MAX_SEQ_LENGTH, or shorten the conversations"),
+    "tool_call": N_("take conversations without function calls"),
+    "unknown_role": N_("rename the roles to user and assistant"),
+    "refused": N_("change what the template does not accept, or take another CHAT_TEMPLATE"),
+    "duplicate": N_("add conversations that differ"),
+    "invalid_unicode": N_("save the file again as UTF-8 (in Excel: CSV UTF-8)"),
 }
-USUAL_FIX = "correct what the table names"
+USUAL_FIX = N_("correct what the table names")
 
 
 class Problem(NamedTuple):
@@ -90,12 +91,18 @@ class ConversationReport(Table):
         codes = [problem.code for problem in self.problems]
         if len(self.valid_rows) < SMALLEST or codes.count("invalid_unicode") > len(self.valid_rows):
             print(self, flush=True)
-            found = f"{len(self.valid_rows)} of {self.rows} conversations that can be trained on"
-            usual = max(codes, key=codes.count, default="")
-            raise InputError("DATASET", found=found, expected=f"{SMALLEST} or more", fix=FIXES.get(usual, USUAL_FIX))
+            fit, usual = len(self.valid_rows), max(codes, key=codes.count, default="")
+            found = _("{fit} of {rows} conversations that can be trained on", fit=fit, rows=self.rows)
+            expected = _("{smallest} or more", smallest=SMALLEST)
+            raise InputError("DATASET", found=found, expected=expected, fix=_(FIXES.get(usual, USUAL_FIX)))
 
     def _title(self) -> str:
-        return f"Conversations: {self.rows:,} rows, {len(self.valid_rows):,} fit, {len(self.dropped_rows):,} to drop"
+        return _(
+            "Conversations: {rows:,} rows, {fit:,} fit, {dropped:,} to drop",
+            rows=self.rows,
+            fit=len(self.valid_rows),
+            dropped=len(self.dropped_rows),
+        )
 
     def _table(self) -> tuple[list[str], list[list[object]]]:
         places: dict[str, dict[str, None]] = {}  # of each code, in order and once
@@ -104,15 +111,16 @@ class ConversationReport(Table):
         table = []
         for code in sorted(places, key=list(MEANINGS).index):
             first = ", ".join(list(places[code])[:3]) + (", …" if len(places[code]) > 3 else "")
-            table.append([code, f"{len(places[code]):,}", first, MEANINGS[code]])
-        return ["problem", "rows", "which", "what it means"], table
+            table.append([code, f"{len(places[code]):,}", first, _(MEANINGS[code])])
+        return [_("problem"), _("rows"), _("which"), _("what it means")], table
 
     def _notes(self) -> list[str]:
         firsts: dict[str, Problem] = {}
         for problem in self.problems:
             firsts.setdefault(problem.code, problem)
         shown = list(firsts.values())[:SHOWN]
-        return [*(f"{problem.place}: {problem.message}." for problem in shown), *self.notes]
+        told = [_("{place}: {message}.", place=problem.place, message=problem.message) for problem in shown]
+        return [*told, *self.notes]
 
 
 def special_pattern(tokenizer) -> re.Pattern:
@@ -128,41 +136,45 @@ def problems_of(turns: Sequence[Turn], special: re.Pattern) -> Iterator[tuple[st
     """(code, message) of what is wrong with one conversation by itself."""
     for turn in turns:
         if turn.role is None:
-            yield "unknown_role", f"{turn.name} has the role {quoted(turn.said)}"
-        yield from ((code, f"{turn.name} {what}") for code, what in _text_problems(turn.text, special))
+            yield "unknown_role", _("{turn} has the role {role}", turn=turn.name, role=quoted(turn.said))
+        yield from _text_problems(turn, special)
     yield from _order_problems([turn.role for turn in turns])
 
 
-def _text_problems(text: object, special: re.Pattern) -> Iterator[tuple[str, str]]:
+def _text_problems(turn: Turn, special: re.Pattern) -> Iterator[tuple[str, str]]:
+    text = turn.text
     if text is None:
-        yield "missing_content", "has no text"
+        yield "missing_content", _("{turn} has no text", turn=turn.name)
     elif not isinstance(text, str):
-        yield "content_not_text", f"holds {quoted(text)}"
+        yield "content_not_text", _("{turn} holds {value}", turn=turn.name, value=quoted(text))
     elif not text or text.isspace():
-        yield "empty_content", f"is {text!r}"
+        yield "empty_content", _("{turn} is {text!r}", turn=turn.name, text=text)
     else:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            yield "invalid_unicode", f"holds {text[error.start]!a} at character {error.start}"
+            value, at = ascii(text[error.start]), error.start
+            yield "invalid_unicode", _("{turn} holds {value} at character {at}", turn=turn.name, value=value, at=at)
         match = special.search(text)
         if match:
-            yield "special_token", f"holds {match[0]} at character {match.start()}"
+            value, at = match[0], match.start()
+            yield "special_token", _("{turn} holds {value} at character {at}", turn=turn.name, value=value, at=at)
 
 
 def _order_problems(roles: list[str | None]) -> Iterator[tuple[str, str]]:
     for number, (before, role) in enumerate(zip([None, *roles], roles, strict=False)):
         if role == "system" and number:
-            yield "late_system", f"message {number} is a system message"
+            yield "late_system", _("message {number} is a system message", number=number)
         elif role is not None and role == before:
-            yield f"repeated_{role}", f"messages {number - 1} and {number} are both from the {role}"
+            message = _("messages {one} and {two} are both from the {role}", one=number - 1, two=number, role=role)
+            yield f"repeated_{role}", message
     talk = [role for role in roles if role != "system"]
     if talk and talk[0] == "assistant":
-        yield "starts_with_assistant", "the first message is an answer"
+        yield "starts_with_assistant", _("the first message is an answer")
     if talk and talk[-1] == "user":
-        yield "ends_with_user", "the last message is a question"
+        yield "ends_with_user", _("the last message is a question")
     if "assistant" not in talk and None not in talk:
-        yield "no_answer", "there is no assistant message"
+        yield "no_answer", _("there is no assistant message")
 
 
 def digest(messages: Sequence[Mapping[str, str]]) -> bytes:
@@ -180,10 +192,14 @@ def template_problems(messages: list[dict], tokenizer: Any, max_tokens: int | No
     try:
         text = training_text(tokenizer, messages)
     except Exception as error:  # a template raises whatever it likes
-        yield "refused", f"the chat template says {type(error).__name__}: {error}"
+        kind = type(error).__name__
+        yield "refused", _("the chat template says {kind}: {error}", kind=kind, error=error)
         return
     if max_tokens is None or len(text.encode()) + 2 <= max_tokens:  # a token but BOS and EOS holds a byte
         return
     tokens = len(tokenizer(text).input_ids)
     if tokens > max_tokens:
-        yield "too_long", f"{tokens:,} tokens, {tokens - max_tokens:,} more than {max_tokens:,}"
+        message = _(
+            "{tokens:,} tokens, {more:,} more than {limit:,}", tokens=tokens, more=tokens - max_tokens, limit=max_tokens
+        )
+        yield "too_long", message

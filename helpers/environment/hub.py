@@ -12,11 +12,12 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from helpers.base import InputError
+from helpers.messages import N_, _
 
 HUGGING_FACE = "https://huggingface.co"
 ENDPOINT, MODELSCOPE = "HF_ENDPOINT", "UNSLOTH_USE_MODELSCOPE"  # environment variables: the Hub's client's, Unsloth's
 HUB_SECONDS = 5  # a hub that does not answer in this time is given up
-RESTART = "restart the session, then run the notebook from the top"
+RESTART = N_("restart the session, then run the notebook from the top")
 WEIGHTS = ("*.safetensors", "*.bin")
 OTHER_FORMATS = ("*.gguf", "*.pth")  # the same weights once more, for other programs
 
@@ -58,8 +59,10 @@ def choose_hub(endpoint: str = "", *, modelscope: bool = False) -> None:
             _choices[name] = (own[name], value)
     if any(chosen.values()):
         mirror = wanted[ENDPOINT] or HUGGING_FACE
-        models = f"Models come from ModelScope, data sets from {mirror}."
-        print(models if wanted[MODELSCOPE] == "1" else f"Models and data sets come from {mirror}.")
+        if wanted[MODELSCOPE] == "1":
+            print(_("Models come from ModelScope, data sets from {mirror}.", mirror=mirror))
+        else:
+            print(_("Models and data sets come from {mirror}.", mirror=mirror))
 
 
 def read_endpoint(endpoint: object) -> str:
@@ -68,7 +71,8 @@ def read_endpoint(endpoint: object) -> str:
     Example: "https://hf-mirror.com/" -> "https://hf-mirror.com"
     """
     address = str("" if endpoint is None else endpoint).strip().rstrip("/")
-    expected, fix = "an address such as https://hf-mirror.com, or nothing", f"correct {ENDPOINT} or leave it empty"
+    expected = _("an address such as https://hf-mirror.com, or nothing")
+    fix = _("correct {setting} or leave it empty", setting=ENDPOINT)
     try:
         parts = urlsplit(address)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -77,7 +81,8 @@ def read_endpoint(endpoint: object) -> str:
     if address and (not sound or len(address.split()) > 1 or parts.query or parts.fragment):
         raise InputError(ENDPOINT, found=repr(endpoint), expected=expected, fix=fix)
     if address and "@" in parts.netloc:  # it would be printed
-        raise InputError(ENDPOINT, found="an address with a user name or a password", expected=expected, fix=fix)
+        found = _("an address with a user name or a password")
+        raise InputError(ENDPOINT, found=found, expected=expected, fix=fix)
     return address
 
 
@@ -93,8 +98,9 @@ def _check_loaded(endpoint: str) -> None:
     wanted = endpoint.rstrip("/") or HUGGING_FACE
     loaded = getattr(sys.modules.get("huggingface_hub.constants"), "ENDPOINT", wanted)
     if loaded != wanted:
-        found, expected = f"huggingface_hub loaded with {loaded}", f"{wanted} before it is loaded"
-        raise InputError(ENDPOINT, found=found, expected=expected, fix=RESTART)
+        found = _("huggingface_hub loaded with {address}", address=loaded)
+        expected = _("{address} before it is loaded", address=wanted)
+        raise InputError(ENDPOINT, found=found, expected=expected, fix=_(RESTART))
 
 
 def uses_modelscope() -> bool:
@@ -116,9 +122,14 @@ def missing_modelscope() -> str:
 def require_modelscope() -> None:
     """Raises InputError where ModelScope's client cannot be used, with the line that installs it."""
     if line := missing_modelscope():
-        found = "a package modelscope that is too old or not whole" if "-U" in line else "no package modelscope"
-        fix = f"run `{line}` in a new cell, then this cell again"
-        raise InputError("USE_MODELSCOPE", found=found, expected="ModelScope's client, 1.38 or newer", fix=fix)
+        raise InputError(
+            "USE_MODELSCOPE",
+            found=_("a package modelscope that is too old or not whole")
+            if "-U" in line
+            else _("no package modelscope"),
+            expected=_("ModelScope's client, 1.38 or newer"),
+            fix=_("run `{command}` in a new cell, then this cell again", command=line),
+        )
 
 
 def models_address() -> str:
@@ -141,16 +152,18 @@ def model_url(name: str) -> str:
     return f"{models_address()}/api/{'v1/' if uses_modelscope() else ''}models/{quote(name)}"
 
 
-def no_answer_fix(local: str, *, connect: str = "connect to the network") -> str:
+def no_answer_fix(local: str, *, connect: str = "") -> str:
     """What helps where `models_address` does not answer."""
-    if uses_modelscope():
-        return f"{connect}, set USE_MODELSCOPE to False, or {local}"
-    return f"{connect}, {mirror_fix()}, or {local}"
+    connect = connect or _("connect to the network")
+    other_hub = _("set USE_MODELSCOPE to False") if uses_modelscope() else mirror_fix()
+    return _("{first}, {second}, or {third}", first=connect, second=other_hub, third=local)
 
 
 def mirror_fix() -> str:
     """What to try with HF_ENDPOINT where the Hub, or its mirror, does not answer."""
-    return f"correct {ENDPOINT} or leave it empty" if os.environ.get(ENDPOINT) else f"set {ENDPOINT} to a mirror"
+    if os.environ.get(ENDPOINT):
+        return _("correct {setting} or leave it empty", setting=ENDPOINT)
+    return _("set {setting} to a mirror", setting=ENDPOINT)
 
 
 def require_hub(repository: str, *, setting: str, repo_type: str = "model") -> None:
@@ -163,31 +176,40 @@ def require_hub(repository: str, *, setting: str, repo_type: str = "model") -> N
         RepositoryNotFoundError,
     )
 
-    what = "data set" if repo_type == "dataset" else "model"
-    local = "a .jsonl file" if repo_type == "dataset" else "a folder with a model"
+    what = _("data set") if repo_type == "dataset" else _("model")
+    local = _("a .jsonl file") if repo_type == "dataset" else _("a folder with a model")
     where = f"{setting} {repository}"
     try:
         snapshot_download(repository, repo_type=repo_type, local_files_only=True)
         return
     except HFValidationError:
-        expected = f"{local}, or a Hub name such as owner/name"
-        raise InputError(where, found="no such folder", expected=expected, fix="correct the path") from None
+        expected = _("{local}, or a Hub name such as owner/name", local=local)
+        raise InputError(where, found=_("no such folder"), expected=expected, fix=_("correct the path")) from None
     except (LocalEntryNotFoundError, OSError):
         pass
     try:
         HfApi().repo_info(repository, repo_type=repo_type, timeout=HUB_SECONDS)
     except GatedRepoError:
-        fix = f"accept it on the {what}'s page and put a token into HF_TOKEN (on Colab: the key icon, Secrets)"
-        raise InputError(where, found=f"a gated {what}", expected="its licence accepted", fix=fix) from None
+        found, expected = _("a gated {what}", what=what), _("its licence accepted")
+        fix = _(
+            "accept it on the {what}'s page and put a token into HF_TOKEN (on Colab: the key icon, Secrets)", what=what
+        )
+        raise InputError(where, found=found, expected=expected, fix=fix) from None
     except RepositoryNotFoundError:
-        fix = f"correct the name, or give {local}"
-        raise InputError(
-            where, found=f"no such repository at {HfApi().endpoint}", expected=f"a {what}", fix=fix
-        ) from None
+        found = _("no such repository at {address}", address=HfApi().endpoint)
+        fix = _("correct the name, or give {local}", local=local)
+        raise InputError(where, found=found, expected=_("a {what}", what=what), fix=fix) from None
     except Exception as error:  # the Hub's client raises its own, httpx's and the socket's errors
-        fix = f"connect to the network, {mirror_fix()}, or set {setting} to {local}"
-        found = f"no answer from {HfApi().endpoint} ({type(error).__name__})"
-        raise InputError(where, found=found, expected=f"a {what} that can be downloaded", fix=fix) from None
+        fix = _("set {setting} to {local}", setting=setting, local=local)
+        fix = _("{first}, {second}, or {third}", first=_("connect to the network"), second=mirror_fix(), third=fix)
+        expected = _("a {what} that can be downloaded", what=what)
+        raise InputError(where, found=_no_answer(HfApi().endpoint, error), expected=expected, fix=fix) from None
+
+
+def _no_answer(address: str, error: object) -> str:
+    """What is found where a hub does not answer; an exception is named by its type alone."""
+    error = type(error).__name__ if isinstance(error, Exception) else error
+    return _("no answer from {address} ({error})", address=address, error=error)
 
 
 def missing_files(folder: Path, *, weights: bool = True) -> list[str]:
@@ -237,7 +259,7 @@ def download_from_modelscope(name: str, *, weights: bool = True) -> str:
 
     from helpers.environment.probes import run_probe
 
-    where, local = f"MODEL_NAME {name}", "give a folder with a model"
+    where, local = f"MODEL_NAME {name}", _("give a folder with a model")
     answer = run_probe("hub", model_url(name), seconds=HUB_SECONDS)
     if not answer.ok:
         try:
@@ -246,8 +268,11 @@ def download_from_modelscope(name: str, *, weights: bool = True) -> str:
             folder = ""
         if folder and not missing_files(Path(folder), weights=weights):
             return folder
-        found, fix = f"no answer from {models_address()} ({answer.found})", no_answer_fix(local)
-        raise InputError(where, found=found, expected="a model that can be downloaded", fix=fix)
+        found, expected = (
+            _no_answer(models_address(), answer.found),
+            _("a {what} that can be downloaded", what=_("model")),
+        )
+        raise InputError(where, found=found, expected=expected, fix=no_answer_fix(local))
     try:
         return snapshot_download(name, ignore_patterns=[*OTHER_FORMATS, *(() if weights else WEIGHTS)])
     except Exception as error:  # requests' errors, the client's own and those of the disk
@@ -258,14 +283,16 @@ def _download_error(error: Exception, *, where: str, local: str) -> InputError:
     """A failed download in one line, by the status that ModelScope answered where it did."""
     status = _status(error) or _status(error.__cause__)
     if status == 404:
-        fix = f"correct the name, set USE_MODELSCOPE to False, or {local}"
-        return InputError(where, found="no such model on ModelScope", expected="a model", fix=fix)
+        first, second = _("correct the name"), _("set USE_MODELSCOPE to False")
+        fix = _("{first}, {second}, or {third}", first=first, second=second, third=local)
+        found, expected = _("no such model on ModelScope"), _("a {what}", what=_("model"))
+        return InputError(where, found=found, expected=expected, fix=fix)
     if status in (401, 403):
-        fix = f"accept its licence on ModelScope and put a token into MODELSCOPE_API_TOKEN, or {local}"
-        return InputError(where, found="a model that needs a token", expected="one that is open", fix=fix)
-    found = f"a download that did not come to its end ({type(error).__name__})"
-    fix = f"run the cell again, which goes on with it, or {local}"
-    return InputError(where, found=found, expected=f"a model from {models_address()}", fix=fix)
+        fix = _("accept its licence on ModelScope and put a token into MODELSCOPE_API_TOKEN, or {local}", local=local)
+        return InputError(where, found=_("a model that needs a token"), expected=_("one that is open"), fix=fix)
+    found = _("a download that did not come to its end ({error})", error=type(error).__name__)
+    fix = _("run the cell again, which goes on with it, or {local}", local=local)
+    return InputError(where, found=found, expected=_("a model from {address}", address=models_address()), fix=fix)
 
 
 def _status(error: Any) -> int | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from helpers.base import InputError
 from helpers.environment.hub import choose_hub, download_from_modelscope, missing_files, require_hub, uses_modelscope
+from helpers.messages import _
 
 
 def find_model(name: str, *, endpoint: str = "", modelscope: bool = False, weights: bool = True) -> str:
@@ -31,9 +32,9 @@ def find_model(name: str, *, endpoint: str = "", modelscope: bool = False, weigh
         if missing := missing_files(folder):
             raise InputError(
                 f"MODEL_NAME {folder}",
-                found=f"a folder without {', '.join(missing)}",
-                expected="a Hugging Face model folder",
-                fix="give the folder that save_pretrained wrote, or the name of a Hub repository",
+                found=_("a folder without {files}", files=", ".join(missing)),
+                expected=_("a Hugging Face model folder"),
+                fix=_("give the folder that save_pretrained wrote, or the name of a Hub repository"),
             )
         return str(folder.absolute())  # "models/mine" looks like a name on the Hub, which Unsloth asks GitHub about
     if uses_modelscope():

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,29 +22,39 @@ from helpers.environment.hub import (
     require_modelscope,
     uses_modelscope,
 )
-from helpers.environment.probes import SDPA, ProbeResult, run_probe
-from helpers.environment.requirements import Pin, normal_name, read_lock, requirement_name, unmet
+from helpers.environment.probes import ProbeResult, run_probe
+from helpers.environment.requirements import (
+    NOTHING,
+    Pin,
+    name_and_version,
+    normal_name,
+    read_lock,
+    requirement_name,
+    unmet,
+)
 from helpers.environment.setup import (
     GPU_ONLY,
-    OTHER_IMAGE,
     RESTART,
     find_place,
     find_requirements,
     installed_version,
     loaded_version,
+    other_image,
     same_version,
     stale_packages,
 )
+from helpers.messages import N_, _
 
-HEADERS = ("check", "found", "expected", "verdict", "what to do")
-SET_UP = {"local": "run `make setup` and choose the kernel of .venv"}
-SET_UP_CELL = "run the setup cell again"
+HEADERS = (N_("check"), N_("found"), N_("expected"), N_("verdict"), N_("what to do"))
+VERDICTS = {"ok": N_("ok"), "warn": N_("warn"), "fail": N_("fail")}
+SET_UP = {"local": N_("run `make setup` and choose the kernel of .venv")}
+SET_UP_CELL = N_("run the setup cell again")
 PROBE_SECONDS = 60  # for one that hangs: each takes a few seconds, the first time after an install up to 20
 DISK_GIB = {"cpu": 5, "gpu": 25}  # models, checkpoints, the merged model and its GGUF files
 MEMORY_GIB = 6
 GPU_MEMORY_GIB = 10  # training the 3B model as chapter 04 does peaks below this
-WITHOUT_GPU = "a T4, or choices as in tests/profiles/cpu.toml"
-T4_CLICKS = "Runtime > Change runtime type > T4 GPU > Save, then run the notebook from the top"
+WITHOUT_GPU = N_("a T4, or choices as in tests/profiles/cpu.toml")
+T4_CLICKS = N_("Runtime > Change runtime type > T4 GPU > Save, then run the notebook from the top")
 
 
 @dataclass(frozen=True)
@@ -74,19 +85,31 @@ class EnvironmentReport(Table):
             if row.verdict == "fail":
                 raise InputError(row.what, found=row.found, expected=row.expected, fix=row.fix)
 
-    def _table(self) -> tuple[tuple[str, ...], list[list[str]]]:
-        return HEADERS, [_cells(row) for row in self.rows if row.verdict != "ok"]
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        return _headers(), [_cells(row) for row in self.rows if row.verdict != "ok"]
 
     def _notes(self) -> list[str]:
-        counts = [f"{sum(row.verdict == v for row in self.rows)} {v}" for v in ("ok", "warn", "fail")]
-        return [f"{len(self.rows)} checks: {', '.join(counts)}."]
+        counts = Counter(row.verdict for row in self.rows)
+        return [
+            _(
+                "{count} checks: {ok} ok, {warn} warn, {fail} fail.",
+                count=len(self.rows),
+                ok=counts["ok"],
+                warn=counts["warn"],
+                fail=counts["fail"],
+            )
+        ]
 
-    def _folded(self) -> tuple[str, tuple[str, ...], list[list[str]]]:
-        return "all checks", HEADERS, [_cells(row) for row in self.rows]
+    def _folded(self) -> tuple[str, list[str], list[list[str]]]:
+        return _("all checks"), _headers(), [_cells(row) for row in self.rows]
+
+
+def _headers() -> list[str]:
+    return [_(header) for header in HEADERS]
 
 
 def _cells(row: Row) -> list[str]:
-    return [row.what, row.found, row.expected, row.verdict, row.fix]
+    return [row.what, row.found, row.expected, _(VERDICTS[row.verdict]), row.fix]
 
 
 def check_environment(
@@ -141,14 +164,15 @@ def check_environment(
 
 def set_up_again() -> str:
     """How to get the lock's packages here."""
-    return SET_UP.get(find_place(), SET_UP_CELL)
+    return _(SET_UP.get(find_place(), SET_UP_CELL))
 
 
 def check_python() -> Row:
     """The running Python against the series' range, 3.11 to 3.13."""
     fits = (3, 11) <= sys.version_info[:2] <= (3, 13)
-    fix = "" if fits else "use Python 3.11, 3.12 or 3.13"
-    return Row("Python", platform.python_version(), "3.11 to 3.13", "ok" if fits else "fail", fix)
+    return Row(
+        "Python", platform.python_version(), _("3.11 to 3.13"), *_verdict(fits, _("use Python 3.11, 3.12 or 3.13"))
+    )
 
 
 def read_driver() -> str | None:
@@ -166,54 +190,64 @@ def read_driver() -> str | None:
 def check_gpu(probe: ProbeResult, *, driver: str | None, place: str) -> list[Row]:
     """The GPU, its memory, its driver's CUDA against torch's, torch's code for it, and the precision to train in."""
     if not probe.ok:
-        return [Row("torch", str(probe.found), "torch imports", "fail", set_up_again())]
+        return [Row("torch", str(probe.found), _("torch imports"), "fail", set_up_again())]
     facts = probe.found
-    cuda = f", built for CUDA {_dotted(facts['torch_cuda'])}" if facts["torch_cuda"] else ", built without CUDA"
-    rows = [Row("torch", facts["torch"] + cuda, "torch imports")]
+    torch = _("{torch}, built without CUDA", torch=facts["torch"])
+    if facts["torch_cuda"]:
+        torch = _("{torch}, built for CUDA {cuda}", torch=facts["torch"], cuda=_dotted(facts["torch_cuda"]))
+    rows = [Row("torch", torch, _("torch imports"))]
     if facts["gpu"] is None:
-        if driver:
-            fix = "install a torch built for CUDA" if not facts["torch_cuda"] else "update the driver, or restart"
-            return [*rows, Row("GPU", f"{driver}, but torch cannot use it", "a GPU that torch can use", "fail", fix)]
-        if place == "colab":
-            kind = "a TPU runtime" if _has_tpu() else "a CPU runtime"
-            return [*rows, Row("runtime type", kind, WITHOUT_GPU, "warn", T4_CLICKS)]
-        if place == "kaggle":
-            fix = "Settings > Accelerator > GPU T4 x2"
-            return [*rows, Row("GPU", "none", WITHOUT_GPU, "warn", fix)]
-        return [*rows, Row("GPU", "none", "none is needed for small choices")]
+        return [*rows, _no_gpu(driver, built=bool(facts["torch_cuda"]), place=place)]
     capability = tuple(facts["capability"])
-    name = f"{facts['gpu']}, compute capability {_dotted(capability)}"
-    rows.append(Row("GPU", name, "7.0 or newer", *_verdict(capability >= (7, 0), "choose a T4 or newer")))
+    name = _("{gpu}, compute capability {capability}", gpu=facts["gpu"], capability=_dotted(capability))
+    rows.append(Row("GPU", name, _("7.0 or newer"), *_verdict(capability >= (7, 0), _("choose a T4 or newer"))))
     free, total = facts["free_gib"], facts["total_gib"]
+    less = _("end other sessions on this GPU, or choose the 1B model")
     rows.append(
         Row(
-            "GPU memory",
-            f"{free:.1f} GiB free of {total:.1f}",
-            f"{GPU_MEMORY_GIB} GiB free",
-            *_verdict(free >= GPU_MEMORY_GIB, "end other sessions on this GPU, or choose the 1B model", bad="warn"),
+            _("GPU memory"),
+            _("{free:.1f} GiB free of {total:.1f}", free=free, total=total),
+            _("{need} GiB free", need=GPU_MEMORY_GIB),
+            *_verdict(free >= GPU_MEMORY_GIB, less, bad="warn"),
         )
     )
-    driver_cuda, torch_cuda = tuple(facts["driver_cuda"]), tuple(facts["torch_cuda"])
-    version = f" (driver {driver.rpartition(', ')[2]})" if driver else ""
+    rows.append(_check_cuda(driver, driver_cuda=tuple(facts["driver_cuda"]), torch_cuda=tuple(facts["torch_cuda"])))
     rows.append(
         Row(
-            "CUDA",
-            f"driver supports {_dotted(driver_cuda)}{version}, torch was built for {_dotted(torch_cuda)}",
-            "the driver's major version not below torch's",
-            *_verdict(driver_cuda[0] >= torch_cuda[0], "update the driver, or use a torch built for its CUDA"),
-        )
-    )
-    rows.append(
-        Row(
-            "torch's code for this GPU",
+            _("torch's code for this GPU"),
             " ".join(facts["arch_list"]),
-            f"sm_{capability[0]}{capability[1]} or one that runs on it",
-            *_verdict(has_code_for(capability, facts["arch_list"]), "use a torch build that names this GPU"),
+            _("{code} or one that runs on it", code=f"sm_{capability[0]}{capability[1]}"),
+            *_verdict(has_code_for(capability, facts["arch_list"]), _("use a torch build that names this GPU")),
         )
     )
-    bfloat16 = capability >= (8, 0)
-    rows.append(Row("precision", "bfloat16" if bfloat16 else "float16", "bfloat16 from compute capability 8.0 on"))
+    precision = "bfloat16" if capability >= (8, 0) else "float16"
+    rows.append(Row(_("precision"), precision, _("bfloat16 from compute capability 8.0 on")))
     return rows
+
+
+def _no_gpu(driver: str | None, *, built: bool, place: str) -> Row:
+    """What torch cannot see: a GPU with a driver, one that this place lends, or none. `built`: torch has CUDA."""
+    if driver:
+        found = _("{driver}, but torch cannot use it", driver=driver)
+        fix = _("update the driver, or restart") if built else _("install a torch built for CUDA")
+        return Row("GPU", found, _("a GPU that torch can use"), "fail", fix)
+    if place == "colab":
+        kind = _("a TPU runtime") if _has_tpu() else _("a CPU runtime")
+        return Row(_("runtime type"), kind, _(WITHOUT_GPU), "warn", _(T4_CLICKS))
+    if place == "kaggle":
+        return Row("GPU", _("none"), _(WITHOUT_GPU), "warn", "Settings > Accelerator > GPU T4 x2")
+    return Row("GPU", _("none"), _("none is needed for small choices"))
+
+
+def _check_cuda(driver: str | None, *, driver_cuda: tuple[int, int], torch_cuda: tuple[int, int]) -> Row:
+    versions = {"cuda": _dotted(driver_cuda), "torch_cuda": _dotted(torch_cuda)}
+    found = _("driver supports {cuda}, torch was built for {torch_cuda}", **versions)
+    if driver:
+        versions["driver"] = driver.rpartition(", ")[2]
+        found = _("driver supports {cuda} (driver {driver}), torch was built for {torch_cuda}", **versions)
+    fix = _("update the driver, or use a torch built for its CUDA")
+    expected = _("the driver's major version not below torch's")
+    return Row("CUDA", found, expected, *_verdict(driver_cuda[0] >= torch_cuda[0], fix))
 
 
 def has_code_for(capability: tuple[int, int], arch_list: Sequence[str]) -> bool:
@@ -238,15 +272,18 @@ def check_packages(pins: Sequence[Pin], *, gpu: bool) -> list[Row]:
     rows, stale = [], stale_packages(pins)
     for pin in pins:
         installed, loaded = installed_version(pin.name), loaded_version(pin.name)
-        found = (installed or "not installed") + (f", loaded {loaded}" if pin.name in stale and loaded else "")
+        found = installed or _("not installed")
+        if pin.name in stale and loaded:
+            found = _("{installed}, loaded {loaded}", installed=found, loaded=loaded)
         if installed is None and pin.name in GPU_ONLY and not gpu:
-            rows.append(Row(pin.name, found, "not needed without a GPU"))
+            rows.append(Row(pin.name, found, _("not needed without a GPU")))
         elif installed is None and pin.name in GPU_ONLY:  # a gain in speed at best: the row `attention` says what runs
             rows.append(Row(pin.name, found, pin.version, "warn", set_up_again()))
         elif installed is None:
             rows.append(Row(pin.name, found, pin.version, "fail", set_up_again()))
         elif pin.name in stale:
-            rows.append(Row(pin.name, found, pin.version, "fail", "once: " + RESTART[find_place()]))
+            fix = _("once: {restart}", restart=_(RESTART[find_place()]))
+            rows.append(Row(pin.name, found, pin.version, "fail", fix))
         elif not same_version(installed, pin.version):
             rows.append(Row(pin.name, found, pin.version, "warn", set_up_again()))
         else:
@@ -270,36 +307,38 @@ def check_requirements(pins: Sequence[Pin]) -> list[Row]:
             importlib.metadata.requires(name) or (), versions, python=platform.python_version()
         ):
             dependency = requirement_name(requirement)
-            if dependency in (*GPU_ONLY, "torchvision", "triton") and found == "nothing":
+            if dependency in (*GPU_ONLY, "torchvision", "triton") and found == NOTHING:
                 continue  # only of use on a GPU
             # The setup cell brings back what is in the lock; the rest is the image's.
-            fix = set_up_again() if dependency in locked else OTHER_IMAGE.get(place, set_up_again())
-            rows.append(Row(f"{name} needs {dependency}", f"{dependency} {found}", requirement, "fail", fix))
-    return rows or [Row("what these ask for", f"{len(installed)} packages fit together", "no conflict")]
+            fix = ("" if dependency in locked else other_image(place)) or set_up_again()
+            what = _("{package} needs {dependency}", package=name, dependency=dependency)
+            rows.append(Row(what, name_and_version(dependency, found), requirement, "fail", fix))
+    fit = _("{count} packages fit together", count=len(installed))
+    return rows or [Row(_("what these ask for"), fit, _("no conflict"))]
 
 
 def check_probes(probes: Mapping[str, ProbeResult], *, gpu: bool) -> list[Row]:
     """The trials in processes of their own, as rows."""
     expected = {
-        "bitsandbytes": "4-bit forward and backward",
-        "peft": "a LoRA adapter can be built",
-        "sentencepiece": "its protobuf classes load",
+        "bitsandbytes": _("4-bit forward and backward"),
+        "peft": _("a LoRA adapter can be built"),
+        "sentencepiece": _("its protobuf classes load"),
     }
     if gpu and "triton" in probes:
-        expected["triton"] = "a kernel compiles and runs"
+        expected["triton"] = _("a kernel compiles and runs")
     rows = []
     for name, text in expected.items():
         result = probes[name]
-        verdict = "ok" if result.ok else "fail"
-        fix = (
-            ""
-            if result.ok
-            else f"read the whole error with `python -m helpers.environment.probes {name}`; {set_up_again()}"
+        fix = _(
+            "read the whole error with `python -m helpers.environment.probes {name}`; {remedy}",
+            name=name,
+            remedy=set_up_again(),
         )
-        rows.append(Row(f"{name} works", str(result.found), text, verdict, fix))
-    xformers = probes["xformers"]
-    found = str(xformers.found) if xformers.ok else f"xformers does not load ({xformers.found}): Unsloth uses {SDPA}"
-    rows.append(Row("attention", found, "xformers where it loads"))
+        rows.append(Row(_("{name} works", name=name), str(result.found), text, *_verdict(result.ok, fix)))
+    found = str(probes["xformers"].found)
+    if not probes["xformers"].ok:
+        found = _("xformers does not load ({error}): Unsloth uses PyTorch's own attention", error=found)
+    rows.append(Row(_("attention"), found, _("xformers where it loads")))
     return rows
 
 
@@ -307,8 +346,8 @@ def check_disk(folder: Path, *, need_gib: float) -> Row:
     """Free space where the series writes. Below a fifth of the need not even the model fits."""
     free = shutil.disk_usage(folder).free / 2**30
     verdict = "ok" if free >= need_gib else "warn" if free >= need_gib / 5 else "fail"
-    fix = "" if verdict == "ok" else "free some space, or set RUN_DIR and HF_HOME to a larger disk"
-    return Row("disk", f"{free:.1f} GiB free", f"{need_gib} GiB", verdict, fix)
+    fix = "" if verdict == "ok" else _("free some space, or set RUN_DIR and HF_HOME to a larger disk")
+    return Row(_("disk"), _("{free:.1f} GiB free", free=free), f"{need_gib} GiB", verdict, fix)
 
 
 def check_memory(*, need_gib: float = MEMORY_GIB) -> Row:
@@ -317,59 +356,71 @@ def check_memory(*, need_gib: float = MEMORY_GIB) -> Row:
 
     memory = psutil.virtual_memory()
     free, total = memory.available / 2**30, memory.total / 2**30
-    verdict, fix = _verdict(free >= need_gib, "close other programs and notebooks", bad="warn")
-    return Row("memory", f"{free:.1f} GiB free of {total:.1f}", f"{need_gib} GiB", verdict, fix)
+    verdict, fix = _verdict(free >= need_gib, _("close other programs and notebooks"), bad="warn")
+    found = _("{free:.1f} GiB free of {total:.1f}", free=free, total=total)
+    return Row(_("memory"), found, f"{need_gib} GiB", verdict, fix)
 
 
 def find_token() -> str:
     """Where a Hugging Face token would come from; the token itself is neither read out nor printed."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        if os.environ.get(name):
-            return f"environment variable {name}"
+    if variable := _token_variable():
+        return _("environment variable {name}", name=variable)
+    if _has_token_file():
+        return _("the file that `hf auth login` wrote")
+    return _("the Colab secret HF_TOKEN, if you have made one") if find_place() == "colab" else _("nowhere yet")
+
+
+def _token_variable() -> str:
+    return next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)), "")
+
+
+def _has_token_file() -> bool:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     home = Path(os.environ.get("HF_HOME", cache / "huggingface"))
-    if Path(os.environ.get("HF_TOKEN_PATH", home / "token")).is_file():
-        return "the file that `hf auth login` wrote"
-    return "the Colab secret HF_TOKEN, if you have made one" if find_place() == "colab" else "nowhere yet"
+    return Path(os.environ.get("HF_TOKEN_PATH", home / "token")).is_file()
 
 
 def check_hub(model_name: str | None) -> list[Row]:
     """Can the model be had, and does it need a token? Asks the hub that `choose_hub` chose, for at most 5 s."""
-    modelscope, local = uses_modelscope(), "set MODEL_NAME to a folder with a model"
-    what, expected = "ModelScope" if modelscope else "Hub", f"an answer in {HUB_SECONDS} s"
+    modelscope, local = uses_modelscope(), _("set MODEL_NAME to a folder with a model")
+    what = "ModelScope" if modelscope else "Hub"
+    expected = _("an answer in {seconds} s", seconds=HUB_SECONDS)
     try:
         if modelscope:
             require_modelscope()  # without it Unsloth does not even load
     except InputError as error:
         return [Row(what, error.found, error.expected, "fail", error.fix)]
     if model_name is None:
-        return [Row(what, "not asked", "not needed: the model is on this machine")]
+        return [Row(what, _("not asked"), _("not needed: the model is on this machine"))]
     if not modelscope and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        return [Row(what, "switched off (HF_HUB_OFFLINE)", model_name, "warn", f"unset HF_HUB_OFFLINE, or {local}")]
+        fix = _("unset HF_HUB_OFFLINE, or {local}", local=local)
+        return [Row(what, _("switched off (HF_HUB_OFFLINE)"), model_name, "warn", fix)]
     result, address = run_probe("hub", model_url(model_name), seconds=HUB_SECONDS), models_address()
     if not result.ok:
-        connect = {"kaggle": "switch on Settings > Internet"}.get(find_place(), "connect to the network")
+        connect = _("switch on Settings > Internet") if find_place() == "kaggle" else ""
         fix = no_answer_fix(local, connect=connect)
         return [Row(what, f"{address}: {result.found}", expected, "fail", fix)]
-    rows = [Row(what, f"reached at {address}", expected)]
+    rows = [Row(what, _("reached at {address}", address=address), expected)]
     status = result.found.get("status")
     if modelscope:
-        found = f"{address} does not show it (status {status})" if status else "there"
-        return [*rows, Row("model", found, model_name, *_verdict(not status, "correct MODEL_NAME", bad="warn"))]
+        found = _("{address} does not show it (status {status})", address=address, status=status)
+        verdict = _verdict(not status, _("correct MODEL_NAME"), bad="warn")
+        return [*rows, Row(_("model"), found if status else _("there"), model_name, *verdict)]
     return [*rows, check_token(model_name, status=status, gated=bool(result.found.get("gated")))]
 
 
 def check_token(model_name: str, *, status: int | None, gated: bool) -> Row:
     """Does the model need a token, and is there one?"""
     token = find_token()
-    secret = "accept its licence on the Hub and put a token into HF_TOKEN (Colab: the key icon at the left, Secrets)"
+    secret = _("accept its licence on the Hub and put a token into HF_TOKEN (Colab: the key icon at the left, Secrets)")
     if status:
-        found = f"the Hub does not show {model_name} (status {status}); token: {token}"
-        return Row("token", found, "a model that exists", "warn", "correct MODEL_NAME, or " + secret)
+        place = {"model": model_name, "status": status, "token": token}
+        found = _("the Hub does not show {model} (status {status}); token: {token}", **place)
+        return Row("token", found, _("a model that exists"), "warn", _("correct MODEL_NAME, or {fix}", fix=secret))
     if not gated:
-        return Row("token", f"not needed for {model_name}", "only for gated models")
-    have = token.startswith(("environment", "the file"))
-    return Row("token", token, f"one: {model_name} is gated", *_verdict(have, secret, bad="warn"))
+        return Row("token", _("not needed for {model}", model=model_name), _("only for gated models"))
+    have = bool(_token_variable()) or _has_token_file()
+    return Row("token", token, _("one: {model} is gated", model=model_name), *_verdict(have, secret, bad="warn"))
 
 
 def _verdict(good: bool, fix: str, *, bad: str = "fail") -> tuple[str, str]:

@@ -16,8 +16,7 @@ import sys
 from dataclasses import dataclass
 
 from helpers.base import ROOT
-
-SDPA = "PyTorch's own attention"
+from helpers.messages import _
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,15 @@ def probe_bitsandbytes() -> str:
     from bitsandbytes.cextension import lib
 
     if "Mock" in type(lib).__name__:  # bitsandbytes imports without its library, and fails (or crawls) when used
-        raise RuntimeError("bitsandbytes has no native library for this machine")
+        raise RuntimeError(_("bitsandbytes has no native library for this machine"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
     layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=dtype).to(device)
     x = torch.ones(4, 64, device=device, dtype=dtype, requires_grad=True)
     layer(x).float().sum().backward()
     if not (torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0):
-        raise RuntimeError("the gradient through a 4-bit layer is zero or not finite")
-    return f"4-bit forward and backward on {device}"
+        raise RuntimeError(_("the gradient through a 4-bit layer is zero or not finite"))
+    return _("4-bit forward and backward on {device}", device=device)
 
 
 def probe_peft() -> str:
@@ -81,7 +80,7 @@ def probe_peft() -> str:
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
     model(torch.ones(1, 8)).sum().backward()
-    return "a LoRA adapter was built and trained"
+    return _("a LoRA adapter was built and trained")
 
 
 def probe_sentencepiece() -> str:
@@ -90,8 +89,8 @@ def probe_sentencepiece() -> str:
 
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(model.SerializeToString())
-    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("sentencepiece", "protobuf"))
-    return " with ".join(versions)
+    versions = {name: importlib.metadata.version(name) for name in ("sentencepiece", "protobuf")}
+    return _("sentencepiece {sentencepiece} with protobuf {protobuf}", **versions)
 
 
 def probe_triton() -> str:
@@ -99,7 +98,7 @@ def probe_triton() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        return "not needed without a GPU"
+        return _("not needed without a GPU")
     global tl  # a kernel sees the globals of its module only
     import triton
     import triton.language as tl
@@ -111,16 +110,16 @@ def probe_triton() -> str:
     x = torch.zeros(16, device="cuda")
     add_one[(1,)](x, 16)
     if x.sum().item() != 16:
-        raise RuntimeError("a kernel ran and gave a wrong result")
-    return f"triton {triton.__version__} compiled and ran a kernel"
+        raise RuntimeError(_("a kernel ran and gave a wrong result"))
+    return _("triton {version} compiled and ran a kernel", version=triton.__version__)
 
 
 def probe_xformers() -> str:
     """Which attention Unsloth will use: one of xformers' is run. An error says why xformers cannot be used."""
     if importlib.util.find_spec("flash_attn"):
-        return "flash-attn is installed: Unsloth tries it first"
+        return _("flash-attn is installed: Unsloth tries it first")
     if importlib.util.find_spec("xformers") is None:
-        return f"not installed: Unsloth uses {SDPA}"
+        return _("not installed: Unsloth uses PyTorch's own attention")
     import torch
     from xformers._cpp_lib import _register_extensions
 
@@ -128,14 +127,16 @@ def probe_xformers() -> str:
         _register_extensions()
     except Exception as error:
         built = re.search(r"PyTorch (\S+)", str(error))
-        raise RuntimeError(f"built for torch {built[1]}" if built else " ".join(str(error).split())) from error
+        why = _("built for torch {version}", version=built[1]) if built else " ".join(str(error).split())
+        raise RuntimeError(why) from error
     if not torch.cuda.is_available():
-        return f"unused without a GPU: Unsloth uses {SDPA}"
+        return _("unused without a GPU: Unsloth uses PyTorch's own attention")
     import xformers.ops.fmha as fmha
 
     q = torch.ones(1, 8, 1, 64, device="cuda", dtype=torch.float16)
     fmha.memory_efficient_attention(q, q, q, attn_bias=fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens([8]))
-    return f"xformers {importlib.metadata.version('xformers')} ran an attention: Unsloth uses it"
+    version = importlib.metadata.version("xformers")
+    return _("xformers {version} ran an attention: Unsloth uses it", version=version)
 
 
 def probe_hub(url: str) -> dict:
@@ -168,10 +169,10 @@ def run_probe(name: str, *arguments: str, seconds: float) -> ProbeResult:
             command, capture_output=True, text=True, timeout=seconds, env={**os.environ, "PYTHONPATH": path}
         )
     except subprocess.TimeoutExpired:
-        return ProbeResult(False, f"no answer in {seconds:.0f} s")
+        return ProbeResult(False, _("no answer in {seconds:.0f} s", seconds=seconds))
     if done.returncode < 0:
-        return ProbeResult(False, f"crashed ({signal.Signals(-done.returncode).name})")
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no output"]
+        return ProbeResult(False, _("crashed ({signal})", signal=signal.Signals(-done.returncode).name))
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or [_("no output")]
     return ProbeResult(True, json.loads(lines[-1])) if done.returncode == 0 else ProbeResult(False, _short(lines))
 
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.base import InputError
+from helpers.messages import _
 
 NEED = "#: "  # how a lock's line begins that says what the image must have
+NOTHING = "nothing"  # in the place of a version, where a package is not there
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,12 @@ def public(version: str) -> str:
 def read_text(path: Path) -> str:
     """A text file, with or without a byte order mark."""
     if not path.is_file():
-        raise InputError(str(path), found="no such file", expected="a text file", fix="check the path")
+        raise InputError(str(path), found=_("no such file"), expected=_("a text file"), fix=_("check the path"))
     try:
         return path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows puts in front
     except UnicodeDecodeError:
         raise InputError(
-            str(path), found="bytes that are not UTF-8", expected="a text file", fix="save it as UTF-8"
+            str(path), found=_("bytes that are not UTF-8"), expected=_("a text file"), fix=_("save it as UTF-8")
         ) from None
 
 
@@ -82,12 +84,15 @@ def read_lock(path: str | Path) -> list[Pin]:
             row = re.match(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)", line)
             if row is None:
                 raise InputError(
-                    str(path), found=repr(line), expected="name==version", fix="run `make lock` to make the file anew"
+                    str(path),
+                    found=repr(line),
+                    expected=_("name==version"),
+                    fix=_("run `make lock` to make the file anew"),
                 )
             pins.append(Pin(normal_name(row[1]), row[2], reason))
             reason = ""
     if not pins:
-        raise InputError(str(path), found="no package", expected="name==version rows", fix="run `make lock`")
+        raise InputError(str(path), found=_("no package"), expected=_("name==version rows"), fix=_("run `make lock`"))
     return pins
 
 
@@ -122,7 +127,12 @@ def unmet(requires: Sequence[str], versions: Mapping[str, str | None], *, python
     """
     broken = []
     for requirement in applicable(requires, python=python):
-        version = versions.get(normal_name(requirement.name), "nothing")
-        if version == "nothing" or (version and not requirement.specifier.contains(version, prereleases=True)):
+        version = versions.get(normal_name(requirement.name), NOTHING)
+        if version == NOTHING or (version and not requirement.specifier.contains(version, prereleases=True)):
             broken.append((f"{requirement.name}{requirement.specifier}", version))
     return broken
+
+
+def name_and_version(name: str, version: str) -> str:
+    """What is installed, as a reader is told. Example: `trl 0.29.1`, and `trl nothing` where it is not there."""
+    return _("{package} nothing", package=name) if version == NOTHING else f"{name} {version}"

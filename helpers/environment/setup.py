@@ -15,9 +15,11 @@ from pathlib import Path
 
 from helpers.base import ROOT, InputError, Table
 from helpers.environment.requirements import (
+    NOTHING,
     Change,
     Conflict,
     Pin,
+    name_and_version,
     normal_name,
     public,
     read_lock,
@@ -25,19 +27,20 @@ from helpers.environment.requirements import (
     requirement_name,
     unmet,
 )
+from helpers.messages import N_, _, _n
 
 GPU_ONLY = ("xformers",)  # in the lock, but of no use without a CUDA GPU: the local CPU environment leaves it out
-PLACES = {"colab": "Google Colab", "kaggle": "Kaggle", "local": "this computer"}
+PLACES = {"colab": "Google Colab", "kaggle": "Kaggle", "local": N_("this computer")}
 RESTART = {
-    "colab": "Runtime > Restart session, then run this cell again",
-    "kaggle": "Run > Restart & clear cell outputs, then run this cell again",
-    "local": "restart the kernel, then run this cell again",
+    "colab": N_("Runtime > Restart session, then run this cell again"),
+    "kaggle": N_("Run > Restart & clear cell outputs, then run this cell again"),
+    "local": N_("restart the kernel, then run this cell again"),
 }
 # Of Colab's past runtimes the newest on which the lock installs cleanly; a test holds its freeze against the lock.
 RUNTIME_VERSION = "2026.07"
 OTHER_IMAGE = {
-    "colab": f"Runtime > Change runtime type > Runtime version > {RUNTIME_VERSION} > Save, then run from the top",
-    "kaggle": f"run the notebook in Colab, with Runtime > Change runtime type > Runtime version > {RUNTIME_VERSION}",
+    "colab": N_("Runtime > Change runtime type > Runtime version > {version} > Save, then run from the top"),
+    "kaggle": N_("run the notebook in Colab, with Runtime > Change runtime type > Runtime version > {version}"),
 }
 # No restart is needed where these change under a running kernel: {package: why}.
 SAFE_TO_REPLACE = {"certifi": "a file of certificates, which the next connection reads anew"}
@@ -66,30 +69,45 @@ class SetupReport(Table):
     note: str = ""
 
     def _notes(self) -> list[str]:
-        name = f"{PLACES[self.place]}, Python {sys.version.split()[0]}"
-        lock = f"{_count(self.present)} already {'has' if self.present == 1 else 'have'} the lock's versions"
-        if self.changes:
-            lines = [
-                f"{name}: {_count(len(self.changes))} changed with {self.installer} in {self.seconds:.1f} s, {lock}."
-            ]
-        else:
-            lines = [f"{name}: nothing to install, {lock}."]
+        done = _n(
+            "{count} package changed with {installer} in {seconds:.1f} s",
+            "{count} packages changed with {installer} in {seconds:.1f} s",
+            len(self.changes),
+            installer=self.installer,
+            seconds=self.seconds,
+        )
+        lock = _n(
+            "{count} package already has the lock's versions",
+            "{count} packages already have the lock's versions",
+            self.present,
+        )
+        lines = [
+            _(
+                "{place}, Python {python}: {done}, {lock}.",
+                place=_(PLACES[self.place]),
+                python=sys.version.split()[0],
+                done=done if self.changes else _("nothing to install"),
+                lock=lock,
+            )
+        ]
         if self.note:
             lines.append(self.note)
         if self.restart:
-            was = "was" if len(self.restart) == 1 else "were"
-            lines.append(
-                f"RESTART NEEDED: {', '.join(self.restart)} {was} replaced, but this kernel still holds the old "
-                f"version. Do this once: {RESTART[self.place]}."
+            restart = _n(
+                "RESTART NEEDED: {packages} was replaced, but this kernel still holds the old version. Do this once: "
+                "{restart}.",
+                "RESTART NEEDED: {packages} were replaced, but this kernel still holds the old version. Do this once: "
+                "{restart}.",
+                len(self.restart),
+                packages=", ".join(self.restart),
+                restart=_(RESTART[self.place]),
             )
+            lines.append(restart)
         return lines
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        return ["package", "before", "now", "why"], [[c.package, c.before, c.after, c.reason] for c in self.changes]
-
-
-def _count(packages: int) -> str:
-    return f"{packages} package" if packages == 1 else f"{packages} packages"
+        headers = _("package | before | now | why").split(" | ")
+        return headers, [[c.package, c.before, c.after, c.reason] for c in self.changes]
 
 
 def find_place() -> str:
@@ -104,7 +122,12 @@ def find_requirements(path: str | Path) -> Path:
     for candidate in (Path(path), ROOT / path):
         if candidate.is_file():
             return candidate
-    raise InputError(str(path), found="no such file", expected="a requirements file", fix="clone the repository again")
+    raise InputError(
+        str(path),
+        found=_("no such file"),
+        expected=_("a requirements file"),
+        fix=_("clone the repository again"),
+    )
 
 
 def installed_version(name: str) -> str | None:
@@ -170,19 +193,25 @@ def image_conflicts(requirements: Path, *, pins: Sequence[Pin]) -> list[Conflict
         for need in read_needs(requirements)
         for pair in unmet([need.requirement], versions, python=python)
     ]
-    return [c for c in broken if (requirement_name(c.requires), c.found) != ("triton", "nothing")]
+    return [c for c in broken if (requirement_name(c.requires), c.found) != ("triton", NOTHING)]
 
 
 def require_image(requirements: Path, *, pins: Sequence[Pin], place: str) -> None:
     """Refuse an image on which the lock cannot work, before anything is installed."""
     conflicts = image_conflicts(requirements, pins=pins)
     if conflicts:
+        needs = (_("{package} (for {asker})", package=c.requires, asker=c.package) for c in conflicts)
         raise InputError(
-            f"{PLACES[place]}'s image",
-            found=", ".join(f"{requirement_name(c.requires)} {c.found}" for c in conflicts),
-            expected=", ".join(f"{c.requires} (for {c.package})" for c in conflicts) + "; nothing was installed",
-            fix=OTHER_IMAGE[place],
+            _("{place}'s image", place=PLACES[place]),
+            found=", ".join(name_and_version(requirement_name(c.requires), c.found) for c in conflicts),
+            expected=_("{needs}; nothing was installed", needs=", ".join(needs)),
+            fix=other_image(place),
         )
+
+
+def other_image(place: str) -> str:
+    """How to get an image on which the lock works; "" on a local computer."""
+    return _(OTHER_IMAGE[place], version=RUNTIME_VERSION) if place in OTHER_IMAGE else ""
 
 
 def installer_command(requirements: Path) -> list[str]:
@@ -227,23 +256,33 @@ def set_up(*, requirements: str | Path = "requirements-colab.txt") -> SetupRepor
     loaded = {pin.name for pin in replaced if import_names(pin.name) & set(sys.modules)}
     command = installer_command(path)
     installer = "uv" if "--python" in command else "pip"
-    print(f"{PLACES[place]}: installing {_count(len(differs))} with {installer} ...", flush=True)
+    installing = _n(
+        "{place}: installing {count} package with {installer} ...",
+        "{place}: installing {count} packages with {installer} ...",
+        len(differs),
+        place=PLACES[place],
+        installer=installer,
+    )
+    print(installing, flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     importlib.invalidate_caches()
     now = {pin.name: installed_version(pin.name) for pin in pins}
     wrong = [pin.name for pin in pins if now[pin.name] is None or not same_version(now[pin.name], pin.version)]
     if done.returncode or wrong:
         print(" ".join(command), done.stdout, sep="\n", flush=True)
-        raise InputError(
-            f"{installer} install",
-            found=f"exit status {done.returncode}" + (f", and still not right: {', '.join(wrong)}" if wrong else ""),
-            expected=f"the packages of {path.name}",
-            fix="read the installer's own message above"
-            + (", and see that Internet is on in the notebook's settings" if place == "kaggle" else ""),
-        )
+        raise _install_error(installer, status=done.returncode, wrong=wrong, file=path.name, place=place)
     _replaced_while_loaded.update(loaded)
-    changes = tuple(Change(pin.name, before[pin.name] or "none", pin.version, pin.reason) for pin in differs)
+    changes = tuple(Change(pin.name, before[pin.name] or _("none"), pin.version, pin.reason) for pin in differs)
     return SetupReport(place, changes, present, installer, time.perf_counter() - start, stale_packages(pins))
+
+
+def _install_error(installer: str, *, status: int, wrong: Sequence[str], file: str, place: str) -> InputError:
+    found, fix = _("exit status {status}", status=status), _("read the installer's own message above")
+    if wrong:
+        found = _("exit status {status}, and still not right: {packages}", status=status, packages=", ".join(wrong))
+    if place == "kaggle":
+        fix = _("read the installer's own message above, and see that Internet is on in the notebook's settings")
+    return InputError(f"{installer} install", found=found, expected=_("the packages of {file}", file=file), fix=fix)
 
 
 def hide_harmless_warnings() -> None:
@@ -260,14 +299,21 @@ def _look(pins: Sequence[Pin], *, before: dict[str, str | None], differs: Sequen
     missing = [pin.name for pin in differs if before[pin.name] is None and pin.name not in GPU_ONLY]
     if missing:
         raise InputError(
-            "this Python environment",
-            found=f"no {', '.join(missing)} in {sys.prefix}",
-            expected="the packages of tests/requirements-local.txt",
-            fix="run `make setup`, then choose the kernel of .venv",
+            _("this Python environment"),
+            found=_("no {packages} in {folder}", packages=", ".join(missing), folder=sys.prefix),
+            expected=_("the packages of {file}", file="tests/requirements-local.txt"),
+            fix=_("run `make setup`, then choose the kernel of .venv"),
         )
-    other = [f"{pin.name} {before[pin.name]} (lock: {pin.version})" for pin in differs if before[pin.name]]
+    other = [
+        _("{package} {version} (lock: {locked})", package=pin.name, version=before[pin.name], locked=pin.version)
+        for pin in differs
+        if before[pin.name]
+    ]
     left_out = [pin.name for pin in differs if before[pin.name] is None]
-    notes = [f"Left out here, since it needs a GPU: {', '.join(left_out)}."] if left_out else []
+    notes = [_("Left out here, since it needs a GPU: {packages}.", packages=", ".join(left_out))] if left_out else []
     if other:
-        notes.append(f"Other versions than the lock's: {', '.join(other)}. `make setup` brings them back.")
+        others = _(
+            "Other versions than the lock's: {packages}. `make setup` brings them back.", packages=", ".join(other)
+        )
+        notes.append(others)
     return SetupReport("local", (), present, "", 0.0, stale_packages(pins), " ".join(notes))

@@ -13,6 +13,7 @@ from helpers.base import InputError, text_table
 from helpers.environment.hub import base_name, hub_name
 from helpers.handoff.manifest import identity
 from helpers.handoff.run import Run
+from helpers.messages import _
 from helpers.training.report import LORA_SETTINGS
 from helpers.training.report import SETTINGS as TRAINER_SETTINGS
 
@@ -109,7 +110,7 @@ def make_model_card(run: Run, *, form: str, name: str, base_model: str, exports:
         data={name: as_markdown(text) for name, text in report["data"].items()},
         settings=_lines(_settings(report)),
         results=text_table(["", "before", "after"], [[n, f"{b:.3f}", f"{a:.3f}"] for n, b, a in metrics]),
-        exports=repr(exports) if exports is not None else "",
+        exports=str(exports) if exports is not None else "",
         use=USE[form].format(name=json.dumps(place, ensure_ascii=False)),
         versions=_lines({"adapter": identity(run.facts("adapter")), **run.facts("adapter")["versions"]}),
     )
@@ -201,12 +202,12 @@ def check_model_card(text: str) -> str:
     """
     from huggingface_hub import ModelCard
 
-    fix = "correct the header between the two lines of ---"
+    where, fix = _("model card"), _("correct the header between the two lines of ---")
     try:
         card = ModelCard(text, ignore_metadata_errors=False)
         header = card.data.to_dict()
     except Exception as error:  # yaml's errors, and the client's own
-        raise CardError("model card", found=f"{error}".splitlines()[0], expected="a header", fix=fix) from None
+        raise CardError(where, found=f"{error}".splitlines()[0], expected=_("a header"), fix=fix) from None
     if not header.get("license"):
-        raise CardError("model card", found="no licence", expected="license: …", fix=fix)
+        raise CardError(where, found=_("no licence"), expected=_("license: …"), fix=fix)
     return text

@@ -7,6 +7,7 @@ from typing import Any
 
 from helpers.export.modelfile import make_modelfile
 from helpers.export.plan import ExportError
+from helpers.messages import _
 
 NAME = "model"
 
@@ -33,8 +34,8 @@ def keep_gguf(folder: str | Path, types: Sequence[str], model: Any, tokenizer: A
     quantised = [path for path in folder.rglob("*.gguf") if not path.stem.upper().endswith(("BF16", "F16", "F32"))]
     kept = [path.rename(folder / f"{NAME}-{path.stem.rpartition('.')[2].lower()}.gguf") for path in quantised]
     if missing := [name for name in types if folder / f"{NAME}-{name}.gguf" not in kept]:
-        found, expected = f"no quantised GGUF file {', '.join(missing)}", "one of each type"
-        fix = "read what Unsloth printed, and run the cell again"
+        found, expected = _("no quantised GGUF file {types}", types=", ".join(missing)), _("one of each type")
+        fix = _("read what Unsloth printed, and run the cell again")
         raise ExportError(folder.name, found=found, expected=expected, fix=fix)
     for path in folder.iterdir():
         if path not in kept:

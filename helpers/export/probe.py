@@ -17,6 +17,7 @@ from helpers.base import ROOT
 from helpers.chat.replies import Message, batch_replies, render_prompt, stop_tokens
 from helpers.export.gguf import bound_process, serve_gguf
 from helpers.export.plan import ExportError
+from helpers.messages import _
 
 FIRST_TOKENS = 32  # how much of each greedy reply is compared token by token
 SCORED_TOKENS = 64  # how much of each held-out answer is scored
@@ -84,8 +85,8 @@ def probe_model(
             their rounding errors.
     """
     if with_rivals and getattr(model.config, "quantization_config", None):
-        fix = "load it with load_in_4bit=False"
-        raise ExportError("the model", found="quantised weights", expected="16-bit ones to merge into", fix=fix)
+        found, expected = _("quantised weights"), _("16-bit ones to merge into")
+        raise ExportError(_("the model"), found=found, expected=expected, fix=_("load it with load_in_4bit=False"))
     stops = stop_tokens(tokenizer, model)
     replies = batch_replies(model, tokenizer, [turns[:-1] for turns in conversations], max_new_tokens=max_new_tokens)
     chosen, distributions, rivals = [], [], []
@@ -213,13 +214,14 @@ def _ask(
     try:
         process.communicate(json.dumps(jobs), timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
-        found, expected = f"no answer in {timeout_seconds:.0f} s", "one"
-        fix = "allow more, or ask fewer questions"
+        found, expected = _("no answer in {limit:.0f} s", limit=timeout_seconds), _("one")
+        fix = _("allow more, or ask fewer questions")
         raise ExportError(_unanswered(forms, answers), found=found, expected=expected, fix=fix) from None
     if process.returncode:
         words = (scratch / "stderr").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        found = words[-1] if words else f"an end with {process.returncode} and no word"
-        expected, fix = "a model that loads and answers", "save it again; the process's own message is quoted here"
+        found = words[-1] if words else _("an end with {status} and no word", status=process.returncode)
+        expected = _("a model that loads and answers")
+        fix = _("save it again; the process's own message is quoted here")
         raise ExportError(_unanswered(forms, answers), found=found, expected=expected, fix=fix)
     return {name: _read_answer(answer) for name, answer in answers.items()}
 
@@ -327,7 +329,8 @@ def _score_next(server: Any, ids: list[int], token: int) -> float:
         for candidate in candidates:
             if candidate["id"] == token:
                 return candidate["logprob"]
-    raise ExportError("llama-server", found=f"no token {token}", expected="the tokenizer's vocabulary", fix="export it")
+    found, expected = _("no token {token}", token=token), _("the tokenizer's vocabulary")
+    raise ExportError("llama-server", found=found, expected=expected, fix=_("export it"))
 
 
 def check_rendering(server: Any, tokenizer: Any, conversation: Sequence[Message]) -> None:
@@ -339,14 +342,14 @@ def check_rendering(server: Any, tokenizer: Any, conversation: Sequence[Message]
     messages = [message | {"content": message["content"].strip()} for message in conversation]
     ours, theirs = render_prompt(tokenizer, messages), server.post("/apply-template", {"messages": messages})["prompt"]
     bos = tokenizer.bos_token or ""
-    fix = "export the tokenizer that the model was trained with"
+    fix = _("export the tokenizer that the model was trained with")
     if theirs not in (ours, ours.removeprefix(bos)):
-        raise ExportError("the GGUF file's template", found=repr(theirs), expected=repr(ours), fix=fix)
+        raise ExportError(_("the GGUF file's template"), found=repr(theirs), expected=repr(ours), fix=fix)
     expected = tokenizer(ours, add_special_tokens=False).input_ids
     question = {"content": theirs, "add_special": True, "parse_special": True}
     found = server.post("/tokenize", question)["tokens"]
     if found != expected:
-        raise ExportError("the GGUF file's tokens", found=str(found[:12]), expected=str(expected[:12]), fix=fix)
+        raise ExportError(_("the GGUF file's tokens"), found=str(found[:12]), expected=str(expected[:12]), fix=fix)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from helpers.environment.hub import base_name, hide_token, hub_name
 from helpers.export.plan import ExportError
 from helpers.handoff.run import Run
+from helpers.messages import _
 
 
 def hub_files(run: Run, form: str, *, card: str, base_model: str) -> dict[str, Path | bytes]:
@@ -57,8 +58,9 @@ def publish(run: Run, form: str, *, repository: str, card: str, base_model: str)
         except Exception as error:  # the client's own, httpx's and the socket's errors
             failed = hide_token(f"{type(error).__name__}: {error}")
     if failed:  # raised here, it takes no error with it that holds the token
-        fix = "read the Hub's words, then correct the card, PUSH_TO or the token's rights"
-        raise ExportError(f"publishing in {repository}", found=failed[:500], expected="a commit", fix=fix)
+        where = _("publishing in {repository}", repository=repository)
+        fix = _("read the Hub's words, then correct the card, PUSH_TO or the token's rights")
+        raise ExportError(where, found=failed[:500], expected=_("a commit"), fix=fix)
     return hide_token(commit.commit_url)
 
 

@@ -1,12 +1,12 @@
 """Is what was saved the model that was trained? Every form is asked in a process that has nothing but its files."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.base import Table
+from helpers.base import Table, text_table
 from helpers.chat.replies import Message
 from helpers.export.plan import ExportError
 from helpers.export.probe import (
@@ -18,6 +18,7 @@ from helpers.export.probe import (
     probe_in_fresh_processes,
     reply_tokens,
 )
+from helpers.messages import N_, _
 
 TIE = 0.5  # logits: bfloat16 rounds those of the best tokens, 16 to 32, to steps of 0.125, and every layer rounds too
 PERPLEXITY_LIMITS = {"q8_0": 0.01, "q4_k_m": 0.10}  # how far perplexity may be off; other quantised files: the latter
@@ -35,7 +36,6 @@ class ExportCheck:
         mean_difference, largest_difference: between the log-probabilities of the held-out answers' tokens.
         divergence: the mean Kullback-Leibler divergence, in nats; None where there are no whole distributions.
         perplexity, perplexity_change: on the held-out answers, and relative to the model in memory.
-        faults: what misses its limit.
     """
 
     form: str
@@ -48,12 +48,31 @@ class ExportCheck:
     divergence: float | None
     perplexity: float
     perplexity_change: float
-    faults: tuple[str, ...]
+
+    @property
+    def faults(self) -> list[str]:
+        """What misses its limit."""
+        return self.faults_as(_)
+
+    def faults_as(self, told: Callable[..., str]) -> list[str]:
+        """The same as `told`, which is `_` or, for English, `str.format`, puts it."""
+        faults, rounded = [], self.form.startswith("GGUF ") or on_4_bit_base(self.form)
+        differ = self.replies - self.same_replies - self.near_ties
+        if not rounded and differ:
+            message = N_("{differ} of {replies} replies differ by more than a tie")
+            faults.append(told(message, differ=differ, replies=self.replies))
+        limit = PERPLEXITY_LIMITS.get(self.form.removeprefix("GGUF "), 0.10) if rounded else 0.01
+        limit = math.inf if on_4_bit_base(self.form) else limit
+        if not abs(self.perplexity_change) <= limit:  # or no number
+            message = N_("perplexity changed by {change:+.2%}, more than {limit:.0%}")
+            message = message if limit < 1 else N_("perplexity changed by {change:+.2%}")
+            faults.append(told(message, change=self.perplexity_change, limit=limit))
+        return faults
 
     @property
     def verdict(self) -> str:
         """Either "ok" or "MISSED"; "not judged" where nothing of this form has a limit."""
-        return "MISSED" if self.faults else "not judged" if on_4_bit_base(self.form) else "ok"
+        return N_("MISSED") if self.faults else N_("not judged") if on_4_bit_base(self.form) else N_("ok")
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,30 +88,46 @@ class ExportReport(Table):
 
     def raise_if_failed(self) -> None:
         """Raises ExportError: a form misses a limit; the message names every form that does."""
-        if faults := [f"{check.form}: {fault}" for check in self.checks for fault in check.faults]:
-            fix = "save again, write other GGUF types, or train longer: what has hardly learned suffers from rounding"
-            expected = "forms that answer as the model in memory"
-            raise ExportError("saved forms", found="; ".join(faults), expected=expected, fix=fix)
+        faults = [_("{form}: {fault}", form=each.form, fault=fault) for each in self.checks for fault in each.faults]
+        if faults:
+            fix = _(
+                "save again, write other GGUF types, or train longer: what has hardly learned suffers from rounding"
+            )
+            expected = _("forms that answer as the model in memory")
+            raise ExportError(_("saved forms"), found=_("; ").join(faults), expected=expected, fix=fix)
+
+    def __str__(self) -> str:
+        """In English whatever the reader's language, for a model card."""
+        return "\n".join([text_table(*self._table_as(str.format)), *self._notes_as(str.format)])
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        rows = []
-        for check in self.checks:
-            ties = f" (+{check.near_ties} near ties)" if check.near_ties else ""
-            change = f"{check.perplexity_change:+.2%}"
-            rows.append([check.form, f"{check.same_replies} of {check.replies}{ties}", change, check.verdict])
-        return ["form", "same replies", "change in perplexity", "verdict"], rows
+        return self._table_as(_)
 
     def _notes(self) -> list[str]:
-        return [f"MISSED, {check.form}: {fault}" for check in self.checks for fault in check.faults]
+        return self._notes_as(_)
+
+    def _table_as(self, told: Callable[..., str]) -> tuple[list[str], list[list[str]]]:
+        rows = []
+        for check in self.checks:
+            counts = dict(same=check.same_replies, replies=check.replies, ties=check.near_ties)
+            ties = N_("{same} of {replies} (+{ties} near ties)")
+            same = told(ties if check.near_ties else N_("{same} of {replies}"), **counts)
+            rows.append([check.form, same, f"{check.perplexity_change:+.2%}", told(check.verdict)])
+        headers = N_("form"), N_("same replies"), N_("change in perplexity"), N_("verdict")
+        return [told(header) for header in headers], rows
+
+    def _notes_as(self, told: Callable[..., str]) -> list[str]:
+        note = N_("MISSED, {form}: {fault}")
+        return [told(note, form=each.form, fault=fault) for each in self.checks for fault in each.faults_as(told)]
 
     def _folded(self) -> tuple[str, list[str], list[list[str]]]:
-        headers = ["form", "first tokens", "mean Δ", "largest Δ", "KL", "perplexity"]
-        rows = [["in memory", "", "", "", "", f"{self.perplexity:.4f}"]]
+        headers = [_("form"), _("first tokens"), _("mean Δ"), _("largest Δ"), "KL", _("perplexity")]
+        rows = [[_("in memory"), "", "", "", "", f"{self.perplexity:.4f}"]]
         for check in self.checks:
             divergence = "" if check.divergence is None else f"{check.divergence:.5f}"
             sizes = [f"{check.mean_difference:.4f}", f"{check.largest_difference:.3f}", divergence]
             rows.append([check.form, f"{check.same_first_tokens:.1%}", *sizes, f"{check.perplexity:.4f}"])
-        return "the statistics", headers, rows
+        return _("the statistics"), headers, rows
 
 
 def verify_exports(
@@ -150,16 +185,8 @@ def _check(form: str, probe: Probe, reference: Probe, tokenizer: Any) -> ExportC
         for ours, theirs in zip(ours_of_answer, theirs_of_answer, strict=True)
     ]
     change = probe.perplexity / reference.perplexity - 1
-    rounded = form.startswith("GGUF ") or on_4_bit_base(form)
-    limit = PERPLEXITY_LIMITS.get(form.removeprefix("GGUF "), 0.10) if rounded else 0.01
-    limit = math.inf if on_4_bit_base(form) else limit
-    faults = []
-    if not rounded and same + ties < len(probe.replies):
-        faults.append(f"{len(probe.replies) - same - ties} of {len(probe.replies)} replies differ by more than a tie")
-    if not abs(change) <= limit:  # or no number
-        faults.append(f"perplexity changed by {change:+.2%}" + (f", more than {limit:.0%}" if limit < 1 else ""))
     row = (form, same, ties, len(probe.replies), first, sum(sizes) / len(sizes), max(sizes))
-    return ExportCheck(*row, _divergence(reference, probe), probe.perplexity, change, tuple(faults))
+    return ExportCheck(*row, _divergence(reference, probe), probe.perplexity, change)
 
 
 def on_4_bit_base(form: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from helpers.base import reason
 from helpers.chapters import Chapter
 from helpers.handoff.manifest import HandoffError
+from helpers.messages import _
 
 LOCK_SECONDS = 60  # for another process that is just writing `handoff.json`
 
@@ -19,8 +20,8 @@ def find_folder(path: str | Path, *, setting: str) -> Path:
     try:
         return Path(path).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:  # nobody's home, links in a circle, a null byte
-        found, fix = str(error).splitlines()[0], f"set {setting} to a folder of your own"
-        raise HandoffError(f"{setting} {path!r}", found=found, expected="a folder", fix=fix) from None
+        found, fix = str(error).splitlines()[0], _("set {setting} to a folder of your own", setting=setting)
+        raise HandoffError(f"{setting} {path!r}", found=found, expected=_("a folder"), fix=fix) from None
 
 
 def is_on_drive(folder: Path) -> bool:
@@ -46,9 +47,11 @@ def mount_drive(folder: Path) -> None:
 
 
 def check_writable(folder: Path, *, setting: str) -> None:
-    fix = f"free disk space, or set {setting} to a folder of your own"
-    fix = f"mount Drive again or make room there, or set {setting} to another folder" if setting == "DRIVE_DIR" else fix
-    with one_line(f"{setting} {folder}", "a folder that can be written", fix):
+    if setting == "DRIVE_DIR":
+        fix = _("mount Drive again or make room there, or set DRIVE_DIR to another folder")
+    else:
+        fix = _("free disk space, or set {setting} to a folder of your own", setting=setting)
+    with one_line(f"{setting} {folder}", _("a folder that can be written"), fix):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
         probe.write_text("")
@@ -74,9 +77,9 @@ def lock_chapter(folder: Path, chapter: Chapter) -> Any:
     except Timeout:
         raise HandoffError(
             f"RUN_DIR {folder}",
-            found=f"another process that has chapter {chapter.name} open in it",
-            expected="one at a time",
-            fix="shut that notebook's kernel down, which holds the folder even when its cells are done",
+            found=_("another process that has chapter {chapter} open in it", chapter=chapter.name),
+            expected=_("one at a time"),
+            fix=_("shut that notebook's kernel down, which holds the folder even when its cells are done"),
         ) from None
     return lock
 
@@ -90,8 +93,9 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout:
-        found, fix = f"another process that has been writing for {LOCK_SECONDS} s", "wait for it, or end it"
-        raise HandoffError(str(folder), found=found, expected="one at a time", fix=fix) from None
+        found = _("another process that has been writing for {seconds} s", seconds=LOCK_SECONDS)
+        fix = _("wait for it, or end it")
+        raise HandoffError(str(folder), found=found, expected=_("one at a time"), fix=fix) from None
     except NotImplementedError:
         pass
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 from helpers.base import InputError, hash_files, sha256_of
 from helpers.chapters import producer_of
+from helpers.messages import _
 
 SCHEMA_VERSION = 1
 MANIFEST = "handoff.json"
@@ -47,7 +48,7 @@ def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
         HandoffError: it is not what a chapter writes, for one because a file's name leads out of the folder.
     """
     path = folder / MANIFEST
-    fix = f"delete {path}, and run the chapters again"
+    fix = _("delete {path}, and run the chapters again", path=path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -56,14 +57,15 @@ def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
         content = None
     schema = content.get("schema") if isinstance(content, dict) else None
     if isinstance(schema, int) and schema != SCHEMA_VERSION:
-        raise HandoffError(str(path), found=f"schema {schema}", expected=f"schema {SCHEMA_VERSION}", fix=fix)
+        found, expected = _("schema {number}", number=schema), _("schema {number}", number=SCHEMA_VERSION)
+        raise HandoffError(str(path), found=found, expected=expected, fix=fix)
     entries = content.get("artefacts") if schema == SCHEMA_VERSION else None
     if not isinstance(entries, dict):
-        raise HandoffError(str(path), found="not a hand-off file", expected="what a chapter writes", fix=fix)
+        raise HandoffError(str(path), found=_("not a hand-off file"), expected=_("what a chapter writes"), fix=fix)
     for name, entry in entries.items():
         if not (_is_inside(name) and "/" not in name and _is_entry(entry)):
-            found = f"an entry {name[:80]!r} that no chapter writes"
-            raise HandoffError(str(path), found=found, expected="names, and files with their sha256", fix=fix)
+            found = _("an entry {name!r} that no chapter writes", name=name[:80])
+            raise HandoffError(str(path), found=found, expected=_("names, and files with their sha256"), fix=fix)
     return entries
 
 
@@ -100,11 +102,13 @@ def difference(path: Path, entry: Mapping[str, Any]) -> tuple[str, str, str] | N
     """
     for file, name, sha256 in entry_files(path, entry):
         if any(part.is_symlink() for part in (path, file, *file.parents[: len(PurePosixPath(name).parts) - 1])):
-            return str(file), "a symbolic link", "the file itself"
+            return str(file), _("a symbolic link"), _("the file itself")
         if not file.is_file():
-            return str(file), "no such file", f"the file that chapter {entry.get('chapter', '')} wrote"
+            expected = _("the file that chapter {chapter} wrote", chapter=entry.get("chapter", ""))
+            return str(file), _("no such file"), expected
         if (digits := sha256_of(file)) != sha256:
-            return str(file), f"sha256 {digits[:12]}…, other content than was written", f"sha256 {sha256[:12]}…"
+            found = _("sha256 {digits}…, other content than was written", digits=digits[:12])
+            return str(file), found, f"sha256 {sha256[:12]}…"
     return None
 
 

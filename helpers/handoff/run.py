@@ -55,10 +55,12 @@ from helpers.handoff.manifest import (
     stale_need,
     weights_of,
 )
+from helpers.messages import N_, _
 from helpers.ranks import start
 
 RECORDED_PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
-ROOM = "free disk space, or set RUN_DIR to a folder on another disk"
+WRITABLE = N_("room and permission to write")
+ROOM = N_("free disk space, or set RUN_DIR to a folder on another disk")
 
 
 def fingerprint_rows(dataset: Any) -> str:
@@ -107,18 +109,18 @@ class Run:
     def artefact(self, name: str) -> Path:
         """The path of an artefact such as "adapter", where it is whole, unaltered and made for this base model."""
         entry = self.facts(name)
-        with one_line(self.path / name, "an artefact that can be read", "run the cell again"):
+        with one_line(self.path / name, _("an artefact that can be read"), _("run the cell again")):
             differs = difference(self.path / name, entry)
         if differs:
             raise _refused(name, *differs)
         if need := stale_need(entry, self._read()):
-            raise _refused(
-                name, str(self.path / name), f"made from another {need}", f"made from the {need} that is here"
-            )
+            found = _("made from another {need}", need=need)
+            expected = _("made from the {need} that is here", need=need)
+            raise _refused(name, str(self.path / name), found, expected)
         if self.base_model and entry.get("base_model") != self.base_model:
-            made_for = str(entry.get("base") or entry.get("base_model"))
-            fix = f"set MODEL_NAME to {made_for}, or run chapter {producer_of(name).name} again for this one"
-            found = f"made for the base model {made_for}"
+            made_for = dict(model=entry.get("base") or entry.get("base_model"), chapter=producer_of(name).name)
+            found = _("made for the base model {model}", **made_for)
+            fix = _("set MODEL_NAME to {model}, or run chapter {chapter} again for this one", **made_for)
             raise HandoffError(str(self.path / name), found=found, expected=self.base_model, fix=fix)
         return self.path / name
 
@@ -141,13 +143,14 @@ class Run:
             facts: anything else worth handing on, JSON-serialisable.
         """
         target, new = self.path / name, self.path / "new" / name
-        with one_line(new, "room and permission to write", ROOM):
+        with one_line(new, _(WRITABLE), _(ROOM)):
             files = hash_files(new) if new.exists() else {}
             if not files:
-                fix = "run the cell above again"
-                raise HandoffError(str(new), found="no file", expected="what is to be kept", fix=fix)
+                fix = _("run the cell above again")
+                raise HandoffError(str(new), found=_("no file"), expected=_("what is to be kept"), fix=fix)
             if link := next((file for file in (new, *new.rglob("*")) if file.is_symlink()), None):
-                raise HandoffError(str(link), found="a symbolic link", expected="a file", fix="write the file itself")
+                found, fix = _("a symbolic link"), _("write the file itself")
+                raise HandoffError(str(link), found=found, expected=_("a file"), fix=fix)
             with writing(self.path):
                 entries = self._read()
                 self._require_the_same_needs(entries)
@@ -171,8 +174,13 @@ class Run:
             try:
                 _copy_artefact(self.path, self.mirror, name, entry)
             except (OSError, HandoffError) as error:  # Drive drops out; what is in the run folder is whole
-                told = f"make room there or mount it again, then `!cp -r {self.path}/. {self.mirror}`"
-                print(f"NO COPY of {name} in DRIVE_DIR {self.mirror} ({reason(error)}): {told}")
+                values = dict(name=name, drive=self.mirror, why=reason(error), run=self.path)
+                told = _(
+                    "NO COPY of {name} in DRIVE_DIR {drive} ({why}): "
+                    "make room there or mount it again, then `!cp -r {run}/. {drive}`",
+                    **values,
+                )
+                print(told)
         return target
 
     @contextlib.contextmanager
@@ -182,7 +190,7 @@ class Run:
         A block that fails leaves nothing.
         """
         new = self.path / "new" / name
-        with one_line(new, "room and permission to write", ROOM):
+        with one_line(new, _(WRITABLE), _(ROOM)):
             new.parent.mkdir(exist_ok=True)
             remove(new)
             try:
@@ -210,7 +218,7 @@ class Run:
 
         Example: `run.record("03_data", train_rows=480)` writes numbers/03_data.json
         """
-        with one_line(self.path / "numbers", "room and permission to write", ROOM):
+        with one_line(self.path / "numbers", _(WRITABLE), _(ROOM)):
             (self.path / "numbers").mkdir(exist_ok=True)
             replace_file(self.path / "numbers" / f"{chapter}.json", _json(numbers))
 
@@ -221,8 +229,9 @@ class Run:
         """Raises HandoffError where what the chapter was given was replaced while it ran."""
         for name, was in self.needs.items():
             if name in entries and identity(entries[name]) != was:
-                found, expected = f"another {name} than when this chapter began", "the same until it ends"
-                fix = f"run this chapter again from its top: chapter {producer_of(name).name} was run meanwhile"
+                found = _("another {name} than when this chapter began", name=name)
+                expected, chapter = _("the same until it ends"), producer_of(name).name
+                fix = _("run this chapter again from its top: chapter {chapter} was run meanwhile", chapter=chapter)
                 raise HandoffError(str(self.path / name), found=found, expected=expected, fix=fix)
 
 
@@ -246,11 +255,12 @@ def open_run(path: str | Path, *, chapter: str | Chapter = "", base_model: str =
     chapter = chapter_of(chapter) if isinstance(chapter, str) else chapter
     folder = find_folder(path, setting="RUN_DIR")
     if is_on_drive(folder):
+        own = Path.home() / folder.name
         raise HandoffError(
             f"RUN_DIR {folder}",
-            found="a folder on Google Drive, which drops out now and then while training writes to it",
-            expected="a folder on the machine's own disk",
-            fix=f'set RUN_DIR = "{Path.home() / folder.name}" and DRIVE_DIR = "{folder}", which then keeps a copy',
+            found=_("a folder on Google Drive, which drops out now and then while training writes to it"),
+            expected=_("a folder on the machine's own disk"),
+            fix=_('set RUN_DIR = "{own}" and DRIVE_DIR = "{drive}", which then keeps a copy', own=own, drive=folder),
         )
     check_writable(folder, setting="RUN_DIR")
     lock = lock_chapter(folder, chapter) if chapter.writes else None
@@ -261,7 +271,7 @@ def open_run(path: str | Path, *, chapter: str | Chapter = "", base_model: str =
         mount_drive(mirror)
         check_writable(mirror, setting="DRIVE_DIR")
     run = Run(folder, base_name(base_model) if base_model else "", mirror, str(base_model), lock)
-    print(f"Run folder: {short_path(folder)}")
+    print(_("Run folder: {folder}", folder=short_path(folder)))
     for name in chapter.needs:
         print(f"  {name}: {_fetch(run, name)}")
         if _is_trained(name) and base_model:
@@ -281,11 +291,12 @@ def _require_source(run: Run, name: str, *, trained: bool) -> None:
     """Refuse what was made from a file that has changed since; of what is trained already, say so."""
     changed = changed_source(run.facts(name))
     if changed and not trained:
-        found, expected = "a file that has changed since it was read", "the rows that were read"
-        fix = f"run chapter {producer_of(name).name} again, which reads it as it is now"
+        found, expected = _("a file that has changed since it was read"), _("the rows that were read")
+        fix = _("run chapter {chapter} again, which reads it as it is now", chapter=producer_of(name).name)
         raise HandoffError(changed, found=found, expected=expected, fix=fix)
     if changed:
-        print(f"    {short_path(changed)} has changed since; the adapter was trained on it as it was")
+        told = _("{file} has changed since; the adapter was trained on it as it was", file=short_path(changed))
+        print(f"    {told}")
 
 
 def changed_source(entry: Mapping[str, Any]) -> str:
@@ -297,13 +308,14 @@ def changed_source(entry: Mapping[str, Any]) -> str:
 def _require_base(run: Run, name: str) -> None:
     """Refuse what was trained on another base model: on other weights, or under another name on the hub."""
     entry, now = run.facts(name), weights_of(run.base)
-    then, fix = entry.get("weights", ""), "set MODEL_NAME to the model that it was trained on, or run chapter 04 again"
+    then = entry.get("weights", "")
+    fix = _("set MODEL_NAME to the model that it was trained on, or run chapter 04 again")
     if then and now and then != now:
-        found = f"trained on other weights than those in {run.base}"
-        raise HandoffError(str(run.path / name), found=found, expected="the weights it was trained on", fix=fix)
+        found = _("trained on other weights than those in {folder}", folder=run.base)
+        raise HandoffError(str(run.path / name), found=found, expected=_("the weights it was trained on"), fix=fix)
     named, chosen = entry.get("base", ""), hub_name(run.base)
     if named and chosen and named.lower() != chosen.lower():
-        raise HandoffError(str(run.path / name), found=f"trained on {named}", expected=chosen, fix=fix)
+        raise HandoffError(str(run.path / name), found=_("trained on {model}", model=named), expected=chosen, fix=fix)
 
 
 def _put_on_base(run: Run, name: str) -> None:
@@ -319,12 +331,13 @@ def _put_on_base(run: Run, name: str) -> None:
     if named == run.base or (hub_name(named) and hub_name(run.base)):
         return
     config["base_model_name_or_path"] = run.base
-    with one_line(path, "room and permission to write", ROOM), writing(run.path):
+    with one_line(path, _(WRITABLE), _(ROOM)), writing(run.path):
         entries = run._read()
         replace_file(path, json.dumps(config, indent=2, sort_keys=True).encode())
         entries[name]["files"][path.name] = sha256_of(path)
         replace_file(run.path / MANIFEST, _dump(entries))
-    print(f"    its base model is {short_path(run.base)}, and was {named}")
+    told = _("its base model is {model}, and was {before}", model=short_path(run.base), before=named)
+    print(f"    {told}")
 
 
 def _fetch(run: Run, name: str) -> str:
@@ -334,15 +347,17 @@ def _fetch(run: Run, name: str) -> str:
         copies.artefact(name)
         entry = copies.facts(name)
         if need := stale_need(entry, run._read()):
-            found, expected = f"made from another {need}", f"made from the {need} in {run.path}"
+            found = _("made from another {need}", need=need)
+            expected = _("made from the {need} in {folder}", need=need, folder=run.path)
             raise _refused(name, str(copies.path / name), found, expected)
-        mount = f"mount Drive again, or {ROOM}"
-        with one_line(run.path / name, f"room for the copy in {copies.path}, and Drive to answer", mount):
+        expected = _("room for the copy in {folder}, and Drive to answer", folder=copies.path)
+        fix = _("mount Drive again, or free disk space, or set RUN_DIR to a folder on another disk")
+        with one_line(run.path / name, expected, fix):
             _copy_artefact(copies.path, run.path, name, entry)
         run.artefact(name)
-        return f"copied from {short_path(copies.path)}"
+        return _("copied from {folder}", folder=short_path(copies.path))
     run.artefact(name)
-    return "from the run folder"
+    return _("from the run folder")
 
 
 def missing_chapters(run: Run, name: str) -> list[str]:
@@ -363,31 +378,33 @@ def _read_object(path: Path, name: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise _refused(name, str(path), "no JSON object", "what that chapter writes")
+        raise _refused(name, str(path), _("no JSON object"), _("what that chapter writes"))
     return content
 
 
 def _refused(name: str, where: str, found: str, expected: str) -> HandoffError:
-    chapter = producer_of(name).name
-    return HandoffError(where, found=found, expected=expected, fix=f"run chapter {chapter} (again) with this RUN_DIR")
+    fix = _("run chapter {chapter} (again) with this RUN_DIR", chapter=producer_of(name).name)
+    return HandoffError(where, found=found, expected=expected, fix=fix)
 
 
 def _missing(run: Run, name: str) -> HandoffError:
     """An artefact that is nowhere, with the one line that makes it here: on Colab each notebook has its own machine."""
     where = run.path / name
-    state = "a folder or file that no chapter finished" if where.exists() else "nothing"
+    state = _("a folder or file that no chapter finished") if where.exists() else _("nothing")
     chapters = missing_chapters(run, name)
     words = ["python", "-m", "tests.maintain.series", *chapters, "-p", "RUN_DIR", str(run.path)]
     words += ["-p", "MODEL_NAME", run.base] if run.base else []
     words += ["-p", "DRIVE_DIR", str(run.mirror)] if run.mirror is not None else []
     words += ["-p", "DATASET", "YOUR_FILE"] if "03_data" in chapters else []
-    fix = f"run `!{shlex.join(words)}` in a new cell, with your other choices as further -p NAME VALUE"
-    fix = (
-        f"{fix}; or, where DRIVE_DIR is a choice, set it to the folder on Drive that holds it"
-        if run.mirror is None
-        else fix
-    )
-    return HandoffError(str(where), found=state, expected=f"what chapter {producer_of(name).name} writes", fix=fix)
+    command, expected = shlex.join(words), _("what chapter {chapter} writes", chapter=producer_of(name).name)
+    fix = _("run `!{command}` in a new cell, with your other choices as further -p NAME VALUE", command=command)
+    if run.mirror is None:
+        fix = _(
+            "run `!{command}` in a new cell, with your other choices as further -p NAME VALUE; "
+            "or, where DRIVE_DIR is a choice, set it to the folder on Drive that holds it",
+            command=command,
+        )
+    return HandoffError(str(where), found=state, expected=expected, fix=fix)
 
 
 def _clear(target: Path, entry: Mapping[str, Any] | None, *, files: Mapping[str, str]) -> None:
@@ -398,7 +415,7 @@ def _clear(target: Path, entry: Mapping[str, Any] | None, *, files: Mapping[str,
     if whole and (entry["files"] == files or not producer_of(target.name).trains):
         remove(target)
     else:
-        print(f"The {target.name} that was here is kept as {short_path(set_aside(target))}")
+        print(_("The {name} that was here is kept as {path}", name=target.name, path=short_path(set_aside(target))))
 
 
 def _copy_artefact(source: Path, target: Path, name: str, entry: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from helpers.masking.rows import MaskingError, flat
+from helpers.messages import _
 from helpers.ranks import on_all, rank_and_size
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ class Batches:
     """
 
     def __init__(self, rows: Mapping[int, tuple[int, int]]):
-        self.labels = {row: labels for row, (labels, _) in rows.items()}
-        self.counts = Counter({row: count for row, (_, count) in rows.items()})
+        self.labels = {row: labels for row, (labels, count) in rows.items()}
+        self.counts = Counter({row: count for row, (labels, count) in rows.items()})
         self.trained: Counter[int] = Counter()
         self.faults: list[str] = []
 
@@ -55,11 +56,17 @@ class Batches:
         return not self.faults
 
     def __str__(self) -> str:
-        seen = f"in this session {len(self.trained):,} of {len(self.labels):,} rows"
-        times = sorted(self.trained.values())
-        if times:
-            seen += ", each once" if times[-1] == 1 else f", each {times[0]} to {times[-1]} times"
-        return "; ".join([seen, *self.faults])
+        rows, times = {"seen": len(self.trained), "all": len(self.labels)}, sorted(self.trained.values())
+        if not times:
+            seen = _("in this session {seen:,} of {all:,} rows", **rows)
+        elif times[-1] == 1:
+            seen = _("in this session {seen:,} of {all:,} rows, each once", **rows)
+        else:
+            least, most = times[0], times[-1]
+            seen = _(
+                "in this session {seen:,} of {all:,} rows, each {least} to {most} times", least=least, most=most, **rows
+            )
+        return _("; ").join([seen, *self.faults])
 
     def check(self, inputs: Mapping[str, Any], *, step: int, tokenizer: Any) -> set[int]:
         """The rows of one batch, each as it was checked.
@@ -73,15 +80,14 @@ class Batches:
                 continue
             row = row_key(ids)
             if self.labels.get(row) != label_key(labels):
-                known = row in self.labels
                 text = tokenizer.decode(ids[:FIRST_TOKENS]) if tokenizer is not None else str(ids[:FIRST_TOKENS])
                 raise MaskingError(
-                    f"step {step}, the row that begins {text!r}",
-                    found="other labels than those that were checked"
-                    if known
-                    else "none of the rows that were checked",
-                    expected="a row of trainer.train_dataset as check_masking read it",
-                    fix="look for what changes the rows after the check: a collator, a callback, another data set",
+                    _("step {step}, the row that begins {text!r}", step=step, text=text),
+                    found=_("other labels than those that were checked")
+                    if row in self.labels
+                    else _("none of the rows that were checked"),
+                    expected=_("a row of trainer.train_dataset as check_masking read it"),
+                    fix=_("look for what changes the rows after the check: a collator, a callback, another data set"),
                 )
             rows.add(row)
         return rows
@@ -90,9 +96,9 @@ class Batches:
         """Judge one pass over the data; `whole`: it went from the first row to the last."""
         twice = sum(times > self.counts[row] for row, times in seen.items())
         if twice:
-            self.faults.append(f"{twice:,} rows came twice in one pass")
+            self.faults.append(_("{rows:,} rows came twice in one pass", rows=twice))
         if whole and (missing := len(self.labels) - len(seen)):
-            self.faults.append(f"a pass left {missing:,} rows out")
+            self.faults.append(_("a pass left {rows:,} rows out", rows=missing))
 
 
 def rows_of(inputs: Mapping[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -119,10 +125,10 @@ def _require_apart(batches: Batches, held_out: Any) -> None:
     both = [number for number, row in enumerate(held_out or ()) if row_key(row["input_ids"]) in batches.labels]
     if both:
         raise MaskingError(
-            f"row {both[0]} of the held-out rows",
-            found=f"a row that is also trained on, as {len(both)} of {len(held_out)} are",
-            expected="rows that are never trained on",
-            fix="run chapter 03 again, whose data are in two parts, and take both as they are",
+            _("row {row} of the held-out rows", row=both[0]),
+            found=_("a row that is also trained on, as {some} of {all} are", some=len(both), all=len(held_out)),
+            expected=_("rows that are never trained on"),
+            fix=_("run chapter 03 again, whose data are in two parts, and take both as they are"),
         )
 
 

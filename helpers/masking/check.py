@@ -17,8 +17,9 @@ import numpy as np
 
 from helpers.base import Table
 from helpers.masking.batches import Batches, label_key, row_key, watch_batches
-from helpers.masking.findings import Finding, find_faults, fixes_of
+from helpers.masking.findings import IN_ROWS, Finding, find_faults, fixes_of
 from helpers.masking.rows import MaskingError, Rows, read_rows
+from helpers.messages import _
 from helpers.template.turns import Answers, TokenBytes, Turns, find_answers, read_turns
 
 _UNKNOWN = np.iinfo(np.int64).max  # the length that an answer would need, where the row was cut
@@ -64,8 +65,9 @@ class MaskReport(Table):
         if self.ok:
             return
         first, *others = self.findings
-        also = f" (also found: {', '.join(f'{other.code} {other.count}' for other in others)})" if others else ""
-        raise MaskingError(first.where, found=first.found, expected=first.expected, fix=first.fix + also)
+        fix, also = first.fix, ", ".join(f"{other.code} {other.count}" for other in others)
+        fix = _("{fix} (also found: {others})", fix=fix, others=also) if others else fix
+        raise MaskingError(first.where, found=first.found, expected=first.expected, fix=fix)
 
     def watch(self, trainer: Any) -> Batches:
         """Read every batch that reaches the model, and count its rows: each must be one of those that were checked.
@@ -78,7 +80,9 @@ class MaskReport(Table):
         return batches
 
     def _title(self) -> str:
-        return f"Mask check: {'every answer is trained, and nothing else' if self.ok else 'NOT fit to train on'}"
+        if self.ok:
+            return _("Mask check: every answer is trained, and nothing else")
+        return _("Mask check: NOT fit to train on")
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         median, p95, longest = self.tokens_per_row
@@ -87,16 +91,25 @@ class MaskReport(Table):
         share = 100 * self.trained_tokens / max(self.tokens, 1)
         enough = self.length_for_99_percent
         rows = [
-            ["rows, answers", f"{self.rows:,}, {self.answers:,}"],
-            ["tokens trained", f"{self.trained_tokens:,} of {self.tokens:,} ({share:.1f} %)"],
-            ["tokens per row", f"median {median:,}, 95 % {p95:,}, max {longest:,}"],
-            ["rows by length", f"{self.shortest:,} {bars} {longest:,}"],
-            ["99 % of the answers are whole in rows of", "unknown" if enough is None else f"{enough:,} tokens"],
+            [_("rows, answers"), f"{self.rows:,}, {self.answers:,}"],
+            [
+                _("tokens trained"),
+                _("{some:,} of {all:,} ({share:.1f} %)", some=self.trained_tokens, all=self.tokens, share=share),
+            ],
+            [
+                _("tokens per row"),
+                _("median {median:,}, 95 % {p95:,}, max {longest:,}", median=median, p95=p95, longest=longest),
+            ],
+            [_("rows by length"), f"{self.shortest:,} {bars} {longest:,}"],
+            [
+                _("99 % of the answers are whole in rows of"),
+                _("unknown") if enough is None else _("{count:,} tokens", count=enough),
+            ],
         ]
         for each in self.findings:
             first = ", ".join(map(str, each.first_rows)) + (", …" if each.rows > len(each.first_rows) else "")
-            rows.append([each.code, f"{each.count:,} {each.unit}, in row {first}: {each.found}"])
-        return ["measure", "value"], rows
+            rows.append([each.code, _(IN_ROWS[each.unit], count=each.count, rows=first, found=each.found)])
+        return [_("measure"), _("value")], rows
 
 
 def check_masking(dataset, *, tokenizer) -> MaskReport:
@@ -120,7 +133,8 @@ def check_masking(dataset, *, tokenizer) -> MaskReport:
     chunks = read_rows(dataset, ids_below=table.row_end_id)
     parts = [_examine(chunk, tokenizer, table, turns) for chunk in chunks]
     if not parts:
-        raise MaskingError("dataset", found="no rows", expected="rows with input_ids and labels", fix="pass other rows")
+        expected, fix = _("rows with input_ids and labels"), _("pass other rows")
+        raise MaskingError("dataset", found=_("no rows"), expected=expected, fix=fix)
     rows = _PerRow(*(np.concatenate([getattr(part.rows, name) for part in parts]) for name in _PerRow._fields))
     cut = _cut_rows(rows)
     needed = np.concatenate([part.needed for part in parts] + [np.full((cut & ~rows.answer_cut).sum(), _UNKNOWN)])

@@ -6,20 +6,26 @@ from dataclasses import dataclass
 import numpy as np
 
 from helpers.masking.rows import ids_of
+from helpers.messages import N_, _
 from helpers.template.turns import TokenBytes, Turns
 
 # In the order in which they are blamed: each may cause those behind it.
 CHECKS = {
-    "no_template": ("rows", "no answer of this chat template in any row"),
-    "label_mismatch": ("tokens", "trained labels that differ from their input ids"),
-    "double_bos": ("rows", "more than one BOS token, or none where the template has one"),
-    "leaked": ("tokens", "trained, but not part of an answer"),
-    "only_last": ("rows", "only the last of several answers is trained"),
-    "fully_masked": ("rows", "nothing is trained"),
-    "missed": ("tokens", "part of an answer, but masked"),
-    "missing_end": ("answers", "end-of-turn token masked or absent: the model never learns to stop"),
-    "pad_trained": ("tokens", "padding is trained"),
-    "truncated": ("rows", "cut off by the length limit"),
+    "no_template": ("rows", N_("no answer of this chat template in any row")),
+    "label_mismatch": ("tokens", N_("trained labels that differ from their input ids")),
+    "double_bos": ("rows", N_("more than one BOS token, or none where the template has one")),
+    "leaked": ("tokens", N_("trained, but not part of an answer")),
+    "only_last": ("rows", N_("only the last of several answers is trained")),
+    "fully_masked": ("rows", N_("nothing is trained")),
+    "missed": ("tokens", N_("part of an answer, but masked")),
+    "missing_end": ("answers", N_("end-of-turn token masked or absent: the model never learns to stop")),
+    "pad_trained": ("tokens", N_("padding is trained")),
+    "truncated": ("rows", N_("cut off by the length limit")),
+}
+IN_ROWS = {
+    "tokens": N_("{count:,} tokens, in row {rows}: {found}"),
+    "rows": N_("{count:,} rows, in row {rows}: {found}"),
+    "answers": N_("{count:,} answers, in row {rows}: {found}"),
 }
 
 
@@ -70,8 +76,10 @@ def find_faults(
             unit=unit,
             rows=len(numbers),
             first_rows=tuple(numbers[:3].tolist()),
-            where=f"row {row}, tokens {first} to {last - 1}" if last > first else f"row {row}",
-            found=f"{meaning}: {_quote(text, from_end=code == 'truncated')}",
+            where=_("row {row}, tokens {first} to {last}", row=row, first=first, last=last - 1)
+            if last > first
+            else _("row {number}", number=row),
+            found=_("{meaning}: {text}", meaning=_(meaning), text=_quote(text, from_end=code == "truncated")),
             expected=expected,
             fix=fix,
         )
@@ -81,26 +89,42 @@ def fixes_of(table: TokenBytes, turns: Turns, longest: int, enough: int | None) 
     """{cause: (what was expected, what to do)}, in the template's own markers."""
     instruction, response = (table.text(mark).strip(" ") for mark in (turns.user_start, turns.answer_start))
     end = table.text(turns.answer_end)
-    markers = (
+    markers = _(
         "give train_on_responses_only this template's own markers, "
-        f"instruction_part={instruction!r} and response_part={response!r}"
+        "instruction_part={instruction!r} and response_part={response!r}",
+        instruction=instruction,
+        response=response,
     )
-    merged = f"{markers}; if it has them, strip the answers: a leading newline merges with the marker's"
-    length = f"raise max_seq_length above {longest:,}"
+    merged = _(
+        "{markers}; if it has them, strip the answers: a leading newline merges with the marker's", markers=markers
+    )
     if enough:
-        length = f"set max_seq_length to {enough:,}, which keeps 99 % of the answers whole"
+        length = _("set max_seq_length to {enough:,}, which keeps 99 % of the answers whole", enough=enough)
+    else:
+        length = _("raise max_seq_length above {longest:,}", longest=longest)
+    only_last = _("leave out last_response_only; if it is not set: {fix}", fix=merged)
+    padding = _("label padding with -100, and pad with a token that is not the EOS token")
     return {
-        "no_template": ("rows made with this tokenizer's chat template", "use one tokenizer to format and to check"),
-        "label_mismatch": ("labels equal to their input ids: the model itself shifts them", "leave them in place"),
-        "double_bos": ("one BOS token where a conversation starts", "render the rows as chapter 03 does"),
-        "leaked": ("everything outside an answer masked", markers),
-        "only_last": ("every answer trained", f"leave out last_response_only; if it is not set: {merged}"),
-        "fully_masked": ("at least one answer trained", merged),
-        "no_answer": ("an answer in each row", "keep only the rows that read_conversations gives"),
-        "missed": ("the whole answer trained", merged),
-        "missing_end": (f"each answer's {end!r} in the text and trained", merged),
-        "pad_trained": ("padding masked", "label padding with -100, and pad with a token that is not the EOS token"),
-        "truncated": (f"answers that end with {end!r}", f"the markers are not to blame: {length}"),
+        "no_template": (
+            _("rows made with this tokenizer's chat template"),
+            _("use one tokenizer to format and to check"),
+        ),
+        "label_mismatch": (
+            _("labels equal to their input ids: the model itself shifts them"),
+            _("leave them in place"),
+        ),
+        "double_bos": (_("one BOS token where a conversation starts"), _("render the rows as chapter 03 does")),
+        "leaked": (_("everything outside an answer masked"), markers),
+        "only_last": (_("every answer trained"), only_last),
+        "fully_masked": (_("at least one answer trained"), merged),
+        "no_answer": (_("an answer in each row"), _("keep only the rows that read_conversations gives")),
+        "missed": (_("the whole answer trained"), merged),
+        "missing_end": (_("each answer's {end!r} in the text and trained", end=end), merged),
+        "pad_trained": (_("padding masked"), padding),
+        "truncated": (
+            _("answers that end with {end!r}", end=end),
+            _("the markers are not to blame: {fix}", fix=length),
+        ),
     }
 
 

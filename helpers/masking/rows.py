@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from helpers.base import InputError
+from helpers.messages import _
 
 _TOKENS_AT_ONCE = 1_000_000  # some 300 MiB while they are checked
 _ROWS_AT_ONCE = 128
@@ -63,9 +64,9 @@ def need_columns(names, where: str) -> None:
         if name not in names:
             raise MaskingError(
                 where,
-                found=f"no {name!r} among {sorted(names)}",
-                expected="tokenized and masked rows",
-                fix="call train_on_responses_only first, and pass trainer.train_dataset",
+                found=_("no {name!r} among {names}", name=name, names=sorted(names)),
+                expected=_("tokenized and masked rows"),
+                fix=_("call train_on_responses_only first, and pass trainer.train_dataset"),
             )
 
 
@@ -74,10 +75,10 @@ def _lay_out(first_row: int, blocks: list[tuple[np.ndarray, ...]], ids_below: in
     wrong = np.flatnonzero(lengths != label_lengths)
     if len(wrong):
         raise MaskingError(
-            f"row {first_row + wrong[0]}",
-            found=f"{label_lengths[wrong[0]]} labels for {lengths[wrong[0]]} input ids",
-            expected="one label a token",
-            fix="make the labels anew from the row's input ids",
+            _("row {number}", number=first_row + wrong[0]),
+            found=_("{labels} labels for {ids} input ids", labels=label_lengths[wrong[0]], ids=lengths[wrong[0]]),
+            expected=_("one label a token"),
+            fix=_("make the labels anew from the row's input ids"),
         )
     starts = np.cumsum(lengths) - lengths
     row_of = np.repeat(np.arange(len(lengths)), lengths)
@@ -85,10 +86,10 @@ def _lay_out(first_row: int, blocks: list[tuple[np.ndarray, ...]], ids_below: in
     if len(wrong):
         row = row_of[wrong[0]]
         raise MaskingError(
-            f"row {first_row + row}, token {wrong[0] - starts[row]}",
-            found=f"input id {ids[wrong[0]]}",
-            expected=f"an id of this tokenizer, 0 to {ids_below - 1}",
-            fix="pass the tokenizer that made the rows",
+            _("row {row}, token {token}", row=first_row + row, token=wrong[0] - starts[row]),
+            found=_("input id {number}", number=ids[wrong[0]]),
+            expected=_("an id of this tokenizer, 0 to {last}", last=ids_below - 1),
+            fix=_("pass the tokenizer that made the rows"),
         )
     return Rows(first_row, ids, labels, attended.astype(bool), row_of, starts, lengths)
 
@@ -99,11 +100,12 @@ def _blocks(dataset) -> Iterator[tuple[np.ndarray, ...]]:
         yield from _arrow_blocks(dataset)
         return
     if isinstance(dataset, Mapping):
-        need_columns(dataset, "batch")
+        need_columns(dataset, _("batch"))
         columns = {name: dataset[name] for name in _COLUMNS if name in dataset}
         dataset = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    where = _("row {number}")
     for row, values in enumerate(dataset):
-        need_columns(values, f"row {row}")
+        need_columns(values, where.format(number=row))
         ids, labels = flat(values["input_ids"]), flat(values["labels"])
         attended = flat(values["attention_mask"]) if "attention_mask" in values else np.ones_like(ids)
         yield ids, labels, attended, np.array([len(ids)]), np.array([len(labels)])

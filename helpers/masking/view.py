@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from helpers.masking.rows import MaskingError, flat, need_columns
+from helpers.messages import _
 from helpers.template.turns import TokenBytes
 
 
@@ -25,9 +26,9 @@ def show_masking(row: Mapping, *, tokenizer) -> "MaskView":
     if len(ids) != len(labels):
         raise MaskingError(
             "row",
-            found=f"{len(labels)} labels for {len(ids)} ids",
-            expected="one label a token",
-            fix="pass a whole row",
+            found=_("{labels} labels for {ids} ids", labels=len(labels), ids=len(ids)),
+            expected=_("one label a token"),
+            fix=_("pass a whole row"),
         )
     trained = [label != -100 for label in labels]
     pieces: list[_Piece] = []
@@ -67,13 +68,15 @@ class MaskView:
     pieces: tuple[_Piece, ...]
 
     def _counts(self) -> str:
+        tokens = sum(len(piece.ids) for piece in self.pieces)
         trained = sum(len(piece.ids) for piece in self.pieces if piece.trained)
-        return f"{sum(len(piece.ids) for piece in self.pieces)} tokens, {trained} trained"
+        return _("{tokens} tokens, {trained} trained", tokens=tokens, trained=trained)
 
     def __repr__(self) -> str:
         lines = [self._counts()]
         for trained, run in groupby(self.pieces, key=lambda piece: piece.trained):
-            lines.append(("TRAINED | " if trained else "masked  | ") + "".join(_visible(p.text) for p in run))
+            side = _("TRAINED |") if trained else _("masked  |")
+            lines.append(f"{side} " + "".join(_visible(p.text) for p in run))
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -81,14 +84,24 @@ class MaskView:
         for piece in self.pieces:
             tag, style = ("u", _TRAINED_STYLE) if piece.trained else ("span", _MASKED_STYLE)
             ids = ", ".join(map(str, piece.ids))
-            title = f"id {ids}, index {piece.index}, {'trained' if piece.trained else 'masked'}"
+            title = (
+                _("id {ids}, index {index}, trained", ids=ids, index=piece.index)
+                if piece.trained
+                else _("id {ids}, index {index}, masked", ids=ids, index=piece.index)
+            )
             text = html.escape(piece.text).replace("\n", "↵\n")
             if piece.special:
                 text = f'<b style="{_SPECIAL_STYLE}">{text}</b>'
             spans.append(f'<{tag} style="{style}" title="{title}">{text}</{tag}>')
+        trained, masked = _("trained"), _("masked")
+        legend = _(
+            "{counts}: {trained} {masked}",
+            counts=self._counts(),
+            trained=f'<u style="{_TRAINED_STYLE}">{trained}</u>',
+            masked=f'<span style="{_MASKED_STYLE}">{masked}</span>',
+        )
         return (
-            f'<div><p>{self._counts()}: <u style="{_TRAINED_STYLE}">trained</u> '
-            f'<span style="{_MASKED_STYLE}">masked</span></p><pre style="white-space:pre-wrap;line-height:1.7;'
+            f'<div><p>{legend}</p><pre style="white-space:pre-wrap;line-height:1.7;'
             f'color:inherit;background:transparent">{"".join(spans)}</pre></div>'
         )
 

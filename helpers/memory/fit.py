@@ -8,9 +8,10 @@ from typing import Any
 
 from helpers.base import InputError
 from helpers.memory.stats import Stage, memory_stats, track_memory
+from helpers.messages import N_, _
 from helpers.ranks import rank_and_size
 
-REHEARSAL, FIRST_STEP = "rehearsal of the longest", "first step"
+REHEARSAL, FIRST_STEP = N_("rehearsal of the longest"), N_("first step")
 
 
 class DoesNotFit(InputError):
@@ -136,11 +137,16 @@ class _Steps:
             _drop_gradients(model, kept)
             if self.spared:
                 self.fitting.all_checkpointed = True
-                print("Memory ran out: from here on every layer is checkpointed. No step is lost.")
+                print(_("Memory ran out: from here on every layer is checkpointed. No step is lost."))
                 return
-            cannot = "" if num_items_in_batch is not None else "this trainer does not count the answer tokens of a step"
+            counted = num_items_in_batch is not None
+            cannot = "" if counted else _("this trainer does not count the answer tokens of a step")
             most = self.fitting.tokens_at_once = _halve(inputs, parts, "train", cannot=cannot)
-            print(f"Memory ran out: from here on at most {most:,} tokens are trained on at once. No step is lost.")
+            told = _(
+                "Memory ran out: from here on at most {tokens:,} tokens are trained on at once. No step is lost.",
+                tokens=most,
+            )
+            print(told)
 
         return _until_it_fits(attempt, make_smaller)
 
@@ -157,11 +163,13 @@ class _Steps:
         def make_smaller() -> None:
             _require_alone(inputs, self.trainer.args, "eval")
             _empty_cache()
-            cannot = "" if can_split else "more is asked for than the loss of its labels"
+            cannot = "" if can_split else _("more is asked for than the loss of its labels")
             most = self.fitting.evaluated_at_once = _halve(inputs, parts, "eval", cannot=cannot)
-            print(
-                f"Memory ran out in the evaluation: from here on at most {most:,} tokens at once, with the same loss."
+            told = _(
+                "Memory ran out in the evaluation: from here on at most {tokens:,} tokens at once, with the same loss.",
+                tokens=most,
             )
+            print(told)
 
         return _until_it_fits(attempt, make_smaller)
 
@@ -243,19 +251,23 @@ def _halve(inputs: Any, parts: list[Any], kind: str, *, cannot: str) -> int:
         DoesNotFit: it cannot be split, or each part is one row already.
     """
     if cannot:
+        setting = f"per_device_{kind}_batch_size"
         raise DoesNotFit(
-            f"per_device_{kind}_batch_size",
-            found=f"a batch that does not fit and cannot be split: {cannot}",
-            expected="a batch that fits",
-            fix=f"set a smaller per_device_{kind}_batch_size",
+            setting,
+            found=_("a batch that does not fit and cannot be split: {why}", why=cannot),
+            expected=_("a batch that fits"),
+            fix=_("set a smaller {setting}", setting=setting),
         )
     largest = max(part["input_ids"].numel() for part in parts)
     if len(_split(inputs, largest // 2)) == len(parts):
+        found = _("not enough memory to evaluate it alone")
+        if kind == "train":
+            found = _("not enough memory to train on it alone")
         raise DoesNotFit(
-            f"a conversation of {largest} tokens",
-            found=f"not enough memory to {'train on' if kind == 'train' else 'evaluate'} it alone",
-            expected="room for the longest conversation",
-            fix="set a smaller MAX_SEQ_LENGTH, a smaller model, or restart the session if other work fills it",
+            _("a conversation of {tokens} tokens", tokens=largest),
+            found=found,
+            expected=_("room for the longest conversation"),
+            fix=_("set a smaller MAX_SEQ_LENGTH, a smaller model, or restart the session if other work fills it"),
         )
     return largest // 2
 
@@ -265,12 +277,11 @@ def _require_alone(inputs: Any, args: Any, kind: str) -> None:
     rank, size = rank_and_size()
     if size > 1:
         setting = f"per_device_{kind}_batch_size"
-        fix = "set MICRO_BATCH below it, with a larger ACCUMULATION, or a smaller MAX_SEQ_LENGTH"
         raise DoesNotFit(
-            f"{setting} {getattr(args, setting)} on rank {rank}",
-            found=f"a batch of {inputs['input_ids'].numel():,} tokens that does not fit",
-            expected="one that fits on every device",
-            fix=fix,
+            _("{setting} {value} on rank {rank}", setting=setting, value=getattr(args, setting), rank=rank),
+            found=_("a batch of {tokens:,} tokens that does not fit", tokens=inputs["input_ids"].numel()),
+            expected=_("one that fits on every device"),
+            fix=_("set MICRO_BATCH below it, with a larger ACCUMULATION, or a smaller MAX_SEQ_LENGTH"),
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from helpers.base import InputError, Table
 from helpers.memory.stats import GIB
+from helpers.messages import _
 
 T4_GIB = 14.748
 MARGIN = 0.1  # of the card: what the prediction may be wrong by
@@ -155,14 +156,15 @@ class BatchPlan(Table):
         """Raises InputError where the reader's own option does not fit."""
         if not self.yours.fits:
             raise InputError(
-                "MICRO_BATCH and CHECKPOINTING",
-                found=f"{self.yours.predicted_gib:.1f} GiB needed",
-                expected=f"at most {self.limit_gib:.1f} GiB",
-                fix=f"copy into Choices: {self.fastest}",
+                _("MICRO_BATCH and CHECKPOINTING"),
+                found=_("{gib:.1f} GiB needed", gib=self.yours.predicted_gib),
+                expected=_("at most {gib:.1f} GiB", gib=self.limit_gib),
+                fix=_("copy into Choices: {choices}", choices=self.fastest),
             )
 
     def _table(self) -> tuple[tuple[str, ...], list[list[object]]]:
-        headers = ("MICRO_BATCH", "ACCUMULATION", "CHECKPOINTING", "PADDING_FREE", "GiB", "s/step (estimate)", "")
+        choices = ("MICRO_BATCH", "ACCUMULATION", "CHECKPOINTING", "PADDING_FREE")
+        headers = (*choices, "GiB", _("s/step (estimate)"), "")
         shown = list(self.fitting[:ROWS])
         shown += [self.yours] if self.yours not in shown else []
         return headers, [
@@ -173,19 +175,25 @@ class BatchPlan(Table):
                 str(option.padding_free),
                 f"{option.predicted_gib:.1f}",
                 f"{option.seconds:.2f}",
-                "← yours" if option == self.yours else "",
+                _("← yours") if option == self.yours else "",
             ]
             for option in shown
         ]
 
     def _notes(self) -> list[str]:
-        where = f"For {self.device}: at most {self.limit_gib:.1f} GiB."
-        if not self.yours.fits:
-            return [f"{where} Yours does not fit. Copy into Choices: {self.fastest}"]
+        values = dict(device=self.device, gib=self.limit_gib, choices=self.fastest)
         gain = self.yours.seconds / self.fastest.seconds
-        if gain < 1.005:
-            return [f"{where} Nothing that fits is faster than yours."]
-        return [f"{where} {gain:.2f} times as fast as yours, by estimate: {self.fastest}"]
+        if not self.yours.fits:
+            note = _("For {device}: at most {gib:.1f} GiB. Yours does not fit. Copy into Choices: {choices}", **values)
+        elif gain < 1.005:
+            note = _("For {device}: at most {gib:.1f} GiB. Nothing that fits is faster than yours.", **values)
+        else:
+            note = _(
+                "For {device}: at most {gib:.1f} GiB. {gain:.2f} times as fast as yours, by estimate: {choices}",
+                **values,
+                gain=gain,
+            )
+        return [note]
 
 
 def plan_batch(
@@ -255,10 +263,10 @@ def plan_batch(
     if not fitting:
         smallest = min(options, key=lambda option: option.predicted_gib)
         raise InputError(
-            f"the longest conversation ({longest[0]} tokens)",
-            found=f"{smallest.predicted_gib:.1f} GiB needed for it alone",
-            expected=f"at most {costs.limit_gib:.1f} GiB",
-            fix="choose a smaller model, a smaller MAX_SEQ_LENGTH or a smaller LoRA rank",
+            _("the longest conversation ({tokens} tokens)", tokens=longest[0]),
+            found=_("{gib:.1f} GiB needed for it alone", gib=smallest.predicted_gib),
+            expected=_("at most {gib:.1f} GiB", gib=costs.limit_gib),
+            fix=_("choose a smaller model, a smaller MAX_SEQ_LENGTH or a smaller LoRA rank"),
         )
     yours = costs.option(micro_batch, checkpointing, padding_free)
     return BatchPlan(yours, fitting, costs.limit_gib, device, costs.most_tokens)
@@ -266,13 +274,13 @@ def plan_batch(
 
 def _check_plan(lengths: Sequence[int], *, effective_batch_size: int, memory_gib: float | None) -> None:
     for where, wrong, found, expected in (
-        ("lengths", not lengths, "no conversations", "at least one"),
-        ("lengths", min(lengths, default=1) < 1, "a conversation without tokens", "1 token or more in each"),
-        ("MICRO_BATCH × ACCUMULATION", effective_batch_size < 1, str(effective_batch_size), "1 or more"),
-        ("memory_gib", memory_gib is not None and not memory_gib > 0, str(memory_gib), "more than 0"),
+        ("lengths", not lengths, _("no conversations"), _("at least one")),
+        ("lengths", min(lengths, default=1) < 1, _("a conversation without tokens"), _("1 token or more in each")),
+        ("MICRO_BATCH × ACCUMULATION", effective_batch_size < 1, str(effective_batch_size), _("1 or more")),
+        ("memory_gib", memory_gib is not None and not memory_gib > 0, str(memory_gib), _("more than 0")),
     ):
         if wrong:
-            raise InputError(where, found=found, expected=expected, fix="correct it, or check the data set")
+            raise InputError(where, found=found, expected=expected, fix=_("correct it, or check the data set"))
 
 
 def _device(memory_gib: float | None, capability: tuple[int, int] | None) -> tuple[float, tuple[int, int], str]:
@@ -285,8 +293,8 @@ def _device(memory_gib: float | None, capability: tuple[int, int] | None) -> tup
     if memory_gib is not None:
         return memory_gib, capability, f"{memory_gib:.1f} GiB"
     if not gpu:
-        return T4_GIB, capability, "a T4 (there is no GPU here)"
-    free, _ = torch.cuda.mem_get_info()
+        return T4_GIB, capability, _("a T4 (there is no GPU here)")
+    free = torch.cuda.mem_get_info()[0]
     memory_gib = (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / GIB
     return memory_gib, capability, torch.cuda.get_device_name()
 
@@ -383,9 +391,9 @@ def _shape(config: Any) -> tuple[int, int, int, int, int, int]:
     if missing := [name for name in (*needed, "vocab_size") if not getattr(config, name, None)]:
         raise InputError(
             type(config).__name__,
-            found=f"a configuration without {', '.join(missing)}",
-            expected="one of a Llama-like model",
-            fix="choose such a model, or set the batch by hand (of a model that sees, try config.get_text_config())",
+            found=_("a configuration without {names}", names=", ".join(missing)),
+            expected=_("one of a Llama-like model"),
+            fix=_("choose such a model, or set the batch by hand (of a model that sees, try config.get_text_config())"),
         )
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (

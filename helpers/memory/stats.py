@@ -9,6 +9,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from helpers.messages import N_, _
+
+N_("training")  # a label that chapter 04 gives
 GIB = 2**30
 SAMPLE_SECONDS = 0.02
 _open_peaks: list[list[float]] = []  # GiB, of the `track_memory` blocks that have not ended; a list of one item each
@@ -56,12 +59,22 @@ class Stage:
 
     def __repr__(self) -> str:
         if self.after is None:
-            return f"{self.label}: not at its end yet"
-        whose = f"{self.after.device}'s" if self.after.is_gpu else "this machine's"
-        share = 100 * self.peak_reserved_gib / self.after.total_gib
-        return (
-            f"{self.label}: {self.seconds:.1f} s, at most {self.peak_reserved_gib:.2f} of {whose} "
-            f"{self.after.total_gib:.1f} GiB ({share:.0f} %), {self.added_gib:.2f} more than before"
+            return _("{label}: not at its end yet", label=_(self.label))
+        peak, total = self.peak_reserved_gib, self.after.total_gib
+        values = dict(label=_(self.label), seconds=self.seconds, peak=peak, total=total, share=100 * peak / total)
+        if self.after.is_gpu:
+            return _(
+                "{label}: {seconds:.1f} s, at most {peak:.2f} of {device}'s {total:.1f} GiB ({share:.0f} %), "
+                "{added:.2f} more than before",
+                **values,
+                device=self.after.device,
+                added=self.added_gib,
+            )
+        return _(
+            "{label}: {seconds:.1f} s, at most {peak:.2f} of this machine's {total:.1f} GiB ({share:.0f} %), "
+            "{added:.2f} more than before",
+            **values,
+            added=self.added_gib,
         )
 
 
@@ -88,7 +101,8 @@ def track_memory(label: str) -> Iterator[Stage]:
     """Measure a block: its seconds and its peak memory; prints one line at its end.
 
     On a GPU the allocator's peak is reset when the block begins; without one the process is sampled every 20 ms, so a
-    shorter spike can be missed. Blocks may lie inside each other: the outer one's peak counts all that was in it.
+    shorter spike can be missed. Blocks may lie inside each other: the outer one's peak counts all that was in it. A
+    label of this series' own is marked with `N_`; it is translated where it is printed.
 
     Example:
         with track_memory("loading the model") as load:

@@ -6,6 +6,7 @@ from typing import Any
 
 from helpers.base import InputError, Table
 from helpers.handoff.run import fingerprint
+from helpers.messages import _
 from helpers.template.turns import CHAT_MODEL, TokenBytes, Turns, TurnsError, joined, read_turns, render
 
 # What a server hands to a template, with values as they may be: llama-server does (common/chat.cpp), and so do others.
@@ -43,13 +44,6 @@ class TemplateCheck:
     fix: str
 
 
-NOT_DETERMINISTIC = TemplateCheck(
-    "not_deterministic",
-    "the same conversation is rendered differently each time",
-    "take whatever is random out of tokenizer.chat_template",
-)
-
-
 @dataclass(frozen=True, repr=False)
 class TemplateReport(Table):
     """What `check_template` found.
@@ -75,21 +69,23 @@ class TemplateReport(Table):
         """Raise `TemplateError` about the first problem; do nothing where `ok`."""
         if self.details:
             first = self.details[0]
-            others = f" (also found: {', '.join(self.problems[1:])})" if len(self.details) > 1 else ""
+            fix, others = first.fix, ", ".join(self.problems[1:])
             raise TemplateError(
-                f"chat template ({first.code})",
+                _("chat template ({code})", code=first.code),
                 found=first.sentence,
-                expected="a template and a tokenizer that fit together",
-                fix=first.fix + others,
+                expected=_("a template and a tokenizer that fit together"),
+                fix=_("{fix} (also found: {others})", fix=fix, others=others) if others else fix,
             )
 
     def _title(self) -> str:
-        return f"Chat template: {'fits the tokenizer' if self.ok else 'does NOT fit the tokenizer'}"
+        return _("Chat template: fits the tokenizer") if self.ok else _("Chat template: does NOT fit the tokenizer")
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         rows = [list(fact) for fact in self.facts]
-        rows += [[f"problem: {check.code}", f"{check.sentence}. Fix: {check.fix}"] for check in self.details]
-        return ["what", "value"], rows
+        for check in self.details:
+            what = _("problem: {code}", code=check.code)
+            rows.append([what, _("{problem}. Fix: {fix}", problem=check.sentence, fix=check.fix)])
+        return [_("what"), _("value")], rows
 
 
 class TemplateError(InputError):
@@ -113,27 +109,36 @@ def check_template(tokenizer, *, model=None, original=None, expected: str = "") 
         >>> check_template(tokenizer).problems
         ('pad_is_eos',)
     """
-    facts = [(f"{name} token", _named(tokenizer, name)) for name in ("bos", "eos", "pad")]
+    facts = [(_("{name} token", name=name), _named(tokenizer, name)) for name in ("bos", "eos", "pad")]
     problems = [*_another(tokenizer, expected), *_special_tokens(tokenizer, model, original)]
     try:
         table = TokenBytes(tokenizer)
         turns = read_turns(tokenizer, table)
         facts += [
-            ("before a question", repr(table.text(turns.user_start))),
-            ("before an answer", repr(table.text(turns.answer_start))),
-            ("end of an answer", repr(table.text(turns.answer_end))),
+            (_("before a question"), repr(table.text(turns.user_start))),
+            (_("before an answer"), repr(table.text(turns.answer_start))),
+            (_("end of an answer"), repr(table.text(turns.answer_end))),
         ]
         problems += _stop(tokenizer, turns, model, original)
         problems += _bos(tokenizer)
         problems += _generation_prompt(tokenizer, table, turns)
-        problems += _server_variables(tokenizer) if _is_deterministic(tokenizer) else [NOT_DETERMINISTIC]
+        problems += _server_variables(tokenizer) if _is_deterministic(tokenizer) else [_not_deterministic()]
     except TurnsError as error:
-        problems.insert(0, TemplateCheck("unreadable", f"{error.where}: {error.found}", error.fix))
+        sentence = _("{where}: {found}", where=error.where, found=error.found)
+        problems.insert(0, TemplateCheck("unreadable", sentence, error.fix))
     return TemplateReport(tuple(facts), tuple(problems))
 
 
 def _is_deterministic(tokenizer) -> bool:
     return len({render(tokenizer, _QUESTION + _ANSWER) for _ in range(20)}) == 1
+
+
+def _not_deterministic() -> TemplateCheck:
+    return TemplateCheck(
+        "not_deterministic",
+        _("the same conversation is rendered differently each time"),
+        _("take whatever is random out of tokenizer.chat_template"),
+    )
 
 
 def adds_bos(tokenizer) -> bool:
@@ -143,7 +148,9 @@ def adds_bos(tokenizer) -> bool:
 
 def _named(tokenizer, name: str) -> str:
     token = getattr(tokenizer, f"{name}_token")
-    return "none" if token is None else f"{token}, id {getattr(tokenizer, f'{name}_token_id')}"
+    if token is None:
+        return _("none")
+    return _("{token}, id {token_id}", token=token, token_id=getattr(tokenizer, f"{name}_token_id"))
 
 
 def _stops(tokenizer, model) -> list[int]:
@@ -168,21 +175,28 @@ def _another(tokenizer, expected: str) -> Iterator[TemplateCheck]:
     if expected and found != expected:
         yield TemplateCheck(
             "another_template",
-            f"the model was trained with the template {expected}, and this is {found}",
-            "load the tokenizer from the adapter's folder, and set no template after that; or run chapter 04 again",
+            _(
+                "the model was trained with the template {expected}, and this is {found}",
+                expected=expected,
+                found=found,
+            ),
+            _("load the tokenizer from the adapter's folder, and set no template after that; or run chapter 04 again"),
         )
 
 
 def _special_tokens(tokenizer, model, original) -> Iterator[TemplateCheck]:
     if tokenizer.pad_token_id is None:
         yield TemplateCheck(
-            "no_pad", "the tokenizer has no pad token", "set tokenizer.pad_token to a token that no text holds"
+            "no_pad", _("the tokenizer has no pad token"), _("set tokenizer.pad_token to a token that no text holds")
         )
     elif tokenizer.pad_token_id == tokenizer.eos_token_id:
         yield TemplateCheck(
             "pad_is_eos",
-            f"{tokenizer.pad_token} is both the pad and the EOS token: collators mask padding, and with it the end",
-            "set tokenizer.pad_token to another token, such as <|finetune_right_pad_id|>",
+            _(
+                "{token} is both the pad and the EOS token: collators mask padding, and with it the end",
+                token=tokenizer.pad_token,
+            ),
+            _("set tokenizer.pad_token to another token, such as <|finetune_right_pad_id|>"),
         )
     vocabulary = tokenizer.get_vocab()
     known = vocabulary if original is None else original.get_vocab()
@@ -191,41 +205,46 @@ def _special_tokens(tokenizer, model, original) -> Iterator[TemplateCheck]:
     if outside:
         yield TemplateCheck(
             "outside_vocabulary",
-            f"no id below {size:,} stands for {', '.join(outside)}",
-            "use tokens that the model has: a new one has no trained embedding",
+            _("no id below {size:,} stands for {tokens}", size=size, tokens=", ".join(outside)),
+            _("use tokens that the model has: a new one has no trained embedding"),
         )
     if original is not None:
         now = {token_id: token for token, token_id in vocabulary.items()}
-        moved = [f"id {i} was {token}, is {now.get(i)}" for token, i in known.items() if now.get(i) != token]
+        moved = [
+            _("id {token_id} was {was}, is {now}", token_id=i, was=token, now=now.get(i))
+            for token, i in known.items()
+            if now.get(i) != token
+        ]
         if moved:
             yield TemplateCheck(
                 "remapped",
-                f"special tokens were renamed: {'; '.join(sorted(moved))}",
-                "keep the model's own chat template, or pass map_eos_token=False to get_chat_template",
+                _("special tokens were renamed: {tokens}", tokens=_("; ").join(sorted(moved))),
+                _("keep the model's own chat template, or pass map_eos_token=False to get_chat_template"),
             )
 
 
 def _stop(tokenizer, turns: Turns, model, original) -> Iterator[TemplateCheck]:
     stops = _stops(tokenizer, model)
     names = ", ".join(f"{tokenizer.convert_ids_to_tokens(i) if i is not None else None} (id {i})" for i in stops)
+    end = tokenizer.convert_ids_to_tokens(turns.end_token_id)
     if turns.end_token_id not in stops:
-        end = tokenizer.convert_ids_to_tokens(turns.end_token_id)
-        sentence = f"answers end with {end} (id {turns.end_token_id}), but generate stops on {names}"
+        facts = dict(end=end, token_id=turns.end_token_id, stops=names)
+        sentence = _("answers end with {end} (id {token_id}), but generate stops on {stops}", **facts)
         yield TemplateCheck("wrong_stop", sentence, _stop_fix(tokenizer, original, end))
     elif model is None and tokenizer.eos_token_id not in stops:  # it ends the rows of training, and goes into exports
-        sentence = f"the EOS token is {_named(tokenizer, 'eos')}, but generate stops on {names}"
-        fix = f"set tokenizer.eos_token = {tokenizer.convert_ids_to_tokens(turns.end_token_id)!r}"
-        yield TemplateCheck("wrong_stop", sentence, fix)
+        facts = dict(eos=_named(tokenizer, "eos"), stops=names)
+        sentence = _("the EOS token is {eos}, but generate stops on {stops}", **facts)
+        yield TemplateCheck("wrong_stop", sentence, _("set tokenizer.eos_token = {end!r}", end=end))
 
 
 def _stop_fix(tokenizer, original, end: str) -> str:
     """Where the template is another than the model's own, its own; of a base model, which has none, the chat model."""
     own = tokenizer.chat_template if original is None else original.chat_template
     if own is None:
-        return CHAT_MODEL
+        return _(CHAT_MODEL)
     if own not in tokenizer.chat_template:  # chapter 03 writes a date in front of it
-        return "set CHAT_TEMPLATE to '', which keeps the model's own template"
-    return f"set tokenizer.eos_token = {end!r}, and add its id to model.generation_config.eos_token_id"
+        return _("set CHAT_TEMPLATE to '', which keeps the model's own template")
+    return _("set tokenizer.eos_token = {end!r}, and add its id to model.generation_config.eos_token_id", end=end)
 
 
 def _bos(tokenizer) -> Iterator[TemplateCheck]:
@@ -235,24 +254,31 @@ def _bos(tokenizer) -> Iterator[TemplateCheck]:
     text = training_text(tokenizer, _QUESTION + _ANSWER)
     prompt = tokenizer(render(tokenizer, _QUESTION, add_generation_prompt=True), add_special_tokens=False)
     trained, inferred = (_leading(ids, bos) for ids in (tokenizer(text).input_ids, prompt.input_ids))
-    for path, count in (("training", trained), ("inference", inferred)):
-        if count > 1:
-            yield TemplateCheck(
-                "double_bos",
-                f"{count} BOS tokens at the start of the text that {path} uses",
-                "leave one {{ bos_token }} in tokenizer.chat_template",
-            )
+    fix = _("leave one {{ bos_token }} in tokenizer.chat_template")
+    if trained > 1:
+        sentence = _("{count} BOS tokens at the start of the text that training uses", count=trained)
+        yield TemplateCheck("double_bos", sentence, fix)
+    if inferred > 1:
+        sentence = _("{count} BOS tokens at the start of the text that inference uses", count=inferred)
+        yield TemplateCheck("double_bos", sentence, fix)
     if min(trained, 1) != min(inferred, 1):
         yield TemplateCheck(
             "bos_differs",
-            f"training texts begin with {trained} BOS tokens, prompts at inference with {inferred}",
-            "write {{ bos_token }} at the start of tokenizer.chat_template",
+            _(
+                "training texts begin with {trained} BOS tokens, prompts at inference with {inferred}",
+                trained=trained,
+                inferred=inferred,
+            ),
+            _("write {{ bos_token }} at the start of tokenizer.chat_template"),
         )
     if adds_bos(tokenizer) and tokenizer.bos_token in tokenizer.chat_template:
         yield TemplateCheck(
             "bos_spelled_out",
-            f"the template spells {tokenizer.bos_token} out; Unsloth on a GPU then adds no BOS token to the texts",
-            "write {{ bos_token }} in its place",
+            _(
+                "the template spells {token} out; Unsloth on a GPU then adds no BOS token to the texts",
+                token=tokenizer.bos_token,
+            ),
+            _("write {{ bos_token }} in its place"),
         )
 
 
@@ -270,14 +296,17 @@ def _generation_prompt(tokenizer, table: TokenBytes, turns: Turns) -> Iterator[T
     if not rendered.startswith(prompt) or ids[: len(prompt_ids)] != prompt_ids:
         yield TemplateCheck(
             "prompt_not_prefix",
-            "the prompt at inference is not how training texts begin, in text or in tokens",
-            "make the generation prompt in tokenizer.chat_template equal to the start of an answer",
+            _("the prompt at inference is not how training texts begin, in text or in tokens"),
+            _("make the generation prompt in tokenizer.chat_template equal to the start of an answer"),
         )
     elif not (left.startswith(_ANSWER[0]["content"]) or ends_with_start):
         yield TemplateCheck(
             "no_generation_prompt",
-            f"with add_generation_prompt=True a prompt ends with {prompt[-30:]!r}, not with the start of an answer",
-            "add {% if add_generation_prompt %} and the start of an answer to tokenizer.chat_template",
+            _(
+                "with add_generation_prompt=True a prompt ends with {end!r}, not with the start of an answer",
+                end=prompt[-30:],
+            ),
+            _("add {% if add_generation_prompt %} and the start of an answer to tokenizer.chat_template"),
         )
 
 
@@ -287,6 +316,6 @@ def _server_variables(tokenizer) -> Iterator[TemplateCheck]:
         if render(tokenizer, _QUESTION, **{name: value}) != text:
             yield TemplateCheck(
                 "server_variable",
-                f"the text changes with {name}, which a server such as llama-server sets in its own way",
-                "write the value into tokenizer.chat_template, as chapter 03 does with the date",
+                _("the text changes with {name}, which a server such as llama-server sets in its own way", name=name),
+                _("write the value into tokenizer.chat_template, as chapter 03 does with the date"),
             )

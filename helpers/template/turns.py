@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from helpers.base import InputError
+from helpers.messages import N_, _
 from helpers.template.limits import Late, limits
 
 ROW_END = b"\xff\xff"  # between rows, and in place of padding
 _CODE_LENGTH = 7  # one byte 0xFF and six digits of base 7, 0xF8 to 0xFE
 # Unsloth's name for the template whose turns end with this token.
 TEMPLATE_OF_END = {"<|eot_id|>": "llama-3.1", "<|im_end|>": "chatml", "<end_of_turn>": "gemma"}
-CHAT_MODEL = "take the chat model, whose name often ends in -Instruct: a base model has learned no template"
+CHAT_MODEL = N_("take the chat model, whose name often ends in -Instruct: a base model has learned no template")
 FIXED_DATE = datetime.date(2024, 7, 26)  # Llama 3's templates print this one unless they are told another
 # What a template may take for one conversation. Llama's takes half a millisecond and writes two hundred characters.
 RENDER_SECONDS = 10
@@ -47,9 +48,9 @@ class TokenBytes:
         if backend is None:
             raise TurnsError(
                 type(tokenizer).__name__,
-                found="a tokenizer without a `tokenizers` backend",
-                expected="a fast tokenizer, whose vocabulary can be read as bytes",
-                fix="load it with AutoTokenizer.from_pretrained(..., use_fast=True)",
+                found=_("a tokenizer without a `tokenizers` backend"),
+                expected=_("a fast tokenizer, whose vocabulary can be read as bytes"),
+                fix=_("load it with AutoTokenizer.from_pretrained(..., use_fast=True)"),
             )
         added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
         vocabulary = tokenizer.get_vocab()
@@ -197,21 +198,21 @@ def render(tokenizer, messages: list[dict], **options) -> str:
         with limits(seconds=RENDER_SECONDS, more_bytes=RENDER_BYTES):
             text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Late:
-        raise _excessive(f"no end after {RENDER_SECONDS} s") from None
+        raise _excessive(_("no end after {seconds} s", seconds=RENDER_SECONDS)) from None
     except (MemoryError, RecursionError) as error:
         raise _excessive(_said(error)) from None
     except Exception as error:  # templates raise whatever they like
-        fix = "leave out what it refuses, such as a system message, or correct tokenizer.chat_template"
-        expected = "a template that renders this conversation"
-        raise RefusedError("chat template", found=_said(error), expected=expected, fix=fix) from None
+        fix = _("leave out what it refuses, such as a system message, or correct tokenizer.chat_template")
+        expected = _("a template that renders this conversation")
+        raise RefusedError(_("chat template"), found=_said(error), expected=expected, fix=fix) from None
     if len(text) > RENDER_CHARACTERS + 10 * len(str(messages)):
-        raise _excessive(f"a text of {len(text):,} characters")
+        raise _excessive(_("a text of {count:,} characters", count=len(text)))
     return text
 
 
 def _excessive(found: str) -> TurnsError:
-    expected, fix = "a template that writes a short text at once", "correct tokenizer.chat_template"
-    return TurnsError("chat template", found=found, expected=expected, fix=fix)
+    expected, fix = _("a template that writes a short text at once"), _("correct tokenizer.chat_template")
+    return TurnsError(_("chat template"), found=found, expected=expected, fix=fix)
 
 
 def _said(error: Exception) -> str:
@@ -235,14 +236,14 @@ def read_turns(tokenizer, table: TokenBytes) -> Turns:
             answer without a special token.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise _unreadable("no chat template", _fitting_template(tokenizer))
+        raise _unreadable(_("no chat template"), _fitting_template(tokenizer))
     if _has_powers(tokenizer.chat_template):
-        raise _excessive("a power, `**`, which may take for ever")
+        raise _excessive(_("a power, `**`, which may take for ever"))
     probes = {shape: _probe(tokenizer, table, shape) for shape in ("uauaua", "suaua", "ua", "aua", "saua", "uaaua")}
     if probes["uauaua"] is None:
         raise _unreadable(
-            "one that does not render three questions and answers with their text unchanged",
-            "check that it accepts the roles user and assistant; rows made with it cannot be checked",
+            _("one that does not render three questions and answers with their text unchanged"),
+            _("check that it accepts the roles user and assistant; rows made with it cannot be checked"),
         )
     gaps: dict[tuple[str, str], list[bytes]] = {}
     for shape, probe in probes.items():
@@ -252,14 +253,14 @@ def read_turns(tokenizer, table: TokenBytes) -> Turns:
     after = _shared_prefix(gaps["a", "u"] + gaps["a", "$"])
     if not after:
         raise _unreadable(
-            "one that ends an answer in the middle of a conversation and the last one differently",
-            "rows made with it cannot be checked; use one that ends every answer with the same token",
+            _("one that ends an answer in the middle of a conversation and the last one differently"),
+            _("rows made with it cannot be checked; use one that ends every answer with the same token"),
         )
     end = re.match(b"[^\xff]*\xff[\xf8-\xfe]{6}", after)
     if end is None:
         raise _unreadable(
-            f"answers that end with {table.text(after)!r}, without a special token",
-            "use a template that ends answers with the end-of-turn token; a model trained without one never stops",
+            _("answers that end with {end!r}, without a special token", end=table.text(after)),
+            _("use a template that ends answers with the end-of-turn token; a model trained without one never stops"),
         )
     answer_end = end.group()
     tail = after[len(answer_end) :]
@@ -299,8 +300,8 @@ def _has_powers(template: str) -> bool:
 def _fitting_template(tokenizer) -> str:
     """What to do about a tokenizer without a template: its end token tells whether its model learned one."""
     if tokenizer.eos_token in TEMPLATE_OF_END:
-        return f'set CHAT_TEMPLATE to "{TEMPLATE_OF_END[tokenizer.eos_token]}"'
-    return CHAT_MODEL
+        return _('set CHAT_TEMPLATE to "{name}"', name=TEMPLATE_OF_END[tokenizer.eos_token])
+    return _(CHAT_MODEL)
 
 
 def _messages(shape: str) -> list[dict]:
@@ -336,8 +337,8 @@ def _answer_start(tokenizer, table: TokenBytes, gaps: dict) -> bytes:
             mark = shared
     if not mark.strip() or any(gap.endswith(mark) for gap in others):
         raise _unreadable(
-            f"{table.text(mark)!r} before answers, which is before questions too",
-            "use a template that marks the assistant's turns; rows of this one cannot be checked",
+            _("{mark!r} before answers, which is before questions too", mark=table.text(mark)),
+            _("use a template that marks the assistant's turns; rows of this one cannot be checked"),
         )
     return mark
 
@@ -353,8 +354,8 @@ def _prove(tokenizer, table: TokenBytes, turns: Turns, shape: str) -> None:
     right = len(found) == len(expected) and all(map(str.endswith, found, expected))
     if not (right and answers.closed.all()):
         raise _unreadable(
-            f"answers {found} where the probe held {expected}",
-            "rows of this template cannot be checked; use one whose turns have marks of their own",
+            _("answers {found} where the probe held {expected}", found=found, expected=expected),
+            _("rows of this template cannot be checked; use one whose turns have marks of their own"),
         )
 
 
@@ -373,4 +374,5 @@ def _shared_suffix(first: bytes, second: bytes) -> bytes:
 
 
 def _unreadable(found: str, fix: str) -> TurnsError:
-    return TurnsError("chat template", found=found, expected="a template whose turns can be told apart", fix=fix)
+    expected = _("a template whose turns can be told apart")
+    return TurnsError(_("chat template"), found=found, expected=expected, fix=fix)

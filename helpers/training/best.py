@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.base import replace_file
+from helpers.messages import _
 from helpers.training.evidence import RESTORED, STOPPED
 
 if TYPE_CHECKING:
@@ -47,13 +48,14 @@ class BestWeights:
         from safetensors import SafetensorError, safe_open
 
         if not self.measured():
-            print("The held-out loss was never measured: these are the last weights")
+            print(_("The held-out loss was never measured: these are the last weights"))
             return
         (best, best_step), (last, last_step) = min(self.measured()), self.measured()[-1]
         if best == last:
-            print(f"The held-out loss was lowest at the end, {last:.3f}")
+            print(_("The held-out loss was lowest at the end, {loss:.3f}", loss=last))
             return
-        seen = f"{best:.3f} at step {best_step}, {last:.3f} at step {last_step}"
+        steps = dict(best=best, best_step=best_step, last=last, last_step=last_step)
+        seen = _("{best:.3f} at step {best_step}, {last:.3f} at step {last_step}", **steps)
         try:
             with safe_open(self.path, "pt") as file:
                 if file.metadata() != {"step": str(best_step), "eval_loss": repr(best)}:
@@ -61,10 +63,10 @@ class BestWeights:
                 for name, weight in self._trained():
                     weight.data.copy_(file.get_tensor(name))
         except (OSError, SafetensorError):
-            print(f"The best weights are not on this machine ({seen}): these are the last ones")
+            print(_("The best weights are not on this machine ({seen}): these are the last ones", seen=seen))
             return
         self.trainer.state.log_history.append({RESTORED: best_step, "step": self.trainer.state.global_step})
-        print(f"Back to the lowest held-out loss: {seen}")
+        print(_("Back to the lowest held-out loss: {seen}", seen=seen))
 
     def _trained(self) -> list[tuple[str, Any]]:
         return [(name, weight) for name, weight in self.trainer.model.named_parameters() if weight.requires_grad]
@@ -108,7 +110,12 @@ def _callback(best: BestWeights, patience: int) -> "TrainerCallback":
             if since == 0:
                 best.save()
             elif since >= patience and state.global_step < state.max_steps and not _stopped(state):
-                print(f"Stopped at step {state.global_step}: {since} measurements in a row without a new best")
+                said = _(
+                    "Stopped at step {step}: {since} measurements in a row without a new best",
+                    step=state.global_step,
+                    since=since,
+                )
+                print(said)
                 control.should_training_stop = True
                 state.log_history.append({STOPPED: state.global_step, "step": state.global_step})
 

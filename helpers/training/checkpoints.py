@@ -37,6 +37,7 @@ from typing import Any
 from helpers.base import InputError, reason, replace_file, set_aside
 from helpers.environment.hub import base_name
 from helpers.handoff.run import fingerprint_rows
+from helpers.messages import _
 from helpers.ranks import first_failure, on_all, on_first, rank_and_size
 from helpers.training.order import seeded_sampler, whole_rounds
 from helpers.training.saved import (
@@ -145,7 +146,12 @@ class Checkpoints:
             try:
                 replace_file(folder / HANDED_OVER, "\n".join(sorted({*handed_over(folder), self.run})).encode())
             except OSError as error:
-                print(f"{folder}: could not note that this run is handed over ({error}); it would be loaded once more.")
+                said = _(
+                    "{folder}: could not note that this run is handed over ({error}); it would be loaded once more.",
+                    folder=folder,
+                    error=error,
+                )
+                print(said)
 
     def _find_last(self) -> Saved | None:
         """The checkpoint to go on from, verified and lying in the trainer's folder; says what was found."""
@@ -157,64 +163,75 @@ class Checkpoints:
                 there, self.over = saved_in(self.mirror), self.over | handed_over(self.mirror)
         here, there = ([each for each in saved if each.run not in self.over] for saved in (here, there))
         if self.start_afresh:
-            self._begin([*here, *there], ": START_AFRESH is set. Unset it, or the next run starts at step 0 as well")
+            told = _("Starting at step 0: START_AFRESH is set. Unset it, or the next run starts at step 0 as well")
+            self._begin([*here, *there], told)
             return None
         self._require_one_run([*here, *there])
         last, damaged = newest_good(here)
         with self._reading_the_mirror():
             copy, damaged_copies = newest_good([each for each in there if last is None or each.step > last.step])
         if last is None and copy is None:
-            self._begin([*damaged, *damaged_copies], ": the run before is handed over" if self.over else "")
+            told = _("Starting at step 0: the run before is handed over") if self.over else _("Starting at step 0")
+            self._begin([*damaged, *damaged_copies], told)
             return None
         self._require_same_settings(copy or last)
         last = self._fetch(copy) if copy else last
-        where = f"step {last.step} of {last.max_steps}"
+        where = dict(step=last.step, max_steps=last.max_steps)
+        told = _("Resumed from step {step} of {max_steps}", **where)
         if last.step >= last.max_steps:
-            print(f"Nothing to train: this run is complete, loading {where} (START_AFRESH = True trains anew)")
-        else:
-            print(f"Resumed from {where}")
+            told = _(
+                "Nothing to train: this run is complete, loading step {step} of {max_steps} "
+                "(START_AFRESH = True trains anew)",
+                **where,
+            )
+        print(told)
         for each in (*damaged, *damaged_copies):  # they must not count among the furthest, which are kept
             if each.path != last.path:  # where a good copy has just replaced it
                 with contextlib.suppress(OSError):
-                    print(f"{each.path.name} is kept as {set_aside(each.path).name}")
+                    print(_("{name} is kept as {kept}", name=each.path.name, kept=set_aside(each.path).name))
         return last
 
-    def _begin(self, saved: Sequence[Saved], why: str) -> None:
-        """Start at step 0, with what was saved set aside."""
-        if self.trainer.state.global_step:
+    def _begin(self, saved: Sequence[Saved], told: str) -> None:
+        """Start at step 0, which is told, with what was saved set aside."""
+        if steps := self.trainer.state.global_step:
             raise CheckpointError(
                 "trainer",
-                found=f"a model that has been trained for {self.trainer.state.global_step} steps in this session",
-                expected="a fresh model to start at step 0",
-                fix="run the chapter from its top, so that the model is loaded again",
+                found=_("a model that has been trained for {steps} steps in this session", steps=steps),
+                expected=_("a fresh model to start at step 0"),
+                fix=_("run the chapter from its top, so that the model is loaded again"),
             )
         for each in saved:
             with self._reading_the_mirror() if each.path.parent == self.mirror else _writing(self.folder):
-                print(f"Set aside: {set_aside(each.path)}")
-        print(f"Starting at step 0{why}")
+                print(_("Set aside: {path}", path=set_aside(each.path)))
+        print(told)
 
     def _require_one_run(self, saved: Sequence[Saved]) -> None:
         for other in saved:
             if other.run != saved[0].run:
+                facts = dict(step=other.step, run=other.run)
                 raise CheckpointError(
                     str(other.path),
-                    found=f"step {other.step} of a run that began {other.run}, perhaps on another machine",
-                    expected=f"checkpoints of one run, here of that which began {saved[0].run}",
+                    found=_("step {step} of a run that began {run}, perhaps on another machine", **facts),
+                    expected=_("checkpoints of one run, here of that which began {run}", run=saved[0].run),
                     fix=self._ways_out(other),
                 )
 
     def _require_same_settings(self, last: Saved) -> None:
         if differences := compare_settings(last.settings, self.settings):
+            where = dict(folder=last.path.parent, step=last.step, max_steps=last.max_steps)
             raise CheckpointError(
-                f"{last.path.parent}, a run that is at step {last.step} of {last.max_steps}",
-                found="; ".join(differences),
-                expected="the settings that it was started with",
-                fix=f"set them back to go on, or {self._ways_out(last)}",
+                _("{folder}, a run that is at step {step} of {max_steps}", **where),
+                found=_("; ").join(differences),
+                expected=_("the settings that it was started with"),
+                fix=_("set them back to go on, or {otherwise}", otherwise=self._ways_out(last)),
             )
 
     def _ways_out(self, saved: Saved) -> str:
-        on_drive = "set DRIVE_DIR to another folder, or " if saved.path.parent == self.mirror else ""
-        return f"{on_drive}set START_AFRESH = True to set that run aside and start at step 0"
+        if saved.path.parent != self.mirror:
+            return _("set START_AFRESH = True to set that run aside and start at step 0")
+        return _(
+            "set DRIVE_DIR to another folder, or set START_AFRESH = True to set that run aside and start at step 0"
+        )
 
     def _fetch(self, copy: Saved) -> Saved:
         """The mirror's checkpoint, copied into the trainer's folder."""
@@ -224,19 +241,19 @@ class Checkpoints:
             except OSError as error:
                 if copy.damage():  # reads it once more, and raises OSError itself where the mirror cannot be read
                     raise
-                mib = sum(file["bytes"] for file in copy.files.values()) / 2**20
+                facts = dict(mib=sum(file["bytes"] for file in copy.files.values()) / 2**20, folder=self.mirror)
                 raise CheckpointError(
                     str(self.folder),
                     found=reason(error),
-                    expected=f"room for {mib:,.0f} MiB, the checkpoint that is in {self.mirror}",
-                    fix="free disk space, or set RUN_DIR to a folder on another disk",
+                    expected=_("room for {mib:,.0f} MiB, the checkpoint that is in {folder}", **facts),
+                    fix=_("free disk space, or set RUN_DIR to a folder on another disk"),
                 ) from None
-        print(f"Fetched {path.name} from {self.mirror}")
+        print(_("Fetched {name} from {folder}", name=path.name, folder=self.mirror))
         return replace(copy, path=path)
 
     def _reading_the_mirror(self) -> contextlib.AbstractContextManager:
-        expected = "a folder to copy checkpoints to, which may hold those of an interrupted run"
-        return _refusing(self.mirror, expected, 'mount Drive again, or set DRIVE_DIR = "" to train without it')
+        expected = _("a folder to copy checkpoints to, which may hold those of an interrupted run")
+        return _refusing(self.mirror, expected, _('mount Drive again, or set DRIVE_DIR = "" to train without it'))
 
     def _guard(self, stack: contextlib.ExitStack) -> None:
         """Hook into the trainer until the stack closes: when to save, how, in which order the rows come, and Ctrl-C."""
@@ -270,7 +287,7 @@ class Checkpoints:
         """Write a checkpoint whole, or say why not and train on."""
         step, runs = self.trainer.state.global_step, self.copier.runs
         path = self.folder / f"checkpoint-{step}"
-        stopped = f"stopped after step {step}; run the chapter again to go on"
+        stopped = _("stopped after step {step}; run the chapter again to go on", step=step)
         facts = dict(run=self.run, step=step, max_steps=self.trainer.state.max_steps, settings=self.settings)
         # With several processes each phase begins when the last one has ended on all of them. A rank writes its random
         # numbers alone, the first one all the rest.
@@ -283,9 +300,10 @@ class Checkpoints:
         if failure:
             if self.is_first:
                 self._give_up(path, failure)
-            stopped = (
-                f"stopped after step {step}, which could not be saved; run the chapter again to go on from an "
-                "older checkpoint, or from step 0 where there is none"
+            stopped = _(
+                "stopped after step {step}, which could not be saved; run the chapter again to go on from an "
+                "older checkpoint, or from step 0 where there is none",
+                step=step,
             )
         elif self.is_first:
             self.copier.put(path)
@@ -298,8 +316,11 @@ class Checkpoints:
         with contextlib.suppress(OSError):
             if MANIFEST in names_in(path):
                 remove(path)
-        goes_on = "" if self.interrupted else "training goes on, "
-        print(f"{path.name} could not be saved ({failure}): {goes_on}older checkpoints stay")
+        facts = dict(name=path.name, failure=failure)
+        if self.interrupted:
+            print(_("{name} could not be saved ({failure}): older checkpoints stay", **facts))
+        else:
+            print(_("{name} could not be saved ({failure}): training goes on, older checkpoints stay", **facts))
 
     def _load(self, read: Callable, *args: Any) -> None:
         # PEFT turns half-precision adapters into float32 as it loads them; Unsloth may train them as bfloat16.
@@ -337,7 +358,8 @@ def _as_json(value: Any) -> Any:
 def compare_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs, one line each. Example: ["LoRA r was 16, is 8"]"""
     names = [*was, *(name for name in now if name not in was)]
-    return [f"{name} was {was.get(name)}, is {now.get(name)}" for name in names if was.get(name) != now.get(name)]
+    changed = (name for name in names if was.get(name) != now.get(name))
+    return [_("{name} was {was}, is {now}", name=name, was=was.get(name), now=now.get(name)) for name in changed]
 
 
 def _callback(checkpoints: Checkpoints) -> Any:
@@ -348,17 +370,19 @@ def _callback(checkpoints: Checkpoints) -> Any:
     class SaveByTheClock(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs) -> None:
             if state.global_step != checkpoints.step:
-                found, given = state.global_step, "step 0, for which None"
+                found, expected = state.global_step, _("step 0, for which None was given to pass on")
                 if checkpoints.step:
-                    given = f"step {checkpoints.step}, whose checkpoint"
+                    expected = _("step {step}, whose checkpoint was given to pass on", step=checkpoints.step)
                 state.global_step = max(found, trained)  # the model is still one that has trained so far
                 trainer.is_in_train = False
                 raise CheckpointError(
                     f"{checkpoints.folder}, trainer.train",
-                    found=f"a start at step {found}",
-                    expected=f"{given} was given to pass on",
-                    fix="call trainer.train(resume_from_checkpoint=last) in `with checkpoints as last:`; to begin "
-                    "anew instead, set START_AFRESH = True",
+                    found=_("a start at step {step}", step=found),
+                    expected=expected,
+                    fix=_(
+                        "call trainer.train(resume_from_checkpoint=last) in `with checkpoints as last:`; to begin "
+                        "anew instead, set START_AFRESH = True"
+                    ),
                 )
             if 0 < state.max_steps <= state.global_step:
                 # Transformers would train one more step before it looked. The other callbacks hear that it is over.
@@ -397,9 +421,9 @@ def _locked(folder: Path) -> Iterator[None]:
         except Timeout:
             raise CheckpointError(
                 str(folder),
-                found="another process that trains into it",
-                expected="one run at a time",
-                fix="wait for it or stop it (in Jupyter: shut its kernel down), or set RUN_DIR to another folder",
+                found=_("another process that trains into it"),
+                expected=_("one run at a time"),
+                fix=_("wait for it or stop it (in Jupyter: shut its kernel down), or set RUN_DIR to another folder"),
             ) from None
     try:
         yield
@@ -417,7 +441,7 @@ def _refusing(folder: Path | None, expected: str, fix: str) -> Iterator[None]:
 
 
 def _writing(folder: Path) -> contextlib.AbstractContextManager:
-    return _refusing(folder, "a folder that can be written", "set RUN_DIR to a folder of your own")
+    return _refusing(folder, _("a folder that can be written"), _("set RUN_DIR to a folder of your own"))
 
 
 def _replace(stack: contextlib.ExitStack, thing: Any, name: str, function: Callable) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.base import InputError, replace_file
-from helpers.figures import MARK, TRAINED, as_image
+from helpers.figures import MARK, TRAINED, as_image, families, label
 from helpers.memory.stats import memory_stats
+from helpers.messages import _
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,10 +66,11 @@ class Curves:
         """How far the run is. Example: "step 31 of 60, about 4 min 10 s left"."""
         steps, seconds = self.column("seconds")
         if not steps:
-            return f"step 0 of {self.max_steps}"
+            return label("step 0 of {steps}", steps=self.max_steps)
         if steps[-1] >= self.max_steps:
-            return f"{steps[-1]} steps in {duration(seconds[-1])}"
-        return f"step {steps[-1]} of {self.max_steps}, about {duration(self.seconds_left)} left"
+            return label("{steps} steps in {duration}", steps=steps[-1], duration=duration(seconds[-1]))
+        left = duration(self.seconds_left)
+        return label("step {step} of {steps}, about {left} left", step=steps[-1], steps=self.max_steps, left=left)
 
     def as_csv(self) -> str:
         """One line a step, with a header; empty where nothing was measured."""
@@ -88,8 +90,10 @@ def duration(seconds: float) -> str:
     """Seconds as people say them. Example: 250 -> "4 min 10 s", 4000 -> "1 h 6 min"."""
     whole = round(seconds)
     if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+        return label("{seconds} s", seconds=whole)
+    if whole < 3600:
+        return label("{minutes} min {seconds} s", minutes=whole // 60, seconds=whole % 60)
+    return label("{hours} h {minutes} min", hours=whole // 3600, minutes=whole % 3600 // 60)
 
 
 def draw_curves(curves: Curves) -> "Figure":
@@ -97,24 +101,25 @@ def draw_curves(curves: Curves) -> "Figure":
     import matplotlib
     from matplotlib.figure import Figure
 
-    memory = "memory, peak GiB" if curves.is_gpu else "memory of this process, GiB"
+    memory = label("memory, peak GiB") if curves.is_gpu else label("memory of this process, GiB")
     panels = [
-        ("learning_rate", "learning rate", SLATE),
-        ("tokens_per_second", "tokens a second, no padding", GREEN),
+        ("learning_rate", label("learning rate"), SLATE),
+        ("tokens_per_second", label("tokens a second, no padding"), GREEN),
         ("memory_gib", memory, PURPLE),
     ]
-    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left"}):
+    style = {"font.family": families(), "font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left"}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(7.4, 4.6), layout="constrained", facecolor="white")
         figure.suptitle(curves.title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         grid = figure.add_gridspec(2, 3, height_ratios=[1.7, 1])
         losses = figure.add_subplot(grid[0, :])
-        for column, label, colour, style in (
-            ("loss", "training", TRAINED, "-"),
-            ("held_out_loss", "held-out (never trained)", MARK, "o--"),
+        for column, name, colour, line in (
+            ("loss", label("training"), TRAINED, "-"),
+            ("held_out_loss", label("held-out (never trained)"), MARK, "o--"),
         ):
             points = _finite_points(curves.column(column))
-            losses.plot(*points, style, color=colour, label=label, markersize=5, clip_on=False)
-        losses.set(title="loss on the answers, nats a token", xlabel="step")
+            losses.plot(*points, line, color=colour, label=name, markersize=5, clip_on=False)
+        losses.set(title=label("loss on the answers, nats a token"), xlabel=label("step"))
         losses.legend(frameon=False, loc="upper right")
         _finish(losses, curves, ticks=6)
         for place, (column, title, colour) in enumerate(panels):
@@ -124,14 +129,15 @@ def draw_curves(curves: Curves) -> "Figure":
             axes.set(title=title)
             _finish(axes, curves, ticks=4)
             if not points[0] and column == "tokens_per_second":
-                wanted = 'not counted: set\ninclude_num_input_tokens_seen\n= "non_padding"'
+                wanted = label("not counted: set\n{setting}", setting='include_num_input_tokens_seen\n= "non_padding"')
                 axes.text(0.5, 0.5, wanted, transform=axes.transAxes, ha="center", va="center", fontsize=8)
                 axes.set_yticks([])
             elif column == "learning_rate":
                 axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
             elif column == "memory_gib" and curves.is_gpu:
                 axes.axhline(curves.total_gib, color=SLATE, linestyle="--", linewidth=1)
-                axes.text(0, curves.total_gib * 1.02, f" the card has {curves.total_gib:.1f}", fontsize=8, va="bottom")
+                size = label("the card has {size:.1f}", size=curves.total_gib)
+                axes.text(0, curves.total_gib * 1.02, f" {size}", fontsize=8, va="bottom")
                 axes.set_ylim(0, curves.total_gib * 1.2)
     return figure
 
@@ -196,7 +202,7 @@ def live_plot(*, folder: str | Path) -> "TrainerCallback":
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         found = error.strerror or str(error)
-        raise CurvesError(str(folder), found=found, expected="a folder", fix="give another one") from None
+        raise CurvesError(str(folder), found=found, expected=_("a folder"), fix=_("give another one")) from None
     return type("LivePlot", (_LivePlot, TrainerCallback), {})(folder)
 
 
@@ -317,5 +323,10 @@ class _LivePlot:
             replace_file(self.folder / name, content, durable=False)
         except OSError as error:  # a full disk must not end the training
             if self.can_write:
-                print(f"The curves are not written any more: {self.folder / name}: {error.strerror}. Training goes on.")
+                said = _(
+                    "The curves are not written any more: {path}: {error}. Training goes on.",
+                    path=self.folder / name,
+                    error=error.strerror,
+                )
+                print(said)
             self.can_write = False

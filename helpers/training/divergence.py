@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from helpers.base import InputError
+from helpers.messages import _
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -59,13 +60,15 @@ def find_divergence(log: Sequence[Mapping[str, Any]], *, fp16: bool) -> tuple[st
     last, losses = entries[-1], [float(entry["loss"]) for entry in entries]
     step = last.get("step", len(entries))
     if not math.isfinite(losses[-1]):
-        return f"a loss of {losses[-1]} at step {step}", "a number"
+        return _("a loss of {loss} at step {step}", loss=losses[-1], step=step), _("a number")
     norms = [float(entry.get("grad_norm", 0.0)) for entry in entries]
     overflows, allowed = sum(not math.isfinite(norm) for norm in norms), allowed_overflows(len(norms), fp16=fp16)
     if overflows > allowed and not math.isfinite(norms[-1]):
         if fp16:
-            return f"{overflows} float16 overflows up to step {step}", f"at most {allowed}"
-        return f"a gradient norm of {norms[-1]} at step {step} (the loss is {losses[-1]:.3g})", "a number"
+            found = _("{count} float16 overflows up to step {step}", count=overflows, step=step)
+            return found, _("at most {count}", count=allowed)
+        facts = dict(norm=norms[-1], step=step, loss=losses[-1])
+        return _("a gradient norm of {norm} at step {step} (the loss is {loss:.3g})", **facts), _("a number")
     medians = [statistics.median(losses[end - WINDOW : end]) for end in range(WINDOW, len(losses) + 1)]
     if not medians:
         return None
@@ -73,11 +76,13 @@ def find_divergence(log: Sequence[Mapping[str, Any]], *, fp16: bool) -> tuple[st
     # because an explosion may be among them.
     start = max(losses[0], min(medians[0], 1.5 * losses[0]))
     now, lowest = medians[-1], min(medians)
-    found = f"a loss of {now:.3g} at step {step} (the median of {WINDOW})"
+    found = _("a loss of {loss:.3g} at step {step} (the median of {count})", loss=now, step=step, count=WINDOW)
     if now > WORSE_THAN_BEFORE * start:
-        return found, f"less than {WORSE_THAN_BEFORE} times the {start:.3g} of its start"
+        return found, _("less than {times} times the {start:.3g} of its start", times=WORSE_THAN_BEFORE, start=start)
     if now > start and now > LOST_AGAIN * lowest:
-        return found, f"no way back from {lowest:.3g} to above the {start:.3g} of its start"
+        return found, _(
+            "no way back from {lowest:.3g} to above the {start:.3g} of its start", lowest=lowest, start=start
+        )
     return None
 
 
@@ -101,7 +106,8 @@ def stop_on_divergence() -> "TrainerCallback":
             divergence = find_divergence(state.log_history, fp16=args.fp16)
             if divergence is not None:
                 found, expected = divergence
-                fix = f"set START_AFRESH = True and a smaller learning rate than {args.learning_rate:g}"
-                raise DivergenceError("training", found=found, expected=expected, fix=fix)
+                rate = args.learning_rate
+                fix = _("set START_AFRESH = True and a smaller learning rate than {rate:g}", rate=rate)
+                raise DivergenceError(_("training"), found=found, expected=expected, fix=fix)
 
     return StopOnDivergence()

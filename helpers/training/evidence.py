@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.base import InputError
 from helpers.masking.batches import row_key
+from helpers.messages import N_, _
 from helpers.training.divergence import allowed_overflows
 from helpers.training.held_out import HeldOutLosses, fall_interval
 from helpers.training.loaded import Claims, same_adapter, same_tokenizer
@@ -18,20 +19,22 @@ if TYPE_CHECKING:
 
 OVERFIT_TOLERANCE = 0.01  # of the best held-out loss; the trainer's average depends this much on how rows are batched
 OFTEN, FEW = 10, 10  # passes over the data that small sets are learned by heart in; held-out rows that tell little
-FELL = "held-out loss fell by more than its uncertainty"
-SCHEDULE, SETTINGS = "the learning rate followed its schedule", "the settings in force are those that were chosen"
-TRAINED, UNSEEN = "only checked rows were trained, and no pass left any out", "no held-out row was trained"
-SAVED = "the saved adapter and tokenizer are the trained ones"
+FELL = N_("held-out loss fell by more than its uncertainty")
+SCHEDULE = N_("the learning rate followed its schedule")
+SETTINGS = N_("the settings in force are those that were chosen")
+TRAINED = N_("only checked rows were trained, and no pass left any out")
+UNSEEN = N_("no held-out row was trained")
+SAVED = N_("the saved adapter and tokenizer are the trained ones")
 RESTORED = "restored_step"  # in the log of a run that went back to its best weights
 STOPPED = "stopped_step"  # in the log of a run that ended early on purpose
 ROSE, HARDLY_MOVED, FELL_FAR = 1.1, 0.02, 0.5  # shares of the first training losses, see `likely_cause`
 RATE_TOLERANCE = 1e-6  # of the learning rate; a schedule's factor is exactly 1 at its peak
 FIXES = {
-    SCHEDULE: "give SFTConfig and check_evidence the same rate and schedule; else look for what changes them",
-    SETTINGS: "change them in Choices and not in SFTConfig; else look for what changes them, and train anew",
-    TRAINED: "look for what leaves rows out, a sampler or a filter, and train anew",
-    UNSEEN: "run chapter 03 again, whose data are in two parts, and train anew",
-    SAVED: "save it again: run the cells from Save the adapter on",
+    SCHEDULE: N_("give SFTConfig and check_evidence the same rate and schedule; else look for what changes them"),
+    SETTINGS: N_("change them in Choices and not in SFTConfig; else look for what changes them, and train anew"),
+    TRAINED: N_("look for what leaves rows out, a sampler or a filter, and train anew"),
+    UNSEEN: N_("run chapter 03 again, whose data are in two parts, and train anew"),
+    SAVED: N_("save it again: run the cells from Save the adapter on"),
 }
 
 
@@ -53,15 +56,14 @@ class Evidence(Claims):
         """Raises EvidenceError naming the first claim that does not hold."""
         for claim, seen, holds in self.rows:
             if not holds:
-                other = "do not use this adapter; check the learning rate, the mask and the target modules"
-                fix = FIXES.get(claim, other)
-                fix = self.cause if claim == FELL and self.cause else fix
-                raise EvidenceError("training", found=seen, expected=claim, fix=fix)
+                other = N_("do not use this adapter; check the learning rate, the mask and the target modules")
+                fix = self.cause if claim == FELL and self.cause else _(FIXES.get(claim, other))
+                raise EvidenceError(_("training"), found=seen, expected=_(claim), fix=fix)
 
     def _notes(self) -> list[str]:
-        notes = [f"Warning: {self.warning}"] if self.warning else []
-        fell = all(holds for claim, _, holds in self.rows if claim == FELL)
-        return notes if fell or not self.cause else [*notes, f"Likely fix: {self.cause}"]
+        notes = [_("Warning: {warning}", warning=self.warning)] if self.warning else []
+        fell = all(holds for claim, seen, holds in self.rows if claim == FELL)
+        return notes if fell or not self.cause else [*notes, _("Likely fix: {fix}", fix=self.cause)]
 
 
 def check_evidence(
@@ -106,9 +108,13 @@ def check_evidence(
     claims = [_schedule(trainer, learning_rate, chosen.get("lr_scheduler_type", ""))]  # it explains what else fails
     claims += [_settings(trainer, chosen)] if chosen else []
     claims += [
-        ("every LoRA matrix B left zero", f"{changed} of {total}", 0 < total == changed),
-        ("loss and gradient norm stayed finite", seen, finite),
-        ("the base weights are untouched", "checksum over all frozen weights", untouched),
+        (
+            N_("every LoRA matrix B left zero"),
+            _("{changed} of {total}", changed=changed, total=total),
+            0 < total == changed,
+        ),
+        (N_("loss and gradient norm stayed finite"), seen, finite),
+        (N_("the base weights are untouched"), _("checksum over all frozen weights"), untouched),
     ]
     claims += [_trained(trainer, batches, rows)] if batches is not None else []
     claims += [_unseen(trainer, before), *([_saved(trainer, Path(adapter))] if adapter else []), _fall(before, after)]
@@ -134,7 +140,7 @@ def scheduled_rates(args: Any, schedule: str, learning_rate: float, *, steps: in
     scheduler = get_scheduler(schedule, optimizer, *lengths, scheduler_specific_kwargs=options)
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         return []
-    for _ in range(steps):
+    while len(rates) < steps:
         rates.append(float(optimizer.param_groups[0]["lr"]))
         optimizer.step()
         scheduler.step()
@@ -148,13 +154,15 @@ def _schedule(trainer: Any, learning_rate: float, schedule: str) -> tuple[str, s
     rates = [float(entry["learning_rate"]) for entry in entries]
     expected = scheduled_rates(args, schedule, learning_rate, steps=max((e["step"] for e in entries), default=0))
     peak = max(rates, default=math.nan)
-    seen = f"{schedule}, up to {peak:.3g} in {len(rates)} logged steps, {learning_rate:.3g} was set"
+    facts = dict(schedule=schedule, peak=peak, steps=len(rates), rate=learning_rate)
+    seen = _("{schedule}, up to {peak:.3g} in {steps} logged steps, {rate:.3g} was set", **facts)
     skipped = 0
     for entry, rate in zip(entries, rates, strict=True):
         place = entry["step"] - 1
         possible = expected[max(0, place - skipped) : place + 1]
         if expected and not any(math.isclose(rate, each, rel_tol=RATE_TOLERANCE, abs_tol=1e-15) for each in possible):
-            return SCHEDULE, f"{seen}; step {place + 1} had {rate:.3g} instead of {expected[place]:.3g}", False
+            facts = dict(seen=seen, step=place + 1, rate=rate, right=expected[place])
+            return SCHEDULE, _("{seen}; step {step} had {rate:.3g} instead of {right:.3g}", **facts), False
         skipped += not math.isfinite(float(entry.get("grad_norm", 0.0)))
     return SCHEDULE, seen, bool(rates) and peak <= learning_rate * (1 + RATE_TOLERANCE)
 
@@ -162,24 +170,32 @@ def _schedule(trainer: Any, learning_rate: float, schedule: str) -> tuple[str, s
 def _settings(trainer: Any, chosen: Mapping[str, Any]) -> tuple[str, str, bool]:
     in_force = {name: getattr(trainer.args, name) for name in chosen}
     in_force = {name: getattr(value, "value", value) for name, value in in_force.items()}
-    wrong = [f"{name} is {in_force[name]}, not {value}" for name, value in chosen.items() if in_force[name] != value]
+    wrong = [
+        _("{name} is {value}, not {chosen}", name=name, value=in_force[name], chosen=value)
+        for name, value in chosen.items()
+        if in_force[name] != value
+    ]
     steps, most = trainer.state.global_step, trainer.args.max_steps
     if steps < most and not any(STOPPED in entry for entry in trainer.state.log_history):
-        wrong.append(f"{steps} of {most} steps were made")
-    return SETTINGS, "; ".join(wrong) or f"{len(chosen)} settings, {steps} steps", not wrong
+        wrong.append(_("{steps} of {most} steps were made", steps=steps, most=most))
+    right = _("{settings} settings, {steps} steps", settings=len(chosen), steps=steps)
+    return SETTINGS, _("; ").join(wrong) or right, not wrong
 
 
 def _trained(trainer: Any, batches: "Batches", rows: int | None) -> tuple[str, str, bool]:
     present = len(trainer.train_dataset)
-    missing = "" if rows is None or present == rows else f"; {present:,} rows in the trainer, {rows:,} to train on"
-    return TRAINED, f"{batches}{missing}", batches.holds and not missing
+    if rows is None or present == rows:
+        return TRAINED, str(batches), batches.holds
+    facts = dict(seen=batches, present=present, rows=rows)
+    return TRAINED, _("{seen}; {present:,} rows in the trainer, {rows:,} to train on", **facts), False
 
 
 def _unseen(trainer: Any, before: HeldOutLosses) -> tuple[str, str, bool]:
     """By content, whatever the two parts are called."""
     trained = {row_key(row["input_ids"]) for row in trainer.train_dataset}
     both = len(trained & set(before.rows))
-    return UNSEEN, f"{both} of {len(before.rows)} are among the rows to train on", not both
+    seen = _("{both} of {rows} are among the rows to train on", both=both, rows=len(before.rows))
+    return UNSEEN, seen, not both
 
 
 def _saved(trainer: Any, folder: Path) -> tuple[str, str, bool]:
@@ -187,7 +203,7 @@ def _saved(trainer: Any, folder: Path) -> tuple[str, str, bool]:
         same_adapter(trainer.model, folder),
         same_tokenizer(trainer.processing_class, folder),
     )
-    return SAVED, f"{matrices}; {tokens}", same and alike
+    return SAVED, _("; ").join([matrices, tokens]), same and alike
 
 
 def likely_cause(passes: float, held_out: int, losses: Sequence[float] = (), overfitting: bool = False) -> str:
@@ -205,21 +221,32 @@ def likely_cause(passes: float, held_out: int, losses: Sequence[float] = (), ove
     if len(losses) >= 5:
         count = len(losses) // 5
         first, last = (math.fsum(part) / count for part in (losses[:count], losses[-count:]))
-        seen = f"the training loss went from {first:.2f} to {last:.2f}"
+        seen = _("the training loss went from {first:.2f} to {last:.2f}", first=first, last=last)
         if not last <= ROSE * first:  # also where it is not a number
-            return f"train anew with a third of LEARNING_RATE ({seen})"
+            return _("train anew with a third of LEARNING_RATE ({seen})", seen=seen)
         if last >= (1 - HARDLY_MOVED) * first:
-            return f"train anew with three times the LEARNING_RATE, or more steps ({seen})"
+            return _("train anew with three times the LEARNING_RATE, or more steps ({seen})", seen=seen)
         if last <= FELL_FAR * first and overfitting:
-            return f"train anew with EPOCHS = 3 or KEEP_BEST = True ({seen}, and the held-out loss rose again)"
+            return _(
+                "train anew with EPOCHS = 3 or KEEP_BEST = True ({seen}, and the held-out loss rose again)", seen=seen
+            )
         if last <= FELL_FAR * first and passes < OFTEN and held_out >= FEW:
-            return f"look at the mask and the template, and whether the held-out rows are of the same kind ({seen})"
+            return _(
+                "look at the mask and the template, and whether the held-out rows are of the same kind ({seen})",
+                seen=seen,
+            )
     if passes >= OFTEN:
-        causes.append(f"train for fewer steps or on more conversations (each row was seen {passes:.0f} times)")
+        fewer = _("train for fewer steps or on more conversations (each row was seen {times:.0f} times)", times=passes)
+        causes.append(fewer)
     if held_out < FEW:
-        enough = f"hold back {2 * FEW} or more, which takes {10 * FEW} conversations"
-        causes.append(f"{enough} ({held_out} held-out rows can tell little)")
-    return "; ".join(causes)
+        more = _(
+            "hold back {enough} or more, which takes {rows} conversations ({few} held-out rows can tell little)",
+            enough=2 * FEW,
+            rows=10 * FEW,
+            few=held_out,
+        )
+        causes.append(more)
+    return _("; ").join(causes)
 
 
 def _norms(log: Sequence[Mapping[str, Any]], *, float16: bool) -> tuple[str, bool]:
@@ -229,17 +256,26 @@ def _norms(log: Sequence[Mapping[str, Any]], *, float16: bool) -> tuple[str, boo
     skipped = sum(not math.isfinite(norm) for norm in norms)
     few = skipped <= allowed_overflows(len(norms), fp16=float16) and skipped < len(norms)
     highest = max((norm for norm in norms if math.isfinite(norm)), default=math.nan)
-    seen = f"norms up to {highest:.2f}"
+    seen = _("norms up to {highest:.2f}", highest=highest)
     if skipped:
-        seen += f", not finite in {skipped} of {len(norms)} steps"
+        facts = dict(highest=highest, skipped=skipped, steps=len(norms))
+        seen = _("norms up to {highest:.2f}, not finite in {skipped} of {steps} steps", **facts)
     return seen, all(map(math.isfinite, losses)) and few
 
 
 def _fall(before: HeldOutLosses, after: HeldOutLosses) -> tuple[str, str, bool]:
     low, high = fall_interval(before, after)
-    seen = (
-        f"{before.loss:.3f} -> {after.loss:.3f}, a fall of {before.loss - after.loss:.3f} (95 % interval {low:.3f} to "
-        f"{high:.3f}, {len(before.sums)} conversations); perplexity {before.perplexity:.2f} -> {after.perplexity:.2f}"
+    seen = _(
+        "{before:.3f} -> {after:.3f}, a fall of {fall:.3f} (95 % interval {low:.3f} to {high:.3f}, "
+        "{conversations} conversations); perplexity {perplexity_before:.2f} -> {perplexity_after:.2f}",
+        before=before.loss,
+        after=after.loss,
+        fall=before.loss - after.loss,
+        low=low,
+        high=high,
+        conversations=len(before.sums),
+        perplexity_before=before.perplexity,
+        perplexity_after=after.perplexity,
     )
     return FELL, seen, low > 0
 
@@ -261,5 +297,11 @@ def describe_overfitting(log: Sequence[Mapping[str, Any]]) -> str:
     (best, best_step), (last, last_step) = min(measured), measured[-1]
     if last <= best * (1 + OVERFIT_TOLERANCE):
         return ""
-    seen = f"best {best:.3f} there, {last:.3f} at step {last_step}"
-    return f"held-out loss rose after step {best_step} ({seen}): it overfits; stop earlier or use fewer epochs"
+    return _(
+        "held-out loss rose after step {best_step} (best {best:.3f} there, {last:.3f} at step {last_step}): "
+        "it overfits; stop earlier or use fewer epochs",
+        best=best,
+        best_step=best_step,
+        last=last,
+        last_step=last_step,
+    )

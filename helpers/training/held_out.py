@@ -7,6 +7,7 @@ from typing import Any
 
 from helpers.base import InputError
 from helpers.masking.batches import row_key
+from helpers.messages import _
 from helpers.training.weights import frozen_checksum
 
 RESAMPLES = 2000
@@ -47,9 +48,15 @@ class HeldOutLosses:
 
     def __repr__(self) -> str:
         low, high = self.interval
-        return (
-            f"{len(self.sums)} held-out conversations, {sum(self.tokens):,} answer tokens: loss {self.loss:.3f} "
-            f"(95 % interval {low:.3f} to {high:.3f}), perplexity {self.perplexity:.2f}"
+        return _(
+            "{conversations} held-out conversations, {tokens:,} answer tokens: loss {loss:.3f} "
+            "(95 % interval {low:.3f} to {high:.3f}), perplexity {perplexity:.2f}",
+            conversations=len(self.sums),
+            tokens=sum(self.tokens),
+            loss=self.loss,
+            low=low,
+            high=high,
+            perplexity=self.perplexity,
         )
 
 
@@ -92,8 +99,10 @@ def fall_interval(before: HeldOutLosses, after: HeldOutLosses) -> tuple[float, f
         InputError: they are not of the same rows.
     """
     if before.tokens != after.tokens:
-        found = f"{len(before.tokens)} and {len(after.tokens)} conversations, or answers of other lengths"
-        raise InputError("before and after", found=found, expected="the same rows", fix="measure the same dataset")
+        counts = dict(before=len(before.tokens), after=len(after.tokens))
+        found = _("{before} and {after} conversations, or answers of other lengths", **counts)
+        fix = _("measure the same dataset")
+        raise InputError(_("before and after"), found=found, expected=_("the same rows"), fix=fix)
     falls = [earlier - later for earlier, later in zip(before.sums, after.sums, strict=True)]
     return bootstrap_interval(falls, before.tokens)
 
@@ -125,9 +134,10 @@ def held_out_losses(model: Any, dataset: Any, *, batch_size: int = 8) -> HeldOut
 
     rows = [(list(row["input_ids"]), list(row["labels"])) if "labels" in row else None for row in dataset]
     if not rows or None in rows or all(label == -100 for _, labels in rows for label in labels[1:]):
-        found = "no rows" if not rows else "no labels" if None in rows else "labels that are all -100"
-        fix = "pass trainer.eval_dataset after train_on_responses_only"
-        raise InputError("held-out rows", found=found, expected="rows with labels on the answers", fix=fix)
+        found = _("no rows") if not rows else _("no labels") if None in rows else _("labels that are all -100")
+        expected = _("rows with labels on the answers")
+        fix = _("pass trainer.eval_dataset after train_on_responses_only")
+        raise InputError(_("held-out rows"), found=found, expected=expected, fix=fix)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head, device = base.get_output_embeddings(), next(base.parameters()).device
     dtype = head.weight.dtype

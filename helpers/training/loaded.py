@@ -9,12 +9,13 @@ from typing import Any
 
 from helpers.base import InputError, Table
 from helpers.handoff.run import Run
+from helpers.messages import N_, _
 from helpers.template.check import check_template
 from helpers.training.held_out import HeldOutLosses, held_out_losses
 
 ROWS = 8  # held-out conversations whose loss is measured again
 LOSS_TOLERANCE = 0.10  # nats a token, on a base model in 4 bits, as in training
-LOSS = "the held-out loss is close to chapter 04's"
+LOSS = N_("the held-out loss is close to chapter 04's")
 ROUNDING = 0.25  # of the loss: what 16 bits in place of 4 may change besides, most where little was trained
 SAMPLE = "Order 1024 from São Paulo — 模型, naïve façade: 3.14 €\n\tWhy?"  # what a tokenizer may get wrong
 
@@ -25,7 +26,7 @@ class LoadedError(InputError):
 
 @dataclass(frozen=True, repr=False)
 class Claims(Table):
-    """Claims and whether each holds: rows of (claim, what was seen, holds)."""
+    """Claims and whether each holds: rows of (claim, what was seen, holds). A claim is translated where it is shown."""
 
     rows: tuple[tuple[str, str, bool], ...]
 
@@ -35,11 +36,12 @@ class Claims(Table):
         return all(holds for _, _, holds in self.rows)
 
     def _table(self) -> tuple[list[str], list[list[object]]]:
-        return ["claim", "seen", "holds"], [list(row) for row in self.rows]
+        return [_("claim"), _("seen"), _("holds")], [[_(claim), seen, holds] for claim, seen, holds in self.rows]
 
     def __repr__(self) -> str:
         """The claims alone: what was seen differs from run to run."""
-        return "\n".join([*(f"{claim}: {holds}" for claim, _, holds in self.rows), *self._notes()])
+        lines = [_("{claim}: {holds}", claim=_(claim), holds=holds) for claim, seen, holds in self.rows]
+        return "\n".join([*lines, *self._notes()])
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,8 +52,8 @@ class LoadedReport(Claims):
         """Raises LoadedError about the first claim that does not hold."""
         for claim, seen, holds in self.rows:
             if not holds:
-                fix = "restart the session and run this chapter from its top; if it stays so, run chapter 04 again"
-                raise LoadedError("the loaded model", found=seen, expected=claim, fix=fix)
+                fix = _("restart the session and run this chapter from its top; if it stays so, run chapter 04 again")
+                raise LoadedError(_("the loaded model"), found=seen, expected=_(claim), fix=fix)
 
 
 def check_loaded(run: Run, model: Any, tokenizer: Any) -> LoadedReport:
@@ -70,9 +72,9 @@ def check_loaded(run: Run, model: Any, tokenizer: Any) -> LoadedReport:
     adapter, dataset, template = run.artefact("adapter"), run.artefact("dataset"), run.facts("adapter")["template"]
     check_template(tokenizer, model=model, expected=template).raise_if_failed()
     rows = [
-        ("the chat template is that of the training", template, True),
-        ("every LoRA matrix is that of the file", *same_adapter(model, adapter)),
-        ("the tokenizer is that of the data", *same_tokenizer(tokenizer, dataset / "tokenizer")),
+        (N_("the chat template is that of the training"), template, True),
+        (N_("every LoRA matrix is that of the file"), *same_adapter(model, adapter)),
+        (N_("the tokenizer is that of the data"), *same_tokenizer(tokenizer, dataset / "tokenizer")),
         (LOSS, *_same_loss(run, model, tokenizer)),
     ]
     report = LoadedReport(tuple(rows))
@@ -97,9 +99,14 @@ def same_adapter(model: Any, folder: Path) -> tuple[str, bool]:
     scales = {each["default"] for each in by_module if isinstance(each, dict) and "default" in each}
     if config.rank_pattern or config.alpha_pattern:  # each module has its own
         scaling, scales = 0.0, {0.0}
-    seen = f"{len(same)} of {len(saved)} matrices"
-    if scales != {scaling}:
-        seen += f", scaled by {', '.join(f'{scale:g}' for scale in sorted(scales)) or 'nothing'} instead of {scaling:g}"
+    counts = dict(same=len(same), saved=len(saved))
+    seen = _("{same} of {saved} matrices", **counts)
+    if not scales:
+        seen = _("{same} of {saved} matrices, scaled by nothing instead of {right:g}", right=scaling, **counts)
+    elif scales != {scaling}:
+        found = ", ".join(f"{scale:g}" for scale in sorted(scales))
+        facts = dict(found=found, right=scaling, **counts)
+        seen = _("{same} of {saved} matrices, scaled by {found} instead of {right:g}", **facts)
     return seen, saved.keys() == loaded.keys() and len(same) == len(saved) and scales == {scaling}
 
 
@@ -123,7 +130,10 @@ def same_tokenizer(tokenizer: Any, folder: Path) -> tuple[str, bool]:
     moved = sum(theirs.get(token) != number for token, number in ours.items())
     text = SAMPLE + "".join(saved.all_special_tokens)
     alike = tokenizer(text).input_ids == saved(text).input_ids
-    seen = f"{len(ours):,} tokens, {moved:,} with another id" + ("" if alike else ", and text is cut another way")
+    counts = dict(tokens=len(ours), moved=moved)
+    seen = _("{tokens:,} tokens, {moved:,} with another id", **counts)
+    if not alike:
+        seen = _("{tokens:,} tokens, {moved:,} with another id, and text is cut another way", **counts)
     return seen, not moved and len(ours) == len(theirs) and alike
 
 
@@ -141,12 +151,18 @@ def same_loss(now: HeldOutLosses, then: HeldOutLosses, *, in_4bit: bool) -> tupl
     Example: ("0.229 on the first 8 conversations, 0.229 in chapter 04; may differ by 0.10", True)
     """
     if None in then.sums:
-        return "a loss that was not finite in chapter 04", False
+        return _("a loss that was not finite in chapter 04"), False
     if now.tokens != then.tokens:
-        return f"answers of {sum(now.tokens)} tokens, where chapter 04 had {sum(then.tokens)}", False
+        counts = dict(now=sum(now.tokens), then=sum(then.tokens))
+        return _("answers of {now} tokens, where chapter 04 had {then}", **counts), False
     tolerance = LOSS_TOLERANCE if in_4bit else LOSS_TOLERANCE + ROUNDING * then.loss
-    seen = f"{now.loss:.3f} on the first {len(now.sums)} conversations, {then.loss:.3f} in chapter 04"
-    seen += f"; may differ by {tolerance:.2f}"
+    seen = _(
+        "{now:.3f} on the first {count} conversations, {then:.3f} in chapter 04; may differ by {tolerance:.2f}",
+        now=now.loss,
+        count=len(now.sums),
+        then=then.loss,
+        tolerance=tolerance,
+    )
     return seen, abs(now.loss - then.loss) <= tolerance
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.figures import as_image
 from helpers.handoff.run import Run, fingerprint_rows, library_versions
+from helpers.messages import N_, _
 from helpers.training.curves import Curves, draw_curves, duration
 from helpers.training.held_out import HeldOutLosses, fall_interval
 
@@ -25,6 +26,12 @@ SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradi
 SETTINGS += ("train_sampling_strategy", "max_steps", "warmup_steps", "learning_rate", "lr_scheduler_type", "optim")
 SETTINGS += ("weight_decay", "max_length", "fp16", "bf16", "seed")
 
+COUNTS = N_("{rows:,} conversations, {tokens:,} tokens, {answers:,} of them in answers")
+FINDINGS = {
+    "tokens": N_("{code}: {count} tokens, {found}"),
+    "rows": N_("{code}: {count} rows, {found}"),
+    "answers": N_("{code}: {count} answers, {found}"),
+}
 PAGE = Path(__file__).with_name("report.html")  # in Jinja's language
 
 
@@ -61,6 +68,10 @@ def write_report(
     Returns:
         What `report.json` holds.
     """
+    counts = {
+        N_("training rows"): _count_rows(trainer.train_dataset),
+        N_("held-out rows"): _count_rows(trainer.eval_dataset),
+    }
     report = _plain(
         {
             "base_model": run.base_model,
@@ -76,7 +87,7 @@ def write_report(
             "device": stages[-1].after.device,
             "settings": settings_in_force(trainer),
             "environment": _environment(trainer, stages[-1]),
-            "data": _data(trainer, str(run.facts("dataset").get("dataset", ""))),
+            "data": _data(trainer, str(run.facts("dataset").get("dataset", "")), counts),
             "mask": _mask(mask_report),
             "memory": [_memory(stage) for stage in stages],
             "curves": curves.as_json(),
@@ -88,7 +99,7 @@ def write_report(
     run.write_json("report.json", report)
     run.record("04_train", **_numbers(report))
     with run.write("report.html") as page:
-        page.write_text(_render(report, curves), encoding="utf-8")
+        page.write_text(_render(report, curves, counts), encoding="utf-8")
     return report
 
 
@@ -130,19 +141,18 @@ def _losses(before: HeldOutLosses, after: HeldOutLosses) -> dict[str, Any]:
 
 def _environment(trainer: Any, training: "Stage") -> dict[str, Any]:
     return {
-        "device": f"{training.after.device}, {training.after.total_gib:.1f} GiB",
-        "precision": "float16" if trainer.args.fp16 else "bfloat16" if trainer.args.bf16 else "float32",
+        N_("device"): f"{training.after.device}, {training.after.total_gib:.1f} GiB",
+        N_("precision"): "float16" if trainer.args.fp16 else "bfloat16" if trainer.args.bf16 else "float32",
         "python": platform.python_version(),
         **library_versions(),
     }
 
 
-def _data(trainer: Any, dataset: str) -> dict[str, Any]:
+def _data(trainer: Any, dataset: str, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     return {
-        "dataset": dataset,
-        "training rows": _count_rows(trainer.train_dataset),
-        "held-out rows": _count_rows(trainer.eval_dataset),
-        "fingerprint of the training rows": fingerprint_rows(trainer.train_dataset),
+        N_("dataset"): dataset,
+        **{name: COUNTS.format(**count) for name, count in counts.items()},
+        N_("fingerprint of the training rows"): fingerprint_rows(trainer.train_dataset),
     }
 
 
@@ -150,7 +160,7 @@ def _mask(report: "MaskReport") -> dict[str, Any]:
     facts = {
         field.name: getattr(report, field.name) for field in fields(report) if field.name not in ("findings", "keys")
     }
-    findings = [f"{each.code}: {each.count} {each.unit}, {each.found}" for each in report.findings]
+    findings = [_(FINDINGS[each.unit], code=each.code, count=each.count, found=each.found) for each in report.findings]
     return {"ok": report.ok, **facts, "findings": findings}
 
 
@@ -165,15 +175,17 @@ def _memory(stage: "Stage") -> dict[str, Any]:
     }
 
 
-def _render(report: Mapping[str, Any], curves: Curves) -> str:
+def _render(report: Mapping[str, Any], curves: Curves, counts: Mapping[str, Mapping[str, int]]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"shown": _shown, "number": _number}
-    held = sum(holds for _, _, holds in report["evidence"]["rows"])
+    environment.globals["_"] = _
+    held = sum(row[2] for row in report["evidence"]["rows"])
+    data = report["data"] | {name: _(COUNTS, **count) for name, count in counts.items()}
     plot = base64.b64encode(as_image(draw_curves(curves)).data).decode()
     page = environment.from_string(PAGE.read_text(encoding="utf-8"))
-    return page.render(report, figures=_figures(report, curves), held=held, plot=plot)
+    return page.render(report | {"data": data}, figures=_figures(report, curves), held=held, plot=plot)
 
 
 def _figures(report: Mapping[str, Any], curves: Curves) -> list[tuple[str, str, str]]:
@@ -182,32 +194,34 @@ def _figures(report: Mapping[str, Any], curves: Curves) -> list[tuple[str, str, 
     low, high = loss["fall_interval"]
     shown = [
         (
-            "Held-out loss",
+            _("Held-out loss"),
             f"{_number(loss['before'])} → {_number(loss['after'])}",
-            f"fell by {_number(low)} to {_number(high)} (95 %)",
+            _("fell by {low} to {high} (95 %)", low=_number(low), high=_number(high)),
         ),
-        ("Perplexity", f"{_number(perplexity['before'])} → {_number(perplexity['after'])}", "exp(loss)"),
+        (_("Perplexity"), f"{_number(perplexity['before'])} → {_number(perplexity['after'])}", _("exp(loss)")),
     ]
-    for key, name in (("house_style", "House style"), ("right_help", "Right help")):
+    for key, name in (("house_style", _("House style")), ("right_help", _("Right help"))):
         if report[key]:
             shares = f"{report[key]['before']:.0%} → {report[key]['after']:.0%}"
-            shown.append((name, shares, "of the replies"))
-    resumed = f", resumed from step {report['resumed_from_step']}" if report["resumed_from_step"] else ""
-    shown.append(("Training", duration(report["seconds"]), f"{report['steps']} steps{resumed}"))
+            shown.append((name, shares, _("of the replies")))
+    steps, resumed = report["steps"], report["resumed_from_step"]
+    length = _("{steps} steps, resumed from step {step}", steps=steps, step=resumed)
+    length = length if resumed else _("{steps} steps", steps=steps)
+    shown.append((_("Training"), duration(report["seconds"]), length))
     speeds = curves.column("tokens_per_second")[1]
     if speeds:
-        shown.append(("Speed", f"{median(speeds):,.0f}", "tokens a second, median, no padding"))
+        shown.append((_("Speed"), f"{median(speeds):,.0f}", _("tokens a second, median, no padding")))
     memory = report["memory"][-1]
-    shown.append(("Peak memory", f"{memory['peak_gib']:.2f} GiB", f"of {memory['total_gib']:.1f} GiB"))
-    return shown
+    size = _("of {total:.1f} GiB", total=memory["total_gib"])
+    return [*shown, (_("Peak memory"), f"{memory['peak_gib']:.2f} GiB", size)]
 
 
-def _count_rows(dataset: Any) -> str:
+def _count_rows(dataset: Any) -> dict[str, int]:
     rows = tokens = answers = 0
     for row in dataset:
         rows, tokens = rows + 1, tokens + len(row["input_ids"])
         answers += sum(label != -100 for label in row["labels"])
-    return f"{rows:,} conversations, {tokens:,} tokens, {answers:,} of them in answers"
+    return {"rows": rows, "tokens": tokens, "answers": answers}
 
 
 def _plain(value: Any) -> Any:
@@ -226,7 +240,7 @@ def _plain(value: Any) -> Any:
 def _number(value: float | None) -> str:
     """Three digits that count. Example: 138.74 -> "139", 4.9328 -> "4.93", 0.2 -> "0.200"."""
     if value is None:
-        return "not finite"
+        return _("not finite")
     if value and not 1e-3 < abs(value) < 1e6:
         return f"{value:.2e}"
     return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0}f}"

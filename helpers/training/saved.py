@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.base import hash_files, reason, replace_file, set_aside, sha256_of
+from helpers.messages import _
 
 MANIFEST = "manifest.json"
 HANDED_OVER = "handed_over"
@@ -51,11 +52,11 @@ class Saved:
         for name, expected in self.files.items():
             file = self.path / name
             if not file.is_file():
-                return f"{name}: missing"
-            if file.stat().st_size != expected["bytes"]:
-                return f"{name}: {file.stat().st_size} bytes instead of {expected['bytes']}"
+                return _("{name}: missing", name=name)
+            if (size := file.stat().st_size) != expected["bytes"]:
+                return _("{name}: {size} bytes instead of {right}", name=name, size=size, right=expected["bytes"])
             if sha256_of(file) != expected["sha256"]:
-                return f"{name}: other content than was written (sha256)"
+                return _("{name}: other content than was written (sha256)", name=name)
         return ""
 
 
@@ -98,7 +99,7 @@ def newest_good(saved: Sequence[Saved]) -> tuple[Saved | None, list[Saved]]:
         damage = each.damage()
         if not damage:
             return each, damaged
-        print(f"{each.path} is damaged and not used ({damage})")
+        print(_("{path} is damaged and not used ({damage})", path=each.path, damage=damage))
         damaged.append(each)
     return None, damaged
 
@@ -108,9 +109,14 @@ def delete_unfinished(folder: Path) -> None:
     _delete_leftovers(folder)
     for path in _marked_in(folder):
         if read_saved(path) is None and (path / MANIFEST).stat().st_size:
-            print(f"{path.name} has a manifest that cannot be read: kept as {set_aside(path).name}, and not used")
+            said = _(
+                "{name} has a manifest that cannot be read: kept as {kept}, and not used",
+                name=path.name,
+                kept=set_aside(path).name,
+            )
+            print(said)
         elif read_saved(path) is None:
-            print(f"{path.name} is unfinished and not used (the run ended while it was saved)")
+            print(_("{name} is unfinished and not used (the run ended while it was saved)", name=path.name))
             with contextlib.suppress(OSError):
                 remove(path)
 
@@ -201,8 +207,11 @@ class Copier(contextlib.AbstractContextManager):
     def tell(self) -> None:
         if self.failure and not self.told:
             self.told = True
-            kept = "training goes on, its checkpoints are in the run folder"
-            print(f"No copy in {self.mirror} ({self.failure}): {kept}")
+            facts = dict(folder=self.mirror, failure=self.failure)
+            said = _(
+                "No copy in {folder} ({failure}): training goes on, its checkpoints are in the run folder", **facts
+            )
+            print(said)
 
     def _work(self) -> None:
         while (path := self.waiting.get()) is not None:
@@ -220,15 +229,19 @@ class Copier(contextlib.AbstractContextManager):
         """No lock reaches from one machine to another: whoever copied first keeps the mirror."""
         for each in saved_in(self.mirror):
             if each.run not in self.runs:
-                begun = f"{each.path.name} there is of a run that began {each.run}"
-                raise RuntimeError(f"{begun}: give each machine a DRIVE_DIR of its own")
+                said = _(
+                    "{name} there is of a run that began {run}: give each machine a DRIVE_DIR of its own",
+                    name=each.path.name,
+                    run=each.run,
+                )
+                raise RuntimeError(said)
 
     def __exit__(self, *error: Any) -> None:
         if self.mirror is not None:
             self.waiting.put(None)
             self.thread.join(MIRROR_WAIT_SECONDS)
             if self.thread.is_alive():
-                self.failure = self.failure or f"still not copied after {MIRROR_WAIT_SECONDS} s"
+                self.failure = self.failure or _("still not copied after {seconds} s", seconds=MIRROR_WAIT_SECONDS)
             self.tell()
 
 
@@ -261,7 +274,7 @@ def _make_room(path: Path, runs: Collection[str]) -> None:
     if found and found.run in runs:
         remove(path)
     elif os.path.lexists(path):
-        print(f"{path} is not of this run: kept as {set_aside(path).name}")
+        print(_("{path} is not of this run: kept as {kept}", path=path, kept=set_aside(path).name))
 
 
 def _sync(path: Path) -> None:

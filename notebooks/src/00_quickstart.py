@@ -7,7 +7,7 @@
 #
 # You can
 # - train a chat model on a file of your own,
-# - compare its answers with the untouched model's,
+# - compare its answers with those of the base model, which nobody tuned,
 # - use it in other programs.
 #
 # You need Colab with a T4, its free GPU (*Runtime → Change runtime type*).
@@ -23,7 +23,7 @@
 #
 # 学完后你能
 # - 用自己的文件训练一个对话模型；
-# - 把它的回答和原始模型的回答做比较；
+# - 把它的回答和没有微调过的基座模型的回答做比较；
 # - 在其他程序里使用它。
 #
 # 你需要 Colab 和它的免费 GPU，也就是 T4（**Runtime → Change runtime type**）。
@@ -31,26 +31,26 @@
 # {{budget}}
 
 # %% [markdown] lang="en"
-# `MODEL_NAME` is a model on the Hugging Face Hub, where models and data are published. `DATASET` is a data set there, or
-# a `.jsonl`, `.json` or `.csv` file of yours: drop it on the folder icon at the left. `EVAL_ROWS`, a fifth of yours at
-# most, are *held out*: never trained on.
+# `MODEL_NAME` is a model on the Hugging Face Hub, where models and data are published. `DATASET` is a data set there,
+# or a `.jsonl`, `.json` or `.csv` file of yours: drop it on the folder icon at the left. `EVAL_ROWS`, a fifth of yours
+# at most, are [*held out*](glossary.ipynb#held-out-set): never trained on.
 #
-# A *token* is a word or a piece of one, and `MAX_SEQ_LENGTH` the most that a conversation may have. `GGUF` names
-# files for Ollama; `[]` saves their download of 6 GB. `OUTPUT_DIR` is the folder for the results, `REQUIREMENTS` the list
-# of packages.
+# A [*token*](glossary.ipynb#token) is a word or a piece of one, and `MAX_SEQ_LENGTH` the most that a conversation may
+# have. `GGUF` names files for Ollama; `[]` saves their download of 6 GB. `OUTPUT_DIR` is the folder for the results,
+# `REQUIREMENTS` the list of packages.
 
 # %% [markdown] lang="zh"
 # `MODEL_NAME` 是 Hugging Face Hub 上的一个模型，Hub 是发布模型和数据的地方。
 # `DATASET` 是 Hub 上的一个数据集，也可以是你自己的 `.jsonl`、`.json` 或 `.csv` 文件；
-# 自己的文件要拖到左侧的文件夹图标上。`EVAL_ROWS` 是**留出**（held out）的行数：这些行绝不用来训练。
+# 自己的文件要拖到左侧的文件夹图标上。`EVAL_ROWS` 是[**留出**](glossary.ipynb#held-out-set)（held out）的行数：这些行绝不用来训练。
 # 用自己的文件时，留出的行不要超过五分之一。
 #
-# **词元**（token）是一个词，或者词的一部分。`MAX_SEQ_LENGTH` 是一段对话最多可以有的词元数。
+# [**词元**](glossary.ipynb#token)（token）是一个词，或者词的一部分。`MAX_SEQ_LENGTH` 是一段对话最多可以有的词元数。
 # `GGUF` 列出要给 Ollama 生成哪些文件；填 `[]` 就不生成，也省去为此所需的 6 GB 下载。
 # `OUTPUT_DIR` 是存放结果的文件夹，`REQUIREMENTS` 是软件包清单。
 
 # %% tags=["parameters"]
-# @title Choices
+# @title Choices · 选项
 MODEL_NAME = "unsloth/Llama-3.2-3B-Instruct"  # @param {type:"string"}
 LOAD_IN_4BIT = True  # @param {type:"boolean"}
 CHAT_TEMPLATE = "llama-3.1"  # @param {type:"string"}
@@ -74,11 +74,11 @@ REQUIREMENTS = "https://raw.githubusercontent.com/your-org/llama-3.2-unsloth-t4/
 # %pip install -q --no-deps -r {REQUIREMENTS}
 
 # %% [markdown] lang="en"
-# A model is made of *weights*, billions of numbers. With 4 bits for each (`LOAD_IN_4BIT`), a T4 has room for training.
-# Why, and how we know: [chapter 02](02_load_and_lora.ipynb).
+# A model is made of [*weights*](glossary.ipynb#weights), billions of numbers. With 4 bits for each (`LOAD_IN_4BIT`), a
+# T4 has room for training. Why, and how we know: [chapter 02](02_load_and_lora.ipynb).
 
 # %% [markdown] lang="zh"
-# 模型由**权重**（weights）组成，也就是几十亿个数。每个权重只用 4 位存储（`LOAD_IN_4BIT`），
+# 模型由[**权重**](glossary.ipynb#weights)（weights）组成，也就是几十亿个数。每个权重只用 4 位存储（`LOAD_IN_4BIT`），
 # T4 上才有空间做训练。原因和依据见[第 02 章](02_load_and_lora.ipynb)。
 
 # %%
@@ -89,11 +89,12 @@ model, tokenizer = FastLanguageModel.from_pretrained(
 )
 
 # %% [markdown] lang="en"
-# The weights stay as they are. LoRA adds small matrices, the *adapter*, and only these are trained. Why, and how we
-# know: [chapter 02](02_load_and_lora.ipynb).
+# The weights stay as they are. [LoRA](glossary.ipynb#lora) adds small matrices, the
+# [*adapter*](glossary.ipynb#adapter), and only these are trained. Why, and how we know: [chapter
+# 02](02_load_and_lora.ipynb).
 
 # %% [markdown] lang="zh"
-# 权重本身保持不变。LoRA 另外加上一些小矩阵，合称**适配器**（adapter），训练的只有这些矩阵。
+# 权重本身保持不变。[LoRA](glossary.ipynb#lora) 另外加上一些小矩阵，合称[**适配器**](glossary.ipynb#adapter)（adapter），训练的只有这些矩阵。
 # 原因和依据见[第 02 章](02_load_and_lora.ipynb)。
 
 # %% tags=["nbval-check-output"]
@@ -132,11 +133,11 @@ def to_messages(row):
     return messages if {"user", "assistant"} <= roles <= {"system", "user", "assistant"} else []
 
 # %% [markdown] lang="en"
-# A *chat template* writes a conversation as one text, with marks around each turn. An empty `CHAT_TEMPLATE` keeps the
-# model's own. Why, and how we know: [chapter 03](03_data.ipynb).
+# A [*chat template*](glossary.ipynb#chat-template) writes a conversation as one text, with marks around each turn. An
+# empty `CHAT_TEMPLATE` keeps the model's own. Why, and how we know: [chapter 03](03_data.ipynb).
 
 # %% [markdown] lang="zh"
-# **对话模板**（chat template）把一段对话写成一整段文本，每个轮次前后都有标记。
+# [**对话模板**](glossary.ipynb#chat-template)（chat template）把一段对话写成一整段文本，每个轮次前后都有标记。
 # `CHAT_TEMPLATE` 留空，就用模型自带的模板。原因和依据见[第 03 章](03_data.ipynb)。
 
 # %%
@@ -153,11 +154,11 @@ def to_text(row):
     return {"conversations": messages, "text": text, "tokens": len(tokenizer(text).input_ids)}
 
 # %% [markdown] lang="en"
-# A *step* changes the adapter once, after 8 conversations, so `MAX_STEPS` says how many are needed. Rows that are too
-# long or lack an answer are left out. Why, and how we know: [chapter 03](03_data.ipynb).
+# A [*step*](glossary.ipynb#step) changes the adapter once, after 8 conversations, so `MAX_STEPS` says how many are
+# needed. Rows that are too long or lack an answer are left out. Why, and how we know: [chapter 03](03_data.ipynb).
 
 # %% [markdown] lang="zh"
-# 每用完 8 段对话，适配器就更新一次，这叫一**步**（step）。所以 `MAX_STEPS` 决定了需要多少段对话。
+# 每用完 8 段对话，适配器就更新一次，这叫一[**步**](glossary.ipynb#step)（step）。所以 `MAX_STEPS` 决定了需要多少段对话。
 # 太长的行和没有回答的行会被去掉。原因和依据见[第 03 章](03_data.ipynb)。
 
 # %% tags=["nbval-check-output"]
@@ -219,11 +220,11 @@ print("", tokenizer.decode(row["input_ids"]), "—" * 60, sep="\n")
 print(tokenizer.decode([label for label in row["labels"] if label != -100]))
 
 # %% [markdown] lang="en"
-# The *loss* says how badly the model predicts the held-out answers. With FineTome expect a small fall: Llama
-# answers such questions already. Why, and how we know: [chapter 04](04_train.ipynb).
+# The [*loss*](glossary.ipynb#loss) says how badly the model predicts the held-out answers. With FineTome expect a small
+# fall: Llama answers such questions already. Why, and how we know: [chapter 04](04_train.ipynb).
 
 # %% [markdown] lang="zh"
-# **损失**（loss）衡量模型对留出的回答预测得有多差。用 FineTome 时，预计损失只会小幅下降：
+# [**损失**](glossary.ipynb#loss)（loss）衡量模型对留出的回答预测得有多差。用 FineTome 时，预计损失只会小幅下降：
 # 这类问题 Llama 本来就会回答。原因和依据见[第 04 章](04_train.ipynb)。
 
 # %%
@@ -236,11 +237,11 @@ print(f"Held-out loss: {before:.2f} before, {after:.2f} after")
 print(f"Training: {seconds:.0f} s, GPU memory at the peak: {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
 
 # %% [markdown] lang="en"
-# The model without its adapter is the untouched model. Both answer two held-out questions. Why, and how we know:
+# The model without its adapter is the base model. Both answer two held-out questions. Why, and how we know:
 # [chapter 05](05_infer.ipynb).
 
 # %% [markdown] lang="zh"
-# 去掉适配器，模型就是原始模型。下面让两者回答同样的两个留出问题。
+# 去掉适配器，模型就是基座模型。下面让两者回答同样的两个留出问题。
 # 原因和依据见[第 05 章](05_infer.ipynb)。
 
 # %%
@@ -258,22 +259,22 @@ for row in eval_dataset.select(range(2)):
     print(f"TRAINED    {answer(question)}\n" + "—" * 60)
 
 # %% [markdown] lang="en"
-# The adapter is a small file that needs the untouched model beside it. Why, and how we know:
+# The adapter is a small file that needs the base model beside it. Why, and how we know:
 # [chapter 06](06_save.ipynb).
 
 # %% [markdown] lang="zh"
-# 适配器是一个小文件，使用时还需要原始模型。原因和依据见[第 06 章](06_save.ipynb)。
+# 适配器是一个小文件，使用时还需要基座模型。原因和依据见[第 06 章](06_save.ipynb)。
 
 # %% tags=["handoff"]
 tokenizer.save_pretrained(f"{OUTPUT_DIR}/adapter")
 model.save_pretrained(f"{OUTPUT_DIR}/adapter")
 
 # %% [markdown] lang="en"
-# A GGUF file is the whole model for programs such as Ollama. The adapter joins weights of 16 bits, so that
-# nothing is rounded twice. Why, and how we know: [chapter 06](06_save.ipynb).
+# A [GGUF](glossary.ipynb#gguf) file is the whole model for programs such as Ollama. The adapter joins weights of 16
+# bits, so that nothing is rounded twice. Why, and how we know: [chapter 06](06_save.ipynb).
 
 # %% [markdown] lang="zh"
-# GGUF 文件是完整的模型，供 Ollama 这类程序使用。适配器合并到 16 位的权重里，这样权重就不会舍入两次。
+# [GGUF](glossary.ipynb#gguf) 文件是完整的模型，供 Ollama 这类程序使用。适配器合并到 16 位的权重里，这样权重就不会舍入两次。
 # 原因和依据见[第 06 章](06_save.ipynb)。
 
 # %% tags=["handoff"]
@@ -297,11 +298,10 @@ if GGUF:
 # ollama create my-model -f Modelfile
 # ollama run my-model
 # ```
-# OpenAI's client asks Ollama, at its port 11434, path `/v1`:
+# After `pip install ollama`, Python asks it too:
 # ```python
-# from openai import OpenAI
-# client = OpenAI(base_url=OLLAMA, api_key="none")
-# client.chat.completions.create(model="my-model", messages=[{"role": "user", "content": "Hello!"}])
+# from ollama import chat
+# print(chat("my-model", messages=[{"role": "user", "content": "Hello!"}]).message.content)
 # ```
 # Why, and how we know: [chapter 06](06_save.ipynb).
 
@@ -316,11 +316,10 @@ if GGUF:
 # ollama create my-model -f Modelfile
 # ollama run my-model
 # ```
-# OpenAI 的客户端可以通过端口 11434 和路径 `/v1` 向 Ollama 提问：
+# 运行 `pip install ollama` 之后，也可以用 Python 向它提问：
 # ```python
-# from openai import OpenAI
-# client = OpenAI(base_url=OLLAMA, api_key="none")
-# client.chat.completions.create(model="my-model", messages=[{"role": "user", "content": "Hello!"}])
+# from ollama import chat
+# print(chat("my-model", messages=[{"role": "user", "content": "Hello!"}]).message.content)
 # ```
 # 原因和依据见[第 06 章](06_save.ipynb)。
 

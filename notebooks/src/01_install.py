@@ -6,7 +6,7 @@
 # At the end a language model answers you, on a machine that is known to be able to train it.
 #
 # You can
-# - say in a sentence what a language model, fine-tuning and Unsloth are,
+# - say in a sentence what a language model, [fine-tuning](glossary.ipynb#fine-tuning) and Unsloth are,
 # - install exactly the versions that this series was tested with,
 # - read what a machine lacks, and what to do about it.
 #
@@ -24,7 +24,7 @@
 # 学完这一章，会有一个语言模型回答你的问题，运行它的机器也经过检查，确定能用来训练它。
 #
 # 学完后你能
-# - 用一句话说清语言模型、微调和 Unsloth 是什么；
+# - 用一句话说清语言模型、[微调](glossary.ipynb#fine-tuning)和 Unsloth 是什么；
 # - 装上和本系列测试时完全相同的版本；
 # - 看出机器缺什么，并知道该怎么办。
 #
@@ -37,18 +37,20 @@
 # %% [markdown] lang="en"
 # ## What you are about to do
 #
-# A **language model** reads text as a row of *tokens*, which are words and pieces of words, and predicts the next one.
-# What it predicts depends on its *weights*: billions of numbers that training changes a little at a time.
+# A **language model** reads text as a row of [*tokens*](glossary.ipynb#token), which are words and pieces of words, and
+# predicts the next one. What it predicts depends on its [*weights*](glossary.ipynb#weights): billions of numbers that
+# training changes a little at a time.
 #
 # Llama 3.2 knows a language and many facts from much of the internet. An *Instruct* model was then taught to answer. It
 # does not know your products, your tone or your format.
 #
 # **Fine-tuning** goes on with that training on examples of your own, until the model answers the way they do. A few
-# hundred conversations are often enough. Try a better prompt first: it costs nothing to change. Fine-tune when the
-# prompt gets long, or when you can show what you want more easily than say it.
+# hundred conversations are often enough. Try a better [prompt](glossary.ipynb#prompt) first: it costs nothing to
+# change. Fine-tune when the prompt gets long, or when you can show what you want more easily than say it.
 #
-# Training all weights does not fit into a T4's memory of 15 GiB. Two ideas make it fit. The weights are stored in
-# **4 bits** each and stay as they are. A few small tables of numbers beside them are trained: **LoRA**, chapter 02.
+# Training all weights does not fit into a T4's memory of 15 GiB. Two ideas make it fit. The weights are stored in **4
+# bits** each and stay as they are. A few small tables of numbers beside them are trained:
+# [**LoRA**](glossary.ipynb#lora), chapter 02.
 #
 # **Unsloth** is a library that does this in less memory and time than others; by how much,
 # [the benchmarks](https://github.com/your-org/llama-3.2-unsloth-t4/blob/main/tests/benchmarks/README.md) say.
@@ -56,20 +58,20 @@
 # %% [markdown] lang="zh"
 # ## 你将要做什么
 #
-# **语言模型**（language model）把文本当作一串**词元**（token）来读，并预测下一个词元。
-# 词元是词，或者词的一部分。预测出什么，取决于它的**权重**（weights）：那是几十亿个数，
+# **语言模型**（language model）把文本当作一串[**词元**](glossary.ipynb#token)（token）来读，并预测下一个词元。
+# 词元是词，或者词的一部分。预测出什么，取决于它的[**权重**](glossary.ipynb#weights)（weights）：那是几十亿个数，
 # 训练每次只把它们改动一点点。
 #
 # Llama 3.2 从互联网上很大一部分内容中学会了语言，也学到了许多事实。
 # **Instruct** 模型在这之后还学过怎样回答。但它不了解你的产品，也不了解你要的语气和格式。
 #
 # **微调**（fine-tuning）用你自己的例子继续这种训练，直到模型像例子那样回答。
-# 几百段对话往往就够了。不过，先试试更好的提示词：改提示词不花钱。
+# 几百段对话往往就够了。不过，先试试更好的[提示词](glossary.ipynb#prompt)：改提示词不花钱。
 # 等到提示词越写越长，或者你想要的效果举例比描述更容易时，再来微调。
 #
 # T4 有 15 GiB 显存，不够用来训练全部权重。有两个办法能让训练放得下：
 # 一是每个权重只用 **4 位**（bit）存储，并且保持不变；二是只训练权重旁边的一些小型数字表，
-# 这就是 **LoRA**，见第 02 章。
+# 这就是 [**LoRA**](glossary.ipynb#lora)，见第 02 章。
 #
 # **Unsloth** 是做这件事的一个库，比别的库更省显存，也更省时间；省多少，
 # 见[基准测试](https://github.com/your-org/llama-3.2-unsloth-t4/blob/main/tests/benchmarks/README.md)。
@@ -97,16 +99,18 @@
 
 # %% [markdown] lang="en"
 # Choices are made in one cell. `MODEL_NAME` is a model on the Hugging Face Hub, where models and data are published,
-# or a folder that holds one. `HF_ENDPOINT` is the address of a copy of the Hub, for readers who cannot reach it.
-# `USE_MODELSCOPE` takes models from ModelScope, another such place.
+# or a folder that holds one. `HF_ENDPOINT` is the address of a copy of the Hub, such as
+# `"https://hf-mirror.com"`, for readers who cannot reach it. `USE_MODELSCOPE` takes the model of the same name from
+# ModelScope, another such place; set one of the two.
 
 # %% [markdown] lang="zh"
 # 要做的选择都在一个单元格里。`MODEL_NAME` 是 Hugging Face Hub 上的一个模型，
 # 或者一个存有模型的文件夹；Hub 是发布模型和数据的地方。`HF_ENDPOINT` 是 Hub 镜像站的地址，
-# 给连不上 Hub 的读者用。`USE_MODELSCOPE` 让模型改从 ModelScope 下载，那是另一个同类平台。
+# 例如 `"https://hf-mirror.com"`，给连不上 Hub 的读者用。`USE_MODELSCOPE` 改从 ModelScope（魔搭社区）下载同名的模型，
+# 那是另一个同类平台。这两个选项设一个就够。
 
 # %% tags=["parameters"]
-# @title Choices
+# @title Choices · 选项
 MODEL_NAME = "unsloth/Llama-3.2-3B-Instruct"  # @param {type:"string"}
 HF_ENDPOINT = ""  # @param {type:"string"}
 USE_MODELSCOPE = False  # @param {type:"boolean"}
@@ -164,14 +168,14 @@ print(f"{model.device}, {model.dtype}, {model.get_memory_footprint() / 2**30:.2f
 # %% [markdown] lang="en"
 # ## Ask it a question
 #
-# A conversation is a list of messages, each with a `role` and its `content`. The *tokenizer* writes it in the form that
-# the model was taught, and turns it into tokens.
+# A conversation is a list of messages, each with a `role` and its `content`. The
+# [*tokenizer*](glossary.ipynb#tokenizer) writes it in the form that the model was taught, and turns it into tokens.
 
 # %% [markdown] lang="zh"
 # ## 问它一个问题
 #
 # 对话是一个消息列表，每条消息有 `role` 和 `content`。
-# **分词器**（tokenizer）把对话写成模型学过的形式，再转换成词元。
+# [**分词器**](glossary.ipynb#tokenizer)（tokenizer）把对话写成模型学过的形式，再转换成词元。
 
 # %%
 messages = [{"role": "user", "content": "My lamp does not switch on. What can I do?"}]
@@ -207,19 +211,73 @@ print(f"Result: an answer of {len(answer.split())} words, from {model.device}")
 # this machine back first (*Runtime → Disconnect and delete runtime*), because free Colab
 # lends one GPU at a time.
 #
-# On your own: set `do_sample=True` and run the cell twice. Set `MODEL_NAME` to
-# `"unsloth/Llama-3.2-1B-Instruct"` and compare answer and memory.
+# On your own: print the five likeliest first tokens of the answer, with their probabilities.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# import torch
+# with torch.no_grad():
+#     scores = model(**inputs).logits[0, -1].float()
+# for share, token in zip(*scores.softmax(-1).topk(5)):
+#     print(f"{share:6.1%}  {tokenizer.decode(token)!r}")
+# ```
+#
+# The answer above begins with the first of the five, because `do_sample=False` takes it.
+#
+# </details>
+#
+# On your own: let the model draw its answer, twice.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# for _ in range(2):
+#     output = model.generate(**inputs, max_new_tokens=32, do_sample=True, temperature=1.0)
+#     print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True), "—" * 60, sep="\n")
+# ```
+#
+# The two answers differ: each token is drawn by its probability.
+#
+# </details>
 #
 # {{next}}
 
 # %% [markdown] lang="zh"
 # ## 到这里为止
 #
-# 你有了一台确定能用的机器，也和原始模型对过话了。这一章没有保存任何东西。
+# 你有了一台确定能用的机器，也和没有微调过的模型对过话了。这一章没有保存任何东西。
 # 继续之前，先归还这台机器（**Runtime → Disconnect and delete runtime**），
 # 因为免费的 Colab 同一时间只借给你一块 GPU。
 #
-# 自己动手：设置 `do_sample=True`，把它所在的单元格运行两次。
-# 再把 `MODEL_NAME` 设为 `"unsloth/Llama-3.2-1B-Instruct"`，比较两个模型的回答和显存占用。
+# 自己动手：打印回答的第一个词元最可能是哪五个，以及各自的概率。
+#
+# <details><summary>参考答案</summary>
+#
+# ```python
+# import torch
+# with torch.no_grad():
+#     scores = model(**inputs).logits[0, -1].float()
+# for share, token in zip(*scores.softmax(-1).topk(5)):
+#     print(f"{share:6.1%}  {tokenizer.decode(token)!r}")
+# ```
+#
+# 上面的回答就以五个里的第一个开头，因为 `do_sample=False` 总是取它。
+#
+# </details>
+#
+# 自己动手：让模型用采样的方式回答，问两次。
+#
+# <details><summary>参考答案</summary>
+#
+# ```python
+# for _ in range(2):
+#     output = model.generate(**inputs, max_new_tokens=32, do_sample=True, temperature=1.0)
+#     print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True), "—" * 60, sep="\n")
+# ```
+#
+# 两次的回答不同，因为每个词元都是按概率抽出来的。
+#
+# </details>
 #
 # {{next}}

@@ -8,8 +8,8 @@
 # You can
 # - load a model in 4 bits and see what that saves,
 # - say what each argument of `from_pretrained` and `get_peft_model` does,
-# - count what LoRA trains, and what another size would train,
-# - show that an untrained adapter changes nothing.
+# - count what [LoRA](glossary.ipynb#lora) trains, and what another size would train,
+# - show that an untrained [adapter](glossary.ipynb#adapter) changes nothing.
 #
 # You need nothing from chapter 01, and nothing is handed on: chapter 04 repeats the two calls.
 #
@@ -25,8 +25,8 @@
 # 学完后你能
 # - 以 4 位精度加载模型，并看到这样省下多少；
 # - 说出 `from_pretrained` 和 `get_peft_model` 的每个参数有什么作用；
-# - 算出 LoRA 训练多少个数，换个大小又会训练多少；
-# - 证明没有训练过的适配器什么也不改变。
+# - 算出 [LoRA](glossary.ipynb#lora) 训练多少个数，换个大小又会训练多少；
+# - 证明没有训练过的[适配器](glossary.ipynb#adapter)什么也不改变。
 #
 # 这一章不需要第 01 章的任何东西，也不向后面的章节交接任何东西：第 04 章会重复这两个调用。
 #
@@ -37,14 +37,14 @@
 
 # %% [markdown] lang="en"
 # `MODEL_NAME`, `HF_ENDPOINT` and `USE_MODELSCOPE` are as in chapter 01. `MAX_SEQ_LENGTH` is the longest conversation
-# that training will see, in tokens.
+# that training will see, in [tokens](glossary.ipynb#token).
 
 # %% [markdown] lang="zh"
 # `MODEL_NAME`、`HF_ENDPOINT` 和 `USE_MODELSCOPE` 与第 01 章相同。
-# `MAX_SEQ_LENGTH` 是训练时对话的最大长度，以词元计。
+# `MAX_SEQ_LENGTH` 是训练时对话的最大长度，以[词元](glossary.ipynb#token)计。
 
 # %% tags=["parameters"]
-# @title Choices
+# @title Choices · 选项
 MODEL_NAME = "unsloth/Llama-3.2-3B-Instruct"  # @param {type:"string"}
 MAX_SEQ_LENGTH = 2048  # @param {type:"integer"}
 HF_ENDPOINT = ""  # @param {type:"string"}
@@ -63,9 +63,10 @@ print(f"Found: {os.path.basename(MODEL_NAME)}")
 # Names under `unsloth/` need no account. A *gated* model, such as `meta-llama/…`, needs `token=` with the access token
 # of somebody who has accepted its licence.
 #
-# In 4 bits there are 16 values for a weight. NF4, the format of
-# [QLoRA](https://arxiv.org/abs/2305.14314), places them where weights are dense, and gives every 64 weights a scale of
-# their own. To compute with them, Unsloth turns them into 16 bits for a moment.
+# Fewer bits for a [weight](glossary.ipynb#weights) is called [quantisation](glossary.ipynb#quantisation). In 4 bits
+# there are 16 values for a weight. NF4, the format of [QLoRA](https://arxiv.org/abs/2305.14314), places them where
+# weights are dense, and gives every 64 weights a scale of their own. To compute with them, Unsloth turns them into 16
+# bits for a moment.
 
 # %% [markdown] lang="zh"
 # ## 加载模型
@@ -73,7 +74,8 @@ print(f"Found: {os.path.basename(MODEL_NAME)}")
 # 下载 `unsloth/` 下的模型不需要账号。**受限**（gated）模型，例如 `meta-llama/…`，则需要 `token=`：
 # 填上访问凭证（access token），凭证的持有者必须已经接受该模型的许可证。
 #
-# 4 位精度下，一个权重只有 16 种可能的取值。NF4 是 [QLoRA](https://arxiv.org/abs/2305.14314) 的格式，
+# 用更少的位数存储[权重](glossary.ipynb#weights)，叫作[量化](glossary.ipynb#quantisation)（quantisation）。4 位精度下，
+# 一个权重只有 16 种可能的取值。NF4 是 [QLoRA](https://arxiv.org/abs/2305.14314) 的格式，
 # 它把这些取值放在权重密集的地方，并让每 64 个权重共用一个缩放系数。
 # 要用权重计算时，Unsloth 会临时把它们转成 16 位。
 
@@ -145,13 +147,14 @@ draw_lora(out_features=query.out_features, in_features=query.in_features, rank=1
 # ## Add LoRA
 #
 # Training first computes an answer, then in which direction to move each trained weight. These directions are the
-# *gradients*. Gradient checkpointing saves memory by computing some things twice; chapter 04 says when that pays.
+# [*gradients*](glossary.ipynb#gradient). [Gradient checkpointing](glossary.ipynb#checkpointing) saves memory by
+# computing some things twice; chapter 04 says when that pays.
 
 # %% [markdown] lang="zh"
 # ## 加上 LoRA
 #
-# 训练先算出一个回答，再算出每个要训练的权重该往哪个方向调整。这些方向就是**梯度**（gradient）。
-# 重算（gradient checkpointing）把一部分结果算两遍，以此节省显存；什么时候划算，见第 04 章。
+# 训练先算出一个回答，再算出每个要训练的权重该往哪个方向调整。这些方向就是[**梯度**](glossary.ipynb#gradient)（gradient）。
+# [重算](glossary.ipynb#checkpointing)（gradient checkpointing）把一部分结果算两遍，以此节省显存；什么时候划算，见第 04 章。
 
 # %%
 model = FastLanguageModel.get_peft_model(
@@ -182,11 +185,11 @@ trainable, total = model.get_nb_trainable_parameters()
 print(f"{trainable:,} of {total:,} numbers are trained: {100 * trainable / total:.2f} %")
 
 # %% [markdown] lang="en"
-# The count grows in step with the rank. Each trained number costs more than its own memory: it also has a gradient,
-# and two running averages of it that say how far the next step goes.
+# The count grows in step with the [rank](glossary.ipynb#rank). Each trained number costs more than its own memory: it
+# also has a gradient, and two running averages of it that say how far the next step goes.
 
 # %% [markdown] lang="zh"
-# 这个数量和秩（rank）成正比。每个要训练的数，占用的显存不止它自己那一份：它还有一个梯度，
+# 这个数量和[秩](glossary.ipynb#rank)（rank）成正比。每个要训练的数，占用的显存不止它自己那一份：它还有一个梯度，
 # 以及这个梯度的两个滑动平均值，这两个平均值决定下一步走多远。
 
 # %% tags=["nbval-check-output"]
@@ -251,7 +254,40 @@ print(f"Result: {trainable:,} numbers are trained, {100 * trainable / total:.1f}
 #
 # You have seen the two calls that every fine-tuning with Unsloth begins with.
 #
-# On your own: leave the three feed-forward modules out and see how many of the trained numbers were theirs.
+# On your own: how many of the trained numbers belong to the three feed-forward modules?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# shares = Counter()
+# for name, matrix in model.named_parameters():
+#     if matrix.requires_grad:
+#         shares["feed-forward" if ".mlp." in name else "attention"] += matrix.numel()
+# for part, count in shares.items():
+#     print(f"{part}: {count / trainable:.0%}")
+# ```
+#
+# 62 %, with SmolLM2 as with Llama 3.2 3B.
+#
+# </details>
+#
+# On your own: does the untrained adapter change a prediction? Compare the model with it and without it.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# import torch
+# inputs = tokenizer("The lamp does not", return_tensors="pt").to(model.device)
+# with torch.no_grad():
+#     beside = model(**inputs).logits
+#     with model.disable_adapter():
+#         alone = model(**inputs).logits
+# print("Largest difference:", (beside - alone).abs().max().item())
+# ```
+#
+# 0.0: not one of the numbers differs.
+#
+# </details>
 #
 # {{next}}
 
@@ -260,6 +296,39 @@ print(f"Result: {trainable:,} numbers are trained, {100 * trainable / total:.1f}
 #
 # 你已经认识了两个调用：用 Unsloth 做微调，每次都从它们开始。
 #
-# 自己动手：去掉三个前馈模块，看看要训练的数里有多少属于它们。
+# 自己动手：要训练的数里，有多少属于三个前馈模块？
+#
+# <details><summary>参考答案</summary>
+#
+# ```python
+# shares = Counter()
+# for name, matrix in model.named_parameters():
+#     if matrix.requires_grad:
+#         shares["feed-forward" if ".mlp." in name else "attention"] += matrix.numel()
+# for part, count in shares.items():
+#     print(f"{part}: {count / trainable:.0%}")
+# ```
+#
+# 62%：SmolLM2 和 Llama 3.2 3B 都是这样。
+#
+# </details>
+#
+# 自己动手：没有训练过的适配器会改变预测吗？比较一下有它和没有它的模型。
+#
+# <details><summary>参考答案</summary>
+#
+# ```python
+# import torch
+# inputs = tokenizer("The lamp does not", return_tensors="pt").to(model.device)
+# with torch.no_grad():
+#     beside = model(**inputs).logits
+#     with model.disable_adapter():
+#         alone = model(**inputs).logits
+# print("Largest difference:", (beside - alone).abs().max().item())
+# ```
+#
+# 0.0：没有一个数不同。
+#
+# </details>
 #
 # {{next}}

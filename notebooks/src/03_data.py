@@ -3,15 +3,16 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/03_data.ipynb)
 #
-# At the end you have a training set and a held-out set, written in the form in which the model learned to chat.
+# At the end you have a training set and a [held-out](glossary.ipynb#held-out-set) set, written in the form in which the
+# model learned to chat.
 #
 # You can
-# - read a chat template and say which tokens open and end a turn,
+# - read a [chat template](glossary.ipynb#chat-template) and say which [tokens](glossary.ipynb#token) open and end a turn,
 # - read conversations of any common form,
 # - find broken conversations before they cost you a training run,
 # - choose a sequence length from the data instead of guessing it.
 #
-# You need nothing from the chapters before. Only the model's tokenizer is loaded.
+# You need nothing from the chapters before. Only the model's [tokenizer](glossary.ipynb#tokenizer) is loaded.
 #
 # {{budget}}
 
@@ -20,15 +21,15 @@
 #
 # [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/03_data.ipynb)
 #
-# 学完这一章，你会有一个训练集和一个留出集。两者的写法，都和模型当初学习对话时见到的一样。
+# 学完这一章，你会有一个训练集和一个[留出](glossary.ipynb#held-out-set)集。两者的写法，都和模型当初学习对话时见到的一样。
 #
 # 学完后你能
-# - 读懂对话模板，说出哪些词元开始一个轮次，哪些词元结束一个轮次；
+# - 读懂[对话模板](glossary.ipynb#chat-template)，说出哪些[词元](glossary.ipynb#token)开始一个轮次，哪些词元结束一个轮次；
 # - 读取各种常见格式的对话；
 # - 提前找出不合格的对话，免得白白浪费一次训练；
 # - 根据数据来选序列长度，而不是靠猜。
 #
-# 这一章不需要前面几章的任何结果，只会加载模型的分词器。
+# 这一章不需要前面几章的任何结果，只会加载模型的[分词器](glossary.ipynb#tokenizer)。
 #
 # {{budget}}
 
@@ -39,6 +40,7 @@
 # `DATASET` is a file of your own, a folder, or the name of a data set on the Hub. The default is a file of 528 short
 # support conversations of an invented company. On them you will *see* what training does: almost every answer has the
 # same three lines. `"mlabonne/FineTome-100k"`, general questions and answers, is another choice.
+# `"notebooks/data/support_conversations_zh.jsonl"` has 60 support conversations in Chinese, for which `EVAL_ROWS` is 12.
 #
 # `COLUMNS` stays empty until a message asks for it, as for `"Frage, Antwort"`. `ROWS` conversations are read, and
 # `EVAL_ROWS` of them held out. `CHAT_TEMPLATE` is a name that Unsloth knows; empty means the model's own. `MODEL_NAME`,
@@ -51,6 +53,7 @@
 # `DATASET` 可以是你自己的文件、一个文件夹，或者 Hub 上一个数据集的名字。
 # 默认值是一个文件，里面有一家虚构公司的 528 段简短客服对话。通过这些对话，你能亲眼**看到**训练的作用：
 # 几乎每个回答都是同样的三行格式。另一个选择是 `"mlabonne/FineTome-100k"`，里面是一般性问题和回答。
+# `"notebooks/data/support_conversations_zh.jsonl"` 里有 60 段中文客服对话，用它时把 `EVAL_ROWS` 设为 12。
 #
 # `COLUMNS` 先留空，等看到消息要求填写时再填，例如 `"Frage, Antwort"`。
 # 一共读取 `ROWS` 段对话，其中 `EVAL_ROWS` 段留出。`CHAT_TEMPLATE` 是 Unsloth 认识的模板名；
@@ -60,7 +63,7 @@
 # 除非你用 `DRIVE_DIR` 指定自己 Google Drive 里的一个文件夹，另存一份副本。
 
 # %% tags=["parameters"]
-# @title Choices
+# @title Choices · 选项
 MODEL_NAME = "unsloth/Llama-3.2-3B-Instruct"  # @param {type:"string"}
 CHAT_TEMPLATE = "llama-3.1"  # @param {type:"string"}
 DATASET = "notebooks/data/support_conversations.jsonl"  # @param {type:"string"}
@@ -84,9 +87,9 @@ run = open_run(RUN_DIR, chapter="03_data", base_model=MODEL_NAME, drive=DRIVE_DI
 # %% [markdown] lang="en"
 # ## Choose the chat template
 #
-# A chat model reads one long string. Its *chat template* writes the turns into it, between *special tokens* that stand
-# for no text but for the beginning or the end of a turn. Training must use the template that the model was taught, or
-# it learns a second dialect. Llama 3.2 uses that of Llama 3.1.
+# A chat model reads one long string. Its *chat template* writes the turns into it, between [*special
+# tokens*](glossary.ipynb#special-token) that stand for no text but for the beginning or the end of a turn. Training
+# must use the template that the model was taught, or it learns a second dialect. Llama 3.2 uses that of Llama 3.1.
 #
 # Llama's template prints a date, and a server would print today's. The last line pins the one that Unsloth's training
 # prints, so that the model is later asked as it was trained.
@@ -95,7 +98,7 @@ run = open_run(RUN_DIR, chapter="03_data", base_model=MODEL_NAME, drive=DRIVE_DI
 # ## 选择对话模板
 #
 # 对话模型读到的是一个长字符串。**对话模板**（chat template）把各个轮次写进这个字符串，
-# 并在轮次之间插入**特殊词元**（special token）。特殊词元不代表任何文字，只表示一个轮次的开始或结束。
+# 并在轮次之间插入[**特殊词元**](glossary.ipynb#special-token)（special token）。特殊词元不代表任何文字，只表示一个轮次的开始或结束。
 # 训练时必须用模型当初学过的模板，否则模型就会学到第二种“方言”。Llama 3.2 用的是 Llama 3.1 的模板。
 #
 # Llama 的模板会写入一个日期，而服务器会写入当天的日期。下面代码的最后一行把日期固定为 Unsloth 训练时写入的那一个。
@@ -128,8 +131,8 @@ print(tokenizer.apply_chat_template(example, tokenize=False))
 
 # %% [markdown] lang="en"
 # Much can go wrong here without a word: an end token that generation does not stop on, or a special token that got
-# another meaning. `check_template` tries it, and compares with the tokenizer as it was loaded. *BOS* opens a text, *EOS*
-# ends it, and *pad* fills a short row up.
+# another meaning. `check_template` tries it, and compares with the tokenizer as it was loaded. *BOS* opens a text,
+# *EOS* ends it, and *pad* fills a short row up.
 
 # %% [markdown] lang="zh"
 # 这里有很多地方会悄悄出错：例如生成时遇到结束词元却停不下来，或者某个特殊词元换了含义。
@@ -229,8 +232,8 @@ conversation_report
 dataset[0]["conversations"]
 
 # %% [markdown] lang="en"
-# Try it on a mistake. Somebody swapped the roles in row 1, counted from 0, and row 2 has no answer. Change them, run the
-# cell again, and see what it finds.
+# Try it on a mistake. Somebody swapped the roles in row 1, counted from 0, and row 2 has no answer. Change them, run
+# the cell again, and see what it finds.
 
 # %% [markdown] lang="zh"
 # 再故意弄错一次试试。从 0 数起，第 1 行的角色写反了，第 2 行没有回答。
@@ -296,8 +299,8 @@ plt.show()
 # %% [markdown] lang="en"
 # ## Hold some back
 #
-# The *loss* says how badly a model predicts a text. On text that it was trained on, a low loss proves nothing. The
-# held-out rows are never trained on; chapter 04 measures them before and after.
+# The [*loss*](glossary.ipynb#loss) says how badly a model predicts a text. On text that it was trained on, a low loss
+# proves nothing. The held-out rows are never trained on; chapter 04 measures them before and after.
 #
 # The support conversations bring their own split: no held-out question occurs in training. Other data are split
 # at random, at most a fifth held out.
@@ -305,7 +308,7 @@ plt.show()
 # %% [markdown] lang="zh"
 # ## 留出一部分
 #
-# **损失**（loss）表示模型对一段文本预测得有多差。如果这段文本训练时用过，损失再低也说明不了什么。
+# [**损失**](glossary.ipynb#loss)（loss）表示模型对一段文本预测得有多差。如果这段文本训练时用过，损失再低也说明不了什么。
 # 留出的行从不参与训练；第 04 章会在训练前后各测一次模型在这些行上的损失。
 #
 # 客服对话自带划分：留出的问题都没有在训练数据里出现过。其他数据则随机划分，最多留出五分之一。
@@ -331,8 +334,8 @@ print(f"{len(train_dataset)} conversations to train on, {len(eval_dataset)} held
 #
 # Hold back 20 or more. Where 10 of 20 replies are right, the true share may be 30 to 70 %; with 50 of 100, 40 to 60 %.
 #
-# Of 5,000 rows, `ROWS` reads 2,000, and chapter 04's 60 steps train on 480: raise `ROWS`, and set its `EPOCHS`.
-# Chapter 07 measures what a model forgets, and mixes general rows in.
+# Of 5,000 rows, `ROWS` reads 2,000, and chapter 04's 60 [steps](glossary.ipynb#step) train on 480: raise `ROWS`, and
+# set its `EPOCHS`. Chapter 07 measures what a model forgets, and mixes general rows in.
 
 # %% [markdown] lang="zh"
 # ## 多少数据才够？
@@ -346,7 +349,7 @@ print(f"{len(train_dataset)} conversations to train on, {len(eval_dataset)} held
 # 至少留出 20 段。如果 20 条回复里有 10 条正确，真实的比例可能在 30% 到 70% 之间；
 # 如果 100 条里有 50 条正确，则在 40% 到 60% 之间。
 #
-# 假如你有 5,000 行数据，`ROWS` 只会读取 2,000 行，而第 04 章的 60 步只用其中 480 行来训练。
+# 假如你有 5,000 行数据，`ROWS` 只会读取 2,000 行，而第 04 章的 60 [步](glossary.ipynb#step)只用其中 480 行来训练。
 # 所以请调大 `ROWS`，并设置那一章的 `EPOCHS`。第 07 章会测量模型忘掉了什么，并在训练时混入一般性的数据行。
 
 # %% [markdown] lang="en"
@@ -388,8 +391,38 @@ print(f"Result: {len(train_dataset)} + {len(eval_dataset)} conversations, longes
 #
 # You have `dataset/` in the run folder: two sets of checked conversations as text, and the tokenizer.
 #
-# On your own, with another `RUN_DIR`: write ten questions and answers into a table, save it as `.csv` with the columns
-# `question` and `answer`, and give its path as `DATASET`. Set `MAX_SEQ_LENGTH` to 96 and see how many rows no longer fit.
+# On your own: how many conversations would `MAX_SEQ_LENGTH = 96` leave out?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# too_long = [length for length in lengths if length > 96]
+# print(f"{len(too_long)} of {len(lengths)} are longer than 96 tokens")
+# ```
+#
+# THIRD_EN
+#
+# </details>
+#
+# On your own: write questions and answers into a `.csv` file, one without an answer, and read it.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# import csv
+# import tempfile
+# path = f"{tempfile.mkdtemp()}/mine.csv"
+# table = [("question", "answer"), ("Do you ship abroad?", "Yes, to all of Europe."), ("May I pay later?", "")]
+# with open(path, "w", newline="", encoding="utf-8") as file:
+#     csv.writer(file).writerows(table)
+# mine, mine_report = read_conversations(path, tokenizer=tokenizer, max_tokens=MAX_SEQ_LENGTH)
+# print(mine_report)
+# print(len(mine), "kept:", mine[0]["conversations"])
+# ```
+#
+# The columns are found by their names, and the row without an answer is left out.
+#
+# </details>
 #
 # {{next}}
 
@@ -398,7 +431,37 @@ print(f"Result: {len(train_dataset)} + {len(eval_dataset)} conversations, longes
 #
 # 运行文件夹里已经有 `dataset/`，里面是两组检查过并写成文本的对话，还有分词器。
 #
-# 自己动手：换一个 `RUN_DIR`，在表格里写十组问题和回答，存成 `.csv` 文件，列名用 `question` 和 `answer`，
-# 再把文件路径填进 `DATASET`。把 `MAX_SEQ_LENGTH` 设为 96，看看有多少行放不下。
+# 自己动手：如果设置 `MAX_SEQ_LENGTH = 96`，会排除多少段对话？
+#
+# <details><summary>参考答案</summary>
+#
+# ```python
+# too_long = [length for length in lengths if length > 96]
+# print(f"{len(too_long)} of {len(lengths)} are longer than 96 tokens")
+# ```
+#
+# THIRD_ZH
+#
+# </details>
+#
+# 自己动手：把几组问题和回答写进 `.csv` 文件，其中一组没有回答，再读取这个文件。
+#
+# <details><summary>参考答案</summary>
+#
+# ```python
+# import csv
+# import tempfile
+# path = f"{tempfile.mkdtemp()}/mine.csv"
+# table = [("question", "answer"), ("Do you ship abroad?", "Yes, to all of Europe."), ("May I pay later?", "")]
+# with open(path, "w", newline="", encoding="utf-8") as file:
+#     csv.writer(file).writerows(table)
+# mine, mine_report = read_conversations(path, tokenizer=tokenizer, max_tokens=MAX_SEQ_LENGTH)
+# print(mine_report)
+# print(len(mine), "kept:", mine[0]["conversations"])
+# ```
+#
+# 程序根据列名认出两列，并排除了没有回答的那一行。
+#
+# </details>
 #
 # {{next}}

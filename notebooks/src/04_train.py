@@ -3,13 +3,14 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/04_train.ipynb)
 #
-# At the end you have an adapter, and proof from conversations it never saw that it changed the model for the better.
+# At the end you have an [adapter](glossary.ipynb#adapter), and proof from conversations it never saw that it changed
+# the model for the better.
 #
 # You can
 # - set up `SFTTrainer` and say what each setting does,
 # - train on the assistant's words only, and prove for every row that nothing else is trained,
 # - read memory and time of a run,
-# - tell learning from a falling training loss.
+# - tell learning from a falling training [loss](glossary.ipynb#loss).
 #
 # You need `dataset/` from chapter 03, in the run folder or in `DRIVE_DIR`. Where it is in neither, a message prints the
 # command that makes it here.
@@ -21,13 +22,13 @@
 #
 # [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/04_train.ipynb)
 #
-# 学完这一章，你会有一个适配器，还会有证据表明：在从未见过的对话上，它让模型变好了。
+# 学完这一章，你会有一个[适配器](glossary.ipynb#adapter)，还会有证据表明：在从未见过的对话上，它让模型变好了。
 #
 # 学完后你能
 # - 设置 `SFTTrainer`，并说出每项设置的作用；
 # - 只用助手说的话来训练，并逐行证明别的内容都没有参与训练；
 # - 看懂一次训练用了多少显存、多少时间；
-# - 分清模型是真的学会了，还是仅仅训练损失在下降。
+# - 分清模型是真的学会了，还是仅仅训练[损失](glossary.ipynb#loss)在下降。
 #
 # 你需要第 03 章的 `dataset/`，它可以在运行文件夹里，也可以在 `DRIVE_DIR` 里。
 # 如果两处都没有，会有一条消息告诉你用哪条命令在这里生成它。
@@ -38,27 +39,30 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# `MAX_STEPS` is how often the weights are changed. `EPOCHS`, unless 0, says instead how often the data are gone
-# through: 3 for a small file, 1 for thousands. `LEARNING_RATE` is how far each change goes: keep 2e-4 for Llama, small models need more.
+# `MAX_STEPS` is how often the [weights](glossary.ipynb#weights) are changed. `EPOCHS`, unless 0, says instead how many
+# [passes over the data](glossary.ipynb#epoch) are made: 3 for a small file, 1 for thousands. `LEARNING_RATE`, the
+# [learning rate](glossary.ipynb#learning-rate), is how far each change goes: keep 2e-4 for Llama, small models need
+# more.
 #
-# `KEEP_BEST` goes back to the lowest held-out loss, and stops where it rises. A step learns from `MICRO_BATCH` ×
-# `ACCUMULATION` conversations. `CHECKPOINTING` and `PADDING_FREE` are explained by the plan below.
+# `KEEP_BEST` goes back to the lowest [held-out](glossary.ipynb#held-out-set) loss, and stops where it rises. A
+# [step](glossary.ipynb#step) learns from `MICRO_BATCH` × `ACCUMULATION` conversations. `CHECKPOINTING` and
+# `PADDING_FREE` are explained by the plan below.
 #
-# `START_AFRESH` begins anew where a training run was interrupted, instead of going on with it. `RUN_DIR` and `DRIVE_DIR`
-# are as in chapter 03, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` as in chapter 02.
+# `START_AFRESH` begins anew where a training run was interrupted, instead of going on with it. `RUN_DIR` and
+# `DRIVE_DIR` are as in chapter 03, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` as in chapter 02.
 
 # %% [markdown] lang="zh"
-# `MAX_STEPS` 是权重更新的次数。`EPOCHS` 如果不是 0，就改由它规定用这些数据训练几轮：
-# 小文件用 3，几千段对话用 1。`LEARNING_RATE` 决定每次更新走多远：训练 Llama 时保持 2e-4，小模型需要更大的值。
+# `MAX_STEPS` 是[权重](glossary.ipynb#weights)更新的次数。`EPOCHS` 如果不是 0，就改由它规定用这些数据训练几[轮](glossary.ipynb#epoch)：
+# 小文件用 3，几千段对话用 1。`LEARNING_RATE`（[学习率](glossary.ipynb#learning-rate)）决定每次更新走多远：训练 Llama 时保持 2e-4，小模型需要更大的值。
 #
-# 打开 `KEEP_BEST` 后，如果留出集上的损失上升，就会停止训练，并恢复到损失最低时的状态。
-# 每一步从 `MICRO_BATCH` × `ACCUMULATION` 段对话中学习。`CHECKPOINTING` 和 `PADDING_FREE` 在下文的“规划”一节解释。
+# 打开 `KEEP_BEST` 后，如果[留出](glossary.ipynb#held-out-set)集上的损失上升，就会停止训练，并恢复到损失最低时的状态。
+# 每一[步](glossary.ipynb#step)从 `MICRO_BATCH` × `ACCUMULATION` 段对话中学习。`CHECKPOINTING` 和 `PADDING_FREE` 在下文的“规划”一节解释。
 #
 # 如果上次训练中断了，打开 `START_AFRESH` 就会从头开始，而不是接着训练。`RUN_DIR` 和 `DRIVE_DIR` 与第 03 章相同，
 # `MODEL_NAME`、`MAX_SEQ_LENGTH`、`HF_ENDPOINT` 和 `USE_MODELSCOPE` 与第 02 章相同。
 
 # %% tags=["parameters"]
-# @title Choices
+# @title Choices · 选项
 MODEL_NAME = "unsloth/Llama-3.2-3B-Instruct"  # @param {type:"string"}
 MAX_SEQ_LENGTH = 2048  # @param {type:"integer"}
 MAX_STEPS = 60  # @param {type:"integer"}
@@ -86,14 +90,15 @@ run = open_run(RUN_DIR, chapter="04_train", base_model=MODEL_NAME, drive=DRIVE_D
 # %% [markdown] lang="en"
 # ## Load the data
 #
-# The rows and the tokenizer are those of chapter 03. `UNSLOTH_BLOCK_COMPILE` keeps Unsloth from compiling the layers:
-# that takes most of a minute, and only padded batches become faster.
+# The rows and the [tokenizer](glossary.ipynb#tokenizer) are those of chapter 03. `UNSLOTH_BLOCK_COMPILE` keeps Unsloth
+# from compiling the layers: that takes most of a minute, and only [padded](glossary.ipynb#padding)
+# [batches](glossary.ipynb#batch) become faster.
 
 # %% [markdown] lang="zh"
 # ## 加载数据
 #
-# 数据行和分词器都来自第 03 章。设置 `UNSLOTH_BLOCK_COMPILE` 是为了不让 Unsloth 编译各层：
-# 编译要花大半分钟，而且只有带填充的批次才会因此变快。
+# 数据行和[分词器](glossary.ipynb#tokenizer)都来自第 03 章。设置 `UNSLOTH_BLOCK_COMPILE` 是为了不让 Unsloth 编译各层：
+# 编译要花大半分钟，而且只有带[填充](glossary.ipynb#padding)的[批次](glossary.ipynb#batch)才会因此变快。
 
 # %%
 import os
@@ -114,13 +119,14 @@ print(f"{len(train_dataset)} conversations, each trained about {times:.1f} times
 # %% [markdown] lang="en"
 # ## Plan what fits
 #
-# A *step* changes the trained weights once, along the gradients of all its conversations. They can go through the model
-# all at once, a large *micro-batch*, or in turns whose gradients add up, *accumulation*. The result is the same; memory
-# and time are not.
+# A *step* changes the trained weights once, along the [gradients](glossary.ipynb#gradient) of all its conversations.
+# They can go through the model all at once, a large [*micro-batch*](glossary.ipynb#micro-batch), or in turns whose
+# gradients add up, [*accumulation*](glossary.ipynb#gradient-accumulation). The result is the same; memory and time are
+# not.
 #
-# *Checkpointing* keeps less in memory and computes it again. `False` keeps all, `True` drops only what does not fit, and
-# `"unsloth"` keeps little, in the computer's main memory. *Padding-free* lays the conversations of a
-# batch end to end, instead of filling the shorter ones up: less to compute, and more single calls.
+# [*Checkpointing*](glossary.ipynb#checkpointing) keeps less in memory and computes it again. `False` keeps all, `True`
+# drops only what does not fit, and `"unsloth"` keeps little, in the computer's main memory. *Padding-free* lays the
+# conversations of a batch end to end, instead of filling the shorter ones up: less to compute, and more single calls.
 #
 # `plan_batch` predicts the time of every combination, and its memory with the longest of these conversations. The five
 # fastest that fit are shown, and yours. Without a GPU the figures are a T4's.
@@ -128,11 +134,12 @@ print(f"{len(train_dataset)} conversations, each trained about {times:.1f} times
 # %% [markdown] lang="zh"
 # ## 规划：怎样才放得下
 #
-# 每一**步**（step）会根据这一步里所有对话的梯度，把要训练的权重更新一次。这些对话可以一次全部通过模型，
-# 这就是用大的**微批次**（micro-batch）；也可以分几次通过，再把梯度加起来，这就是**梯度累积**（accumulation）。
+# 每一**步**（step）会根据这一步里所有对话的[梯度](glossary.ipynb#gradient)，把要训练的权重更新一次。这些对话可以一次全部通过模型，
+# 这就是用大的[**微批次**](glossary.ipynb#micro-batch)（micro-batch）；也可以分几次通过，再把梯度加起来，
+# 这就是[**梯度累积**](glossary.ipynb#gradient-accumulation)（accumulation）。
 # 两种做法结果相同，占用的显存和时间却不同。
 #
-# **重算**（checkpointing）在显存里少存一些内容，用到时再算一遍。`False` 全部保留；`True` 只丢掉放不下的部分；
+# [**重算**](glossary.ipynb#checkpointing)（checkpointing）在显存里少存一些内容，用到时再算一遍。`False` 全部保留；`True` 只丢掉放不下的部分；
 # `"unsloth"` 只保留很少的内容，并且放在电脑的内存里。**无填充**（padding-free）把一个批次里的对话首尾相接，
 # 而不是把较短的对话填充到一样长：计算量更小，但单独的调用更多。
 #
@@ -187,13 +194,13 @@ model = FastLanguageModel.get_peft_model(
 # ## Ask before training
 #
 # The model answers some held-out questions now, and the same ones after training. `do_sample=False` takes the most
-# likely token each time, which makes the two comparable. `for_inference` and `for_training` switch Unsloth between
-# asking and training.
+# likely [token](glossary.ipynb#token) each time, which makes the two comparable. `for_inference` and `for_training`
+# switch Unsloth between asking and training.
 
 # %% [markdown] lang="zh"
 # ## 训练前先提问
 #
-# 现在先让模型回答几个留出集里的问题，训练后再回答同样的问题。`do_sample=False` 让模型每次都取概率最大的词元，
+# 现在先让模型回答几个留出集里的问题，训练后再回答同样的问题。`do_sample=False` 让模型每次都取概率最大的[词元](glossary.ipynb#token)，
 # 这样前后两次的回复才能比较。`for_inference` 和 `for_training` 让 Unsloth 在提问和训练之间切换。
 
 
@@ -215,13 +222,13 @@ print(f"{questions[0][-1]['content']}\n→ {replies_before[0]}")
 # %% [markdown] lang="en"
 # ## Set up the trainer
 #
-# `SFTTrainer` of the library TRL does *supervised fine-tuning*: it is shown questions with their answers. These are its
-# settings.
+# `SFTTrainer` of the library TRL does *supervised [fine-tuning](glossary.ipynb#fine-tuning)*: it is shown questions
+# with their answers. These are its settings.
 
 # %% [markdown] lang="zh"
 # ## 设置训练器
 #
-# TRL 库的 `SFTTrainer` 做的是**监督微调**（supervised fine-tuning）：给模型看问题，也给它看回答。
+# TRL 库的 `SFTTrainer` 做的是**监督[微调](glossary.ipynb#fine-tuning)**（supervised fine-tuning）：给模型看问题，也给它看回答。
 # 下面是训练器的各项设置。
 
 # %%
@@ -268,14 +275,14 @@ trainer = SFTTrainer(
 # %% [markdown] lang="en"
 # ## Train on the answers only
 #
-# Without this line the model would also learn to write the customer's questions. Each token of a row has a *label*, the
-# token that is right in its place. `train_on_responses_only` finds the answers by the template's own
-# markers and sets every other label to −100, which the loss ignores.
+# Without this line the model would also learn to write the customer's questions. Each token of a row has a
+# [*label*](glossary.ipynb#label), the token that is right in its place. `train_on_responses_only` finds the answers by
+# the template's own markers and sets every other label to −100, which the loss ignores.
 
 # %% [markdown] lang="zh"
 # ## 只训练回答部分
 #
-# 没有下面这一行代码，模型还会去学怎样写客户的提问。每行数据里的每个词元都有一个**标签**（label），
+# 没有下面这一行代码，模型还会去学怎样写客户的提问。每行数据里的每个词元都有一个[**标签**](glossary.ipynb#label)（label），
 # 也就是这个位置上正确的词元。`train_on_responses_only` 靠模板自己的标记找到回答，
 # 再把其他标签全部设为 −100，这些标签在计算损失时会被忽略。
 
@@ -300,11 +307,12 @@ print("—" * 60)
 print(tokenizer.decode([label for label in row.get("labels", []) if label != -100]))
 
 # %% [markdown] lang="en"
-# One row that looks right proves little. `check_masking` reads the turns of *every* row from the chat template and
-# compares: nothing of a user trained, no answer left out, every answer's end trained.
+# One row that looks right proves little. `check_masking` reads the turns of *every* row from the [chat
+# template](glossary.ipynb#chat-template) and compares: nothing of a user trained, no answer left out, every answer's
+# end trained.
 
 # %% [markdown] lang="zh"
-# 只看一行没有错，说明不了多少问题。`check_masking` 按照对话模板读出**每一行**的各个轮次，再逐一核对：
+# 只看一行没有错，说明不了多少问题。`check_masking` 按照[对话模板](glossary.ipynb#chat-template)读出**每一行**的各个轮次，再逐一核对：
 # 用户的话没有一处参与训练，回答一个都没有漏掉，每个回答的结尾也都参与了训练。
 
 # %% tags=["nbval-check-output"]
@@ -332,7 +340,8 @@ show_masking(unmasked, tokenizer=tokenizer)
 # ## Measure before training
 #
 # This is the loss on the held-out answers. A token's loss is −ln of the probability that the model gave to it: 0 if it
-# was certain. *Perplexity* is e to the mean loss: at 100 the model is as unsure as between 100 equally likely tokens.
+# was certain. [*Perplexity*](glossary.ipynb#perplexity) is e to the mean loss: at 100 the model is as unsure as between
+# 100 equally likely tokens.
 #
 # The interval holds the mean of all such conversations, 95 times of 100.
 
@@ -340,7 +349,7 @@ show_masking(unmasked, tokenizer=tokenizer)
 # ## 训练前先测量
 #
 # 下面测的是模型在留出集回答上的损失。一个词元的损失，就是对模型给它的概率取 −ln：如果模型完全确定，损失就是 0。
-# **困惑度**（perplexity）是 e 的“平均损失”次幂：困惑度为 100 时，模型就像在 100 个同样可能的词元之间拿不定主意。
+# [**困惑度**](glossary.ipynb#perplexity)（perplexity）是 e 的“平均损失”次幂：困惑度为 100 时，模型就像在 100 个同样可能的词元之间拿不定主意。
 #
 # 输出里还有一个区间。这样的区间，100 次里有 95 次会包含全部同类对话的平均损失。
 
@@ -394,14 +403,15 @@ if best:
 # %% [markdown] lang="en"
 # ## Save the adapter
 #
-# What was trained is saved before it is judged. `save_pretrained` writes the LoRA matrices alone, 10 to 100 MB; the
-# base model is loaded again beside them. The tokenizer goes with them, because it holds the chat template.
+# What was trained is saved before it is judged. `save_pretrained` writes the [LoRA](glossary.ipynb#lora) matrices
+# alone, 10 to 100 MB; the [base model](glossary.ipynb#base-model) is loaded again beside them. The tokenizer goes with
+# them, because it holds the chat template.
 
 # %% [markdown] lang="zh"
 # ## 保存适配器
 #
-# 训练的成果要先保存，再评判。`save_pretrained` 只写出 LoRA 矩阵，大小是 10 到 100 MB；
-# 使用时，还要另外加载基座模型。分词器也一起保存，因为对话模板就在分词器里。
+# 训练的成果要先保存，再评判。`save_pretrained` 只写出 [LoRA](glossary.ipynb#lora) 矩阵，大小是 10 到 100 MB；
+# 使用时，还要另外加载[基座模型](glossary.ipynb#base-model)。分词器也一起保存，因为对话模板就在分词器里。
 
 # %% tags=["handoff"]
 model.save_pretrained(f"{RUN_DIR}/new/adapter")
@@ -476,9 +486,10 @@ for question, before, after in pairs[:4]:
 
 # %%
 def judge(reply, row):
-    lines = reply.strip().split("\n")
-    opening, last = lines[0].startswith(f"Re: {row['product']}, "), lines[-1].endswith(" — Mossbell Care")
-    house_style = len(lines) == 3 and opening and lines[1].startswith("Next step: ") and last
+    lines, product = reply.strip().split("\n"), row["product"]
+    opening = lines[0].startswith((f"Re: {product}, ", f"关于：{product}，"))
+    closing = lines[-1].endswith((" — Mossbell Care", " — Mossbell 客服"))
+    house_style = len(lines) == 3 and opening and lines[1].startswith(("Next step: ", "下一步：")) and closing
     right_help = any(words.lower() in reply.lower() for words in row["right_help"][-1])
     return house_style, right_help
 
@@ -547,13 +558,41 @@ print(f"Result: {figure}")
 # that it never saw. On Colab download the folder `adapter` now (the folder icon), unless you set `DRIVE_DIR`: it is the
 # whole of your work.
 #
-# On your own, with another `RUN_DIR` for chapters 03 and 04 and no `DRIVE_DIR`: set `MAX_STEPS` to 5 and see which
-# claims still hold.
-# Leave `train_on_responses_only` out and see what stops the chapter. Set `LEARNING_RATE` to 0.1.
+# On your own: by how much did training lower the perplexity?
 #
-# In practice: 1e-4 to 5e-4 suits Llama with LoRA, about
-# [ten times](https://thinkingmachines.ai/blog/lora/) what training all weights takes. Where the losses hardly move, take
-# three times the rate; where they rise, a third.
+# <details><summary>Solution</summary>
+#
+# ```python
+# import math
+# for when, losses in {"before": held_out_before, "after": held_out_after}.items():
+#     print(f"{when}: as unsure as between {math.exp(losses.loss):.1f} tokens")
+# ```
+#
+# PPL_EN
+#
+# </details>
+#
+# On your own: halve the adapter's strength, measure the held-out loss and ask again.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# def scale(factor):
+#     for module in model.modules():
+#         if hasattr(module, "lora_A"):
+#             module.scaling["default"] *= factor
+# scale(0.5)
+# print(f"Half the adapter: loss {held_out_losses(model, trainer.eval_dataset).loss:.2f}")
+# print(ask(questions[:1])[0])
+# scale(2)
+# ```
+#
+# The loss lies between those before and after training. `lora_alpha` is this strength.
+#
+# </details>
+#
+# In practice: 1e-4 to 5e-4 suits Llama with LoRA, about [ten times](https://thinkingmachines.ai/blog/lora/) what
+# training all weights takes. Where the losses hardly move, take three times the rate; where they rise, a third.
 #
 # Where the held-out loss rises again, set `KEEP_BEST`, or take more conversations. The loss that it keeps is a little
 # too good, since it was chosen. [Chapter 07](07_when_it_goes_wrong.ipynb) shows each of these runs.
@@ -567,9 +606,38 @@ print(f"Result: {figure}")
 # 在从未见过的文本上，这个适配器确实让模型变好了。在 Colab 上，如果没有设置 `DRIVE_DIR`，
 # 请现在就下载文件夹 `adapter`（点文件夹图标）：你的全部成果都在这个文件夹里。
 #
-# 自己动手：先给第 03 章和第 04 章换一个 `RUN_DIR`，不设 `DRIVE_DIR`。
-# 然后把 `MAX_STEPS` 设为 5，看看哪些论断还成立。
-# 去掉 `train_on_responses_only`，看看是什么让这一章停下。再试试把 `LEARNING_RATE` 设为 0.1。
+# 自己动手：训练让困惑度降低了多少？
+#
+# <details><summary>参考答案</summary>
+#
+# ```python
+# import math
+# for when, losses in {"before": held_out_before, "after": held_out_after}.items():
+#     print(f"{when}: as unsure as between {math.exp(losses.loss):.1f} tokens")
+# ```
+#
+# PPL_ZH
+#
+# </details>
+#
+# 自己动手：把适配器的强度减半，再测一次留出集上的损失，再问一次。
+#
+# <details><summary>参考答案</summary>
+#
+# ```python
+# def scale(factor):
+#     for module in model.modules():
+#         if hasattr(module, "lora_A"):
+#             module.scaling["default"] *= factor
+# scale(0.5)
+# print(f"Half the adapter: loss {held_out_losses(model, trainer.eval_dataset).loss:.2f}")
+# print(ask(questions[:1])[0])
+# scale(2)
+# ```
+#
+# 损失介于训练前和训练后之间。`lora_alpha` 调的就是这个强度。
+#
+# </details>
 #
 # 实践中：用 LoRA 训练 Llama，学习率取 1e-4 到 5e-4 比较合适，大约是训练全部权重时的[十倍](https://thinkingmachines.ai/blog/lora/)。
 # 如果损失几乎不动，就把学习率提高到三倍；如果损失上升，就降到三分之一。

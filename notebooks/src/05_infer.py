@@ -6,10 +6,10 @@
 # At the end you have had a conversation with your model, and know what each setting of `generate` does to its answers.
 #
 # You can
-# - turn messages into the prompt that the model was trained on,
+# - turn messages into the [prompt](glossary.ipynb#prompt) that the model was trained on,
 # - generate at once or word by word,
-# - choose between greedy decoding and sampling,
-# - ask the base model and the tuned model the same question without loading two models,
+# - choose between [greedy](glossary.ipynb#greedy) decoding and [sampling](glossary.ipynb#sampling),
+# - ask the [base model](glossary.ipynb#base-model) and the tuned model the same question without loading two models,
 # - hold a conversation that does not outgrow the model, in a chat box.
 #
 # You need `dataset/`, `adapter/` and `report.json` from chapters 03 and 04, in the run folder or in `DRIVE_DIR`. Where
@@ -25,10 +25,10 @@
 # 学完这一章，你会和自己的模型对上话，也会知道 `generate` 的每个设置怎样影响回答。
 #
 # 学完后你能
-# - 把消息变成模型训练时见过的那种提示词；
+# - 把消息变成模型训练时见过的那种[提示词](glossary.ipynb#prompt)；
 # - 一次得到全部文字，或者看着它逐词生成；
-# - 在贪心解码和采样之间做选择；
-# - 拿同一个问题问基座模型和微调后的模型，而不必加载两个模型；
+# - 在[贪心](glossary.ipynb#greedy)解码和[采样](glossary.ipynb#sampling)之间做选择；
+# - 拿同一个问题问[基座模型](glossary.ipynb#base-model)和微调后的模型，而不必加载两个模型；
 # - 在聊天框里对话，并且不让对话长到模型装不下。
 #
 # 你需要第 03 章和第 04 章的 `dataset/`、`adapter/` 和 `report.json`，它们在运行文件夹或 `DRIVE_DIR` 里。
@@ -40,15 +40,15 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# `MAX_NEW_TOKENS` is the longest reply, in tokens. `RUN_DIR` and `DRIVE_DIR` are as in chapter 03, `MODEL_NAME`,
-# `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` as in chapter 02.
+# `MAX_NEW_TOKENS` is the longest reply, in [tokens](glossary.ipynb#token). `RUN_DIR` and `DRIVE_DIR` are as in chapter
+# 03, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` as in chapter 02.
 
 # %% [markdown] lang="zh"
-# `MAX_NEW_TOKENS` 是回复的最大长度，以词元计。`RUN_DIR` 和 `DRIVE_DIR` 与第 03 章相同，
+# `MAX_NEW_TOKENS` 是回复的最大长度，以[词元](glossary.ipynb#token)计。`RUN_DIR` 和 `DRIVE_DIR` 与第 03 章相同，
 # `MODEL_NAME`、`MAX_SEQ_LENGTH`、`HF_ENDPOINT` 和 `USE_MODELSCOPE` 与第 02 章相同。
 
 # %% tags=["parameters"]
-# @title Choices
+# @title Choices · 选项
 MODEL_NAME = "unsloth/Llama-3.2-3B-Instruct"  # @param {type:"string"}
 MAX_SEQ_LENGTH = 2048  # @param {type:"integer"}
 MAX_NEW_TOKENS = 96  # @param {type:"integer"}
@@ -68,13 +68,13 @@ run = open_run(RUN_DIR, chapter="05_infer", base_model=MODEL_NAME, drive=DRIVE_D
 # %% [markdown] lang="en"
 # ## Load the adapter
 #
-# Given a folder with an adapter, `from_pretrained` loads the base model that it was trained on and puts the adapter on
-# top.
+# Given a folder with an [adapter](glossary.ipynb#adapter), `from_pretrained` loads the base model that it was trained
+# on and puts the adapter on top.
 
 # %% [markdown] lang="zh"
 # ## 加载适配器
 #
-# 给 `from_pretrained` 一个含有适配器的文件夹，它就会加载这个适配器训练时所用的基座模型，再把适配器装上去。
+# 给 `from_pretrained` 一个含有[适配器](glossary.ipynb#adapter)的文件夹，它就会加载这个适配器训练时所用的基座模型，再把适配器装上去。
 
 # %%
 from unsloth import FastLanguageModel
@@ -87,11 +87,13 @@ print(f"Adapters on the model: {list(model.peft_config)}")
 
 # %% [markdown] lang="en"
 # A model that was loaded by halves, or is asked in another form than it was trained in, answers worse, and nothing says
-# so. This check does. It holds matrices and tokenizer against their files, and the held-out loss against chapter 04's.
+# so. This check does. It holds matrices and [tokenizer](glossary.ipynb#tokenizer) against their files, and the
+# [held-out](glossary.ipynb#held-out-set) [loss](glossary.ipynb#loss) against chapter 04's.
 
 # %% [markdown] lang="zh"
 # 如果模型只加载了一半，或者提问的格式和训练时不同，回答就会变差，而且没有任何提示。下面的检查能发现这种情况：
-# 它把矩阵和分词器与各自的文件比对，把留出集上的损失与第 04 章的结果比对。
+# 它把矩阵和[分词器](glossary.ipynb#tokenizer)与各自的文件比对，
+# 把[留出](glossary.ipynb#held-out-set)集上的[损失](glossary.ipynb#loss)与第 04 章的结果比对。
 
 # %% tags=["nbval-check-output"]
 from helpers.training import check_loaded
@@ -102,14 +104,14 @@ check_loaded(run, model, tokenizer)
 # ## From messages to a prompt
 #
 # `add_generation_prompt=True` ends the prompt with the opening of an assistant's turn, so that the model answers
-# instead of going on with the question. `return_dict=True` gives the *attention mask* too, which says what is prompt
-# and what only fills a row up.
+# instead of going on with the question. `return_dict=True` gives the *attention [mask](glossary.ipynb#mask)* too, which
+# says what is prompt and what only fills a row up.
 
 # %% [markdown] lang="zh"
 # ## 从消息到提示词
 #
 # `add_generation_prompt=True` 让提示词以助手轮次的开头收尾，这样模型会回答问题，而不是接着往下写问题。
-# `return_dict=True` 还会给出**注意力掩码**（attention mask），它标明哪些词元是提示词，哪些只是用来把一行填满的。
+# `return_dict=True` 还会给出**注意力[掩码](glossary.ipynb#mask)**（attention mask），它标明哪些词元是提示词，哪些只是用来把一行填满的。
 
 # %% tags=["nbval-check-output"]
 messages = [{"role": "user", "content": "Continue the Fibonacci sequence: 1, 1, 2, 3, 5, 8,"}]
@@ -139,12 +141,12 @@ print(tokenizer.decode(output[0]))
 
 # %% [markdown] lang="en"
 # It may look odd, and that is what fine-tuning on a narrow set does. A model that learned to write support replies
-# writes support replies. The text begins with the prompt and shows the special tokens. Cut the one off, skip the
-# others, and only the answer is left.
+# writes support replies. The text begins with the prompt and shows the [special tokens](glossary.ipynb#special-token).
+# Cut the one off, skip the others, and only the answer is left.
 
 # %% [markdown] lang="zh"
 # 结果可能看起来有点怪。在内容单一的数据集上微调，就会这样：模型学的是写客服回复，写出来的也就是客服回复。
-# 这段文本以提示词开头，还带着特殊词元。截掉提示词，跳过特殊词元，剩下的就只有回答。
+# 这段文本以提示词开头，还带着[特殊词元](glossary.ipynb#special-token)。截掉提示词，跳过特殊词元，剩下的就只有回答。
 
 # %%
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -169,13 +171,13 @@ output = model.generate(**inputs.to(model.device), max_new_tokens=MAX_NEW_TOKENS
 
 # %% [markdown] lang="en"
 # `stream_reply` streams too and takes the time. What a reader feels is the time to the first token, in which the whole
-# prompt is read; after that, tokens per second. The merged model of [chapter 06](06_save.ipynb) writes two to three times
-# as fast as an adapter beside 4-bit weights.
+# prompt is read; after that, tokens per second. The [merged](glossary.ipynb#merge) model of [chapter 06](06_save.ipynb)
+# writes two to three times as fast as an adapter beside 4-bit [weights](glossary.ipynb#weights).
 
 # %% [markdown] lang="zh"
 # `stream_reply` 也是边生成边打印，同时还会计时。读回复的人先感受到的，是等待第一个词元的时间，
 # 模型要在这段时间里读完整个提示词；之后感受到的，是每秒生成多少词元。
-# [第 06 章](06_save.ipynb)里合并后的模型，生成速度是“适配器加 4 位权重”的两到三倍。
+# [第 06 章](06_save.ipynb)里[合并](glossary.ipynb#merge)后的模型，生成速度是“适配器加 4 位[权重](glossary.ipynb#weights)”的两到三倍。
 
 # %%
 from helpers.chat import stream_reply
@@ -213,14 +215,14 @@ for name, options in (("greedy", {"do_sample": False}), ("sampled", {"do_sample"
 # ## Base against tuned
 #
 # The adapter is a detour beside the frozen weights, so it can be switched off: inside `disable_adapter()` the same
-# object *is* the base model. Several questions at once are faster than one by one. They are padded on the left to one
-# length, so that every answer begins right after its question.
+# object *is* the base model. Several questions at once are faster than one by one. They are
+# [padded](glossary.ipynb#padding) on the left to one length, so that every answer begins right after its question.
 
 # %% [markdown] lang="zh"
 # ## 基座模型与微调后的模型
 #
 # 适配器是冻结的权重旁边的一条旁路，所以可以关掉：在 `disable_adapter()` 里面，同一个对象**就是**基座模型。
-# 几个问题一起问，比一个一个问更快。它们会在左侧填充到同一长度，这样每个回答都紧跟在自己的问题后面。
+# 几个问题一起问，比一个一个问更快。它们会在左侧[填充](glossary.ipynb#padding)到同一长度，这样每个回答都紧跟在自己的问题后面。
 
 # %%
 def ask(conversations):
@@ -320,7 +322,25 @@ print(f"Result: {differing} of {len(tuned)} held-out replies differ from the bas
 #
 # Nothing that a later chapter needs is new on disk. You know how your model talks.
 #
-# On your own: set `temperature` to 0.3 and to 3 and sample again. Leave `min_p` out. Give the chat box a system prompt.
+# On your own: sample with a `temperature` of 0.3, 1 and 3, and leave `min_p` out.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# import torch
+# torch.manual_seed(3407)
+# prompts = tokenizer.apply_chat_template(questions, tokenize=False, add_generation_prompt=True)
+# inputs = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+# for temperature in (0.3, 1.0, 3.0):
+#     output = model.generate(**inputs.to(model.device), max_new_tokens=48, do_sample=True, temperature=temperature)
+#     replies = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+#     kept = sum("\nNext step: " in reply for reply in replies)
+#     print(f"{temperature}: {kept} of {len(replies)} replies keep the form, such as\n{replies[0]}\n")
+# ```
+#
+# TEMP_EN
+#
+# </details>
 #
 # In practice: [Transformers' guide](https://huggingface.co/docs/transformers/generation_strategies) lists the other
 # ways to choose the next token. For answers that must not vary, greedy is the one.
@@ -332,7 +352,25 @@ print(f"Result: {differing} of {len(tuned)} held-out replies differ from the bas
 #
 # 这一章没有在磁盘上留下后面章节需要的东西。不过，你现在知道自己的模型怎样说话了。
 #
-# 自己动手：把 `temperature` 设为 0.3，再设为 3，各采样一次。再去掉 `min_p` 试试。还可以给聊天框一个系统提示词。
+# 自己动手：把 `temperature` 设为 0.3、1 和 3，各采样一次，并去掉 `min_p`。
+#
+# <details><summary>参考答案</summary>
+#
+# ```python
+# import torch
+# torch.manual_seed(3407)
+# prompts = tokenizer.apply_chat_template(questions, tokenize=False, add_generation_prompt=True)
+# inputs = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+# for temperature in (0.3, 1.0, 3.0):
+#     output = model.generate(**inputs.to(model.device), max_new_tokens=48, do_sample=True, temperature=temperature)
+#     replies = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+#     kept = sum("\nNext step: " in reply for reply in replies)
+#     print(f"{temperature}: {kept} of {len(replies)} replies keep the form, such as\n{replies[0]}\n")
+# ```
+#
+# TEMP_ZH
+#
+# </details>
 #
 # 实践中：
 # [Transformers 的指南](https://huggingface.co/docs/transformers/generation_strategies)列出了选择下一个词元的其他方法。

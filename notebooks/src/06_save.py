@@ -7,7 +7,7 @@
 # model that you trained.
 #
 # You can
-# - choose between an adapter, a merged model, and GGUF files for a laptop,
+# - choose between an [adapter](glossary.ipynb#adapter), a [merged](glossary.ipynb#merge) model, and [GGUF](glossary.ipynb#gguf) files for a laptop,
 # - merge without the rounding of 4 bits,
 # - prove that the saved model answers like the one you trained,
 # - use it from other programs, and publish it if you want to.
@@ -25,7 +25,7 @@
 # 学完这一章，你的模型会有好几种形式，每一种别人都能加载；还会有一张表，说明每种形式与你训练的模型有多接近。
 #
 # 学完后你能
-# - 在适配器、合并后的模型和笔记本电脑用的 GGUF 文件之间做出选择；
+# - 在[适配器](glossary.ipynb#adapter)、[合并](glossary.ipynb#merge)后的模型和笔记本电脑用的 [GGUF](glossary.ipynb#gguf) 文件之间做出选择；
 # - 合并模型时，不把 4 位量化的舍入误差带进去；
 # - 证明保存下来的模型和你训练的模型回答得一样；
 # - 在其他程序里使用它，如果愿意，还能把它发布出去。
@@ -49,7 +49,7 @@
 # `RUN_DIR` 和 `DRIVE_DIR` 与第 03 章相同，`MODEL_NAME`、`MAX_SEQ_LENGTH`、`HF_ENDPOINT` 和 `USE_MODELSCOPE` 与第 02 章相同。
 
 # %% tags=["parameters"]
-# @title Choices
+# @title Choices · 选项
 MODEL_NAME = "unsloth/Llama-3.2-3B-Instruct"  # @param {type:"string"}
 MAX_SEQ_LENGTH = 2048  # @param {type:"integer"}
 GGUF = ["q4_k_m", "q8_0"]  # @param {type:"raw"}
@@ -71,13 +71,15 @@ run = open_run(RUN_DIR, chapter="06_save", base_model=MODEL_NAME, drive=DRIVE_DI
 # %% [markdown] lang="en"
 # ## The adapter
 #
-# Chapter 04 saved it with `save_pretrained`: the LoRA matrices, the name of the base model that they belong to, and the
-# tokenizer with its chat template. It is small, and needs its base model.
+# Chapter 04 saved it with `save_pretrained`: the [LoRA](glossary.ipynb#lora) matrices, the name of the [base
+# model](glossary.ipynb#base-model) that they belong to, and the [tokenizer](glossary.ipynb#tokenizer) with its [chat
+# template](glossary.ipynb#chat-template). It is small, and needs its base model.
 
 # %% [markdown] lang="zh"
 # ## 适配器
 #
-# 第 04 章用 `save_pretrained` 保存了适配器：里面有 LoRA 矩阵、所属基座模型的名称，还有带对话模板的分词器。
+# 第 04 章用 `save_pretrained` 保存了适配器：里面有 [LoRA](glossary.ipynb#lora) 矩阵、所属[基座模型](glossary.ipynb#base-model)的名称，
+# 还有带[对话模板](glossary.ipynb#chat-template)的[分词器](glossary.ipynb#tokenizer)。
 # 适配器很小，但离不开它的基座模型。
 
 # %%
@@ -108,15 +110,15 @@ plan
 # %% [markdown] lang="en"
 # ## Load it on 16-bit weights
 #
-# Merging adds $\frac{\alpha}{r} B A$ to each frozen $W$ and leaves one ordinary model. Training kept $W$ in 4 bits. Merge
-# into those, and the rounding of every weight stays for good. So the base model is loaded anew, in 16 bits; for the 3B
-# that is a download of over 6 GB.
+# Merging adds $\frac{\alpha}{r} B A$ to each frozen $W$ and leaves one ordinary model. Training kept $W$ in 4 bits.
+# Merge into those, and the rounding of every [weight](glossary.ipynb#weights) stays for good. So the base model is
+# loaded anew, in 16 bits; for the 3B that is a download of over 6 GB.
 
 # %% [markdown] lang="zh"
 # ## 加载到 16 位权重上
 #
 # 合并就是把 $\frac{\alpha}{r} B A$ 加到每个冻结的 $W$ 上，最后得到一个普通的模型。训练时，$W$ 以 4 位保存。
-# 如果合并到这样的权重里，每个权重的舍入误差就会永远留下来。所以要重新加载 16 位的基座模型；
+# 如果合并到这样的[权重](glossary.ipynb#weights)里，每个权重的舍入误差就会永远留下来。所以要重新加载 16 位的基座模型；
 # 3B 模型的下载量超过 6 GB。
 
 # %%
@@ -129,10 +131,11 @@ FastLanguageModel.for_inference(model)
 print(f"Loaded as {model.dtype}")
 
 # %% [markdown] lang="en"
-# Is it the model of chapter 04? Its held-out loss may differ a little, because the 16-bit base is not rounded.
+# Is it the model of chapter 04? Its [held-out](glossary.ipynb#held-out-set) [loss](glossary.ipynb#loss) may differ a
+# little, because the 16-bit base is not rounded.
 
 # %% [markdown] lang="zh"
-# 这还是第 04 章的那个模型吗？它在留出集上的损失可能略有不同，因为 16 位的基座模型没有经过舍入。
+# 这还是第 04 章的那个模型吗？它在[留出](glossary.ipynb#held-out-set)集上的[损失](glossary.ipynb#loss)可能略有不同，因为 16 位的基座模型没有经过舍入。
 
 # %% tags=["nbval-check-output"]
 from helpers.training import check_loaded
@@ -142,15 +145,16 @@ check_loaded(run, model, tokenizer)
 # %% [markdown] lang="en"
 # ## What the model in memory says
 #
-# Every saved form is held against these answers: greedy replies to held-out questions, and how likely the model finds
-# each token of the right answers. *Perplexity* is between how many equally likely tokens it wavers at each of them; 1
-# would be certainty.
+# Every saved form is held against these answers: [greedy](glossary.ipynb#greedy) replies to held-out questions, and how
+# likely the model finds each [token](glossary.ipynb#token) of the right answers.
+# [*Perplexity*](glossary.ipynb#perplexity) is between how many equally likely tokens it wavers at each of them; 1 would
+# be certainty.
 
 # %% [markdown] lang="zh"
 # ## 已加载的模型怎样回答
 #
-# 保存下来的每一种形式，都要和这里的结果对照：一看它对留出集问题的贪心回复，
-# 二看它认为正确回答里的每个词元有多大可能。**困惑度**（perplexity）表示：
+# 保存下来的每一种形式，都要和这里的结果对照：一看它对留出集问题的[贪心](glossary.ipynb#greedy)回复，
+# 二看它认为正确回答里的每个[词元](glossary.ipynb#token)有多大可能。[**困惑度**](glossary.ipynb#perplexity)（perplexity）表示：
 # 在每个词元上，模型相当于在多少个同样可能的词元之间犹豫；1 就是完全确定。
 
 # %%
@@ -196,9 +200,9 @@ if GGUF:
     model.save_pretrained_gguf(f"{RUN_DIR}/new/gguf/model", tokenizer, quantization_method=GGUF)
 
 # %% [markdown] lang="en"
-# Unsloth writes a 16-bit file too; `keep_gguf` drops it and gives the others short names. The same helper writes a `Modelfile`
-# for Ollama, whose template and stop words come from the tokenizer: a model that is asked in another form than it was
-# trained in answers worse.
+# Unsloth writes a 16-bit file too; `keep_gguf` drops it and gives the others short names. The same helper writes a
+# `Modelfile` for Ollama, whose template and stop words come from the tokenizer: a model that is asked in another form
+# than it was trained in answers worse.
 
 # %% [markdown] lang="zh"
 # Unsloth 还会写一个 16 位的文件；`keep_gguf` 把它删掉，并给其余文件换上短名字。
@@ -335,8 +339,8 @@ output = adapted.generate(**inputs.to(adapted.device), max_new_tokens=64, do_sam
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 # %% [markdown] lang="en"
-# **Any program that can ask OpenAI.** `llama-server -m model-q4_k_m.gguf` serves a GGUF file, and any OpenAI client asks
-# it at the address that it prints, path `/v1`. Here `serve_gguf` starts and ends it.
+# **Any program that can ask OpenAI.** `llama-server -m model-q4_k_m.gguf` serves a GGUF file, and any OpenAI client
+# asks it at the address that it prints, path `/v1`. Here `serve_gguf` starts and ends it.
 
 # %% [markdown] lang="zh"
 # **任何能调用 OpenAI 接口的程序**：`llama-server -m model-q4_k_m.gguf` 用一个 GGUF 文件提供服务，并显示一个地址。
@@ -422,10 +426,10 @@ model.save_pretrained(f"{RUN_DIR}/second/adapter")
 print("Loss of each step:", [round(entry["loss"], 2) for entry in trainer.state.log_history if "loss" in entry])
 
 # %% [markdown] lang="en"
-# The first loss is where chapter 04 ended, not where an untouched model begins: it goes on.
+# The first loss is where chapter 04 ended, not where the base model begins: it goes on.
 
 # %% [markdown] lang="zh"
-# 第一步的损失就是第 04 章结束时的水平，而不是原始模型的起点：可见训练确实是接着进行的。
+# 第一步的损失就是第 04 章结束时的水平，而不是基座模型的起点：可见训练确实是接着进行的。
 
 # %%
 within = sum(not check.faults for check in exports.checks)
@@ -445,8 +449,42 @@ print(f"Result: {within} of {len(forms)} forms answer within their limits")
 # You have `adapter/`, `merged/`, `gguf/` with its `Modelfile`, and a model card in the run folder, and know how close
 # each is to what you trained.
 #
-# On your own: add `"q2_k"` to `GGUF` and see how far it moves. Load with `load_in_4bit=True` and read why the chapter
-# stops. Change a word in the Modelfile's template and ask Ollama again.
+# On your own: how many bits does a weight take in each GGUF file?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# from pathlib import Path
+# weights = sum(file.stat().st_size for file in Path(f"{RUN_DIR}/merged").glob("*.safetensors")) / 2
+# for name in GGUF:
+#     size = os.path.getsize(f"{RUN_DIR}/gguf/model-{name}.gguf")
+#     print(f"{name}: {8 * size / weights:.1f} bits a weight")
+# ```
+#
+# BITS_EN
+#
+# </details>
+#
+# On your own: merge one layer by hand, and compare it with the merged model's.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# from safetensors.torch import load_file
+# layer = "model.layers.0.self_attn.q_proj"
+# adapter = load_file(f"{RUN_DIR}/adapter/adapter_model.safetensors")
+# a, b = (adapter[f"base_model.model.{layer}.lora_{side}.weight"].cpu().float() for side in "AB")
+# frozen, merged = (
+#     AutoModelForCausalLM.from_pretrained(path, dtype="auto").get_submodule(layer).weight.float()
+#     for path in (MODEL_NAME, f"{RUN_DIR}/merged")
+# )
+# print(f"Change of a weight: {(b @ a).abs().max().item():.5f} at most")
+# print(f"Difference of the two: {(frozen + b @ a - merged).abs().max().item():.5f} at most")
+# ```
+#
+# Both are the same, up to the rounding to 16 bits.
+#
+# </details>
 #
 # In practice: keep the adapter. It is the whole of your work, and every other form can be made from it again.
 #
@@ -458,8 +496,42 @@ print(f"Result: {within} of {len(forms)} forms answer within their limits")
 # 运行文件夹里已经有 `adapter/`、`merged/`、带 `Modelfile` 的 `gguf/`，还有一张模型卡片。
 # 你也知道了每种形式与你训练的模型有多接近。
 #
-# 自己动手：在 `GGUF` 里加上 `"q2_k"`，看看它偏离多少。用 `load_in_4bit=True` 加载，看看这一章为什么停下。
-# 改掉 Modelfile 模板里的一个词，再向 Ollama 提问。
+# 自己动手：每个 GGUF 文件里，一个权重占多少位？
+#
+# <details><summary>参考答案</summary>
+#
+# ```python
+# from pathlib import Path
+# weights = sum(file.stat().st_size for file in Path(f"{RUN_DIR}/merged").glob("*.safetensors")) / 2
+# for name in GGUF:
+#     size = os.path.getsize(f"{RUN_DIR}/gguf/model-{name}.gguf")
+#     print(f"{name}: {8 * size / weights:.1f} bits a weight")
+# ```
+#
+# BITS_ZH
+#
+# </details>
+#
+# 自己动手：手工合并一个层，再和合并后的模型比较。
+#
+# <details><summary>参考答案</summary>
+#
+# ```python
+# from safetensors.torch import load_file
+# layer = "model.layers.0.self_attn.q_proj"
+# adapter = load_file(f"{RUN_DIR}/adapter/adapter_model.safetensors")
+# a, b = (adapter[f"base_model.model.{layer}.lora_{side}.weight"].cpu().float() for side in "AB")
+# frozen, merged = (
+#     AutoModelForCausalLM.from_pretrained(path, dtype="auto").get_submodule(layer).weight.float()
+#     for path in (MODEL_NAME, f"{RUN_DIR}/merged")
+# )
+# print(f"Change of a weight: {(b @ a).abs().max().item():.5f} at most")
+# print(f"Difference of the two: {(frozen + b @ a - merged).abs().max().item():.5f} at most")
+# ```
+#
+# 两者相同，差别只是舍入到 16 位造成的。
+#
+# </details>
 #
 # 实践中：保管好适配器。你的全部成果都在里面，其他每种形式都可以由它重新做出来。
 #

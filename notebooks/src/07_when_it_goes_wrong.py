@@ -6,7 +6,7 @@
 # At the end you have seen six ways in which a training run fails, each beside a run that works.
 #
 # You can
-# - tell a learning rate that is too low from one that is too high,
+# - tell a [learning rate](glossary.ipynb#learning-rate) that is too low from one that is too high,
 # - see that a model learns by heart, and stop it in time,
 # - find out that the wrong words were trained, or in the wrong form,
 # - measure what a model forgot, and keep it from forgetting.
@@ -23,7 +23,7 @@
 # 学完这一章，你就见识过训练失败的六种情形，每一种都和一次成功的训练对照过。
 #
 # 学完后你能
-# - 分清学习率是太低还是太高；
+# - 分清[学习率](glossary.ipynb#learning-rate)是太低还是太高；
 # - 看出模型在死记硬背，并及时停止训练；
 # - 查出模型训练了不该训练的词，或者训练用的格式不对；
 # - 测出模型忘了什么，并防止它遗忘。
@@ -36,8 +36,8 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# `DATASET` and `GENERAL` are files of this series; others need the same columns. `MAX_STEPS` and `LEARNING_RATE` are as in
-# chapter 04, `CHAT_TEMPLATE` and `RUN_DIR` as in chapter 03, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and
+# `DATASET` and `GENERAL` are files of this series; others need the same columns. `MAX_STEPS` and `LEARNING_RATE` are as
+# in chapter 04, `CHAT_TEMPLATE` and `RUN_DIR` as in chapter 03, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and
 # `USE_MODELSCOPE` as in chapter 02. Here the model is the 1B, which trains faster.
 
 # %% [markdown] lang="zh"
@@ -47,7 +47,7 @@
 # 这里用的是 1B 模型，它训练得更快。
 
 # %% tags=["parameters"]
-# @title Choices
+# @title Choices · 选项
 MODEL_NAME = "unsloth/Llama-3.2-1B-Instruct"  # @param {type:"string"}
 CHAT_TEMPLATE = "llama-3.1"  # @param {type:"string"}
 DATASET = "notebooks/data/support_conversations.jsonl"  # @param {type:"string"}
@@ -70,13 +70,14 @@ run = open_run(RUN_DIR)
 # %% [markdown] lang="en"
 # ## One model for all runs
 #
-# The small model has room in 16 bits, and trains faster so. `untrained` keeps a copy of the fresh adapter. Each run
-# begins with it, so that nothing differs between two runs but the one thing that is changed.
+# The small model has room in 16 bits, and trains faster so. `untrained` keeps a copy of the fresh
+# [adapter](glossary.ipynb#adapter). Each run begins with it, so that nothing differs between two runs but the one thing
+# that is changed.
 
 # %% [markdown] lang="zh"
 # ## 所有训练共用一个模型
 #
-# 这个小模型用 16 位也放得下，而且这样训练更快。`untrained` 保存全新适配器的一份副本，
+# 这个小模型用 16 位也放得下，而且这样训练更快。`untrained` 保存全新[适配器](glossary.ipynb#adapter)的一份副本，
 # 每次训练都从这份副本开始。这样，两次训练之间就只有特意改动的那一处不同。
 
 # %%
@@ -106,13 +107,14 @@ untrained = {name: matrix.clone() for name, matrix in get_peft_model_state_dict(
 # ## Two sets of questions
 #
 # The first are the support conversations of one question and its answer. The others are 68 general questions, such as
-# the capital of France. Of these, 20 are held out, each with a right and a wrong answer: they show what a model forgot.
+# the capital of France. Of these, 20 are [held out](glossary.ipynb#held-out-set), each with a right and a wrong answer:
+# they show what a model forgot.
 
 # %% [markdown] lang="zh"
 # ## 两组问题
 #
 # 第一组是客服对话，只取一问一答的那些。第二组是 68 个一般性问题，例如“法国的首都是哪里”。
-# 其中 20 个是留出的，每个都配有一个正确答案和一个错误答案：由此可以看出模型忘了什么。
+# 其中 20 个是[留出](glossary.ipynb#held-out-set)的，每个都配有一个正确答案和一个错误答案：由此可以看出模型忘了什么。
 
 # %% tags=["nbval-check-output"]
 from datasets import load_dataset
@@ -147,14 +149,15 @@ held_out_rows = {"support": support_held_out.select(range(12)), "right": right_a
 # %% [markdown] lang="en"
 # ## A run in one line
 #
-# These are chapter 04's calls in functions, so that a run is one line. The held-out loss is measured five times on the
-# way. The held-out rows are masked once, and every run is measured on the same.
+# These are chapter 04's calls in functions, so that a run is one line. The held-out [loss](glossary.ipynb#loss) is
+# measured five times on the way. The held-out rows are [masked](glossary.ipynb#mask) once, and every run is measured on
+# the same.
 
 # %% [markdown] lang="zh"
 # ## 一行代码，一次训练
 #
-# 这里把第 04 章的那些调用写成了函数，所以一次训练只要一行代码。训练途中，留出集上的损失会测量五次。
-# 留出的数据只做一次掩码，每次训练都用这同一份数据来测量。
+# 这里把第 04 章的那些调用写成了函数，所以一次训练只要一行代码。训练途中，留出集上的[损失](glossary.ipynb#loss)会测量五次。
+# 留出的数据只做一次[掩码](glossary.ipynb#mask)，每次训练都用这同一份数据来测量。
 
 # %%
 shared = dict(
@@ -260,13 +263,13 @@ ask(support_question)
 
 # %% [markdown] lang="en"
 # How much did it forget? A model knows an answer if it finds the right one likelier, token for token, than the wrong
-# one; by guessing it would know 10 of 20. The loss of the right answers says how likely they are. For the untouched
-# model the adapter is switched off.
+# one; by guessing it would know 10 of 20. The loss of the right answers says how likely they are. For the base model
+# the adapter is switched off.
 
 # %% [markdown] lang="zh"
 # 它忘了多少？按每个词元平均来算，如果模型觉得正确答案比错误答案更有可能，就算它知道这个答案。
 # 光靠猜，20 个里也能“知道”10 个。正确答案的损失，说明模型觉得这些答案有多大可能。
-# 测量原始模型时，适配器是关掉的。
+# 测量基座模型时，适配器是关掉的。
 
 # %%
 import torch
@@ -294,15 +297,15 @@ knowledge
 # %% [markdown] lang="en"
 # ## The rate is too low
 #
-# *Symptom*: both losses hardly move, by a few hundredths of what they were, and the replies are the untouched model's.
-# *Cause*: the steps go the right way and hardly get anywhere. *Change*: a rate three times as high, until a run is no
-# better than the one before. More steps help too, and cost more.
+# *Symptom*: both losses hardly move, by a few hundredths of what they were, and the replies are the base model's.
+# *Cause*: the [steps](glossary.ipynb#step) go the right way and hardly get anywhere. *Change*: a rate three times as
+# high, until a run is no better than the one before. More steps help too, and cost more.
 
 # %% [markdown] lang="zh"
 # ## 学习率太低
 #
-# **症状**：两个损失几乎不动，和开始时相比只变了百分之几，回答也和原始模型一样。
-# **原因**：每一步的方向都对，但几乎没有前进。
+# **症状**：两个损失几乎不动，和开始时相比只变了百分之几，回答也和基座模型一样。
+# **原因**：每一[步](glossary.ipynb#step)的方向都对，但几乎没有前进。
 # **改法**：每次都把学习率提高到上一次的三倍，直到新的训练不再比上一次好。
 # 增加步数也有用，但花费更多。
 
@@ -314,9 +317,9 @@ ask(support_question)
 # %% [markdown] lang="en"
 # ## The rate is too high
 #
-# *Symptom*: the loss rises above where it began, and stays there; the replies are nonsense, or one word again and again.
-# *Cause*: each step goes too far, and the next one starts from somewhere worse. *Change*: a third of the rate, and again
-# until it falls. A run that diverged is lost, so `stop_on_divergence` ends it.
+# *Symptom*: the loss rises above where it began, and stays there; the replies are nonsense, or one word again and
+# again. *Cause*: each step goes too far, and the next one starts from somewhere worse. *Change*: a third of the rate,
+# and again until it falls. A run that diverged is lost, so `stop_on_divergence` ends it.
 
 # %% [markdown] lang="zh"
 # ## 学习率太高
@@ -340,14 +343,15 @@ check_evidence(runs["rate too high"], before=untouched, after=after, learning_ra
 # %% [markdown] lang="en"
 # ## Learned by heart
 #
-# Four conversations, seen again and again. *Symptom*: the training loss goes to almost nothing, the held-out loss
-# stops falling and turns up. *Cause*: the model learns these four answers, not how answers are made. Ten passes over
-# few rows are enough for that. In chapter 04 `KEEP_BEST` measures often enough for you to see it.
+# Four conversations, seen again and again: [overfitting](glossary.ipynb#overfitting). *Symptom*: the training loss goes
+# to almost nothing, the held-out loss stops falling and turns up. *Cause*: the model learns these four answers, not how
+# answers are made. Ten passes over few rows are enough for that. In chapter 04 `KEEP_BEST` measures often enough for
+# you to see it.
 
 # %% [markdown] lang="zh"
 # ## 死记硬背
 #
-# 四段对话，看了一遍又一遍。**症状**：训练损失降到几乎为零，留出集上的损失不再下降，反而上升。
+# 四段对话，看了一遍又一遍，这就是[过拟合](glossary.ipynb#overfitting)（overfitting）。**症状**：训练损失降到几乎为零，留出集上的损失不再下降，反而上升。
 # **原因**：模型学到的是这四个回答，而不是怎样写回答。数据很少时，训练十轮就足以造成这种结果。
 # 在第 04 章，打开 `KEEP_BEST` 后会测量得足够频繁，让你看到这个现象。
 
@@ -387,13 +391,13 @@ draw("works", "by heart", "best kept")
 #
 # Somebody left `train_on_responses_only` out. *Symptom*: hardly any. The losses look well, and the held-out one falls a
 # little more slowly. *Cause*: every token is trained, so part of what is learned is how customers ask. Only a look at
-# the labels tells.
+# the [labels](glossary.ipynb#label) tells.
 
 # %% [markdown] lang="zh"
 # ## 训练了不该训练的词
 #
 # 有人漏掉了 `train_on_responses_only`。**症状**：几乎没有。损失看起来都正常，只是留出集上的损失降得稍慢一点。
-# **原因**：每个词元都参与了训练，所以模型学到的东西里，有一部分是客户怎样提问。这个错误，只有查看标签才能发现。
+# **原因**：每个词元都参与了训练，所以模型学到的东西里，有一部分是客户怎样提问。这个错误，只有查看[标签](glossary.ipynb#label)才能发现。
 
 # %%
 train("no mask", train_rows, masked=False)
@@ -405,8 +409,8 @@ draw("works", "no mask")
 # ## The wrong form was trained
 #
 # Somebody wrote the conversations in a form of their own. *Symptom*: in a run of yours both losses fall, because the
-# held-out rows have that form too; replies may run on, or miss the style. Here the held-out loss is measured in the form
-# in which the model is asked, and falls less. *Cause*: two dialects.
+# held-out rows have that form too; replies may run on, or miss the style. Here the held-out loss is measured in the
+# form in which the model is asked, and falls less. *Cause*: two dialects.
 
 # %% [markdown] lang="zh"
 # **改法**：把这一行加回去，得到的就又是那次成功的训练。
@@ -450,8 +454,8 @@ for name in ("works", "no mask", "own form"):
 # ## It forgot what it knew
 #
 # *Symptom*: the held-out loss is fine, and questions about anything else get a support reply, as the capital of France
-# did above. *Cause*: nothing in the training said that other questions exist. *Change*: mix other conversations in. Here
-# general questions are a tenth of all rows, then three tenths; none of them is one of the 20.
+# did above. *Cause*: nothing in the training said that other questions exist. *Change*: mix other conversations in.
+# Here general questions are a tenth of all rows, then three tenths; none of them is one of the 20.
 
 # %% [markdown] lang="zh"
 # **改法**：用 `apply_chat_template`，和第 03 章一样。
@@ -527,7 +531,22 @@ print(f"Result: of 20 general answers known: {', '.join(known)}")
 #
 # You have seen each fault once, and know what shows it.
 #
-# On your own: set `MAX_STEPS` to 60 and see which runs get better and which get worse. Mix in 1 % general rows.
+# On your own: which run has the largest gap between its last two losses?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# gaps = {}
+# for name, log in logs.items():
+#     training, held = ([entry[key] for entry in log if key in entry][-1] for key in ("loss", "eval_loss"))
+#     gaps[name] = held - training
+#     print(f"{name:14} training {training:.2f}, held out {held:.2f}")
+# print("Largest gap:", max(gaps, key=gaps.get))
+# ```
+#
+# `by heart`: its training loss is the lowest of all, and its held-out loss did not follow.
+#
+# </details>
 #
 # In practice: change one thing at a time, and keep the held-out rows the same. LoRA forgets less than training all
 # weights, and [learns less](https://arxiv.org/abs/2405.09673). A small share of
@@ -540,7 +559,22 @@ print(f"Result: of 20 general answers known: {', '.join(known)}")
 #
 # 每种错误你都见过一次了，也知道靠什么发现它。
 #
-# 自己动手：把 `MAX_STEPS` 设为 60，看看哪些训练变好了，哪些变差了。再试试混入 1% 的一般性问题。
+# 自己动手：哪一次训练最后的两个损失相差最大？
+#
+# <details><summary>参考答案</summary>
+#
+# ```python
+# gaps = {}
+# for name, log in logs.items():
+#     training, held = ([entry[key] for entry in log if key in entry][-1] for key in ("loss", "eval_loss"))
+#     gaps[name] = held - training
+#     print(f"{name:14} training {training:.2f}, held out {held:.2f}")
+# print("Largest gap:", max(gaps, key=gaps.get))
+# ```
+#
+# `by heart`：它的训练损失是所有训练里最低的，留出集上的损失却没有跟着下降。
+#
+# </details>
 #
 # 实践中：一次只改一处，并保持留出的数据不变。和训练全部权重相比，LoRA 忘得少，
 # [学得也少](https://arxiv.org/abs/2405.09673)。混入少量[以前的数据](https://arxiv.org/abs/2205.12393)，

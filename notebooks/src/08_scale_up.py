@@ -3,12 +3,13 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/08_scale_up.ipynb)
 #
-# At the end you have an adapter that all your GPUs trained together, with the proofs of chapter 04.
+# At the end you have an [adapter](glossary.ipynb#adapter) that all your GPUs trained together, with the proofs of
+# chapter 04.
 #
 # You can
 # - start one script on any number of GPUs, by torchrun or by Accelerate,
 # - say what GPUs send each other, and what that costs,
-# - keep a step as it was, or make it larger and change the learning rate with it,
+# - keep a [step](glossary.ipynb#step) as it was, or make it larger and change the [learning rate](glossary.ipynb#learning-rate) with it,
 # - say what to do where a model does not fit into one GPU.
 #
 # You need `dataset/` from chapter 03. Colab lends one GPU, Kaggle two T4s. With one GPU all of this runs as well.
@@ -22,12 +23,12 @@
 #
 # [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/08_scale_up.ipynb)
 #
-# 学完这一章，你会有一个由全部 GPU 一起训练出来的适配器，还会有和第 04 章一样的证据。
+# 学完这一章，你会有一个由全部 GPU 一起训练出来的[适配器](glossary.ipynb#adapter)，还会有和第 04 章一样的证据。
 #
 # 学完后你能
 # - 用 torchrun 或 Accelerate，在任意多块 GPU 上启动同一个脚本；
 # - 说出 GPU 之间传送什么，以及代价有多大；
-# - 让一步的大小保持不变，或者把它变大，并相应地调整学习率；
+# - 让一[步](glossary.ipynb#step)的大小保持不变，或者把它变大，并相应地调整[学习率](glossary.ipynb#learning-rate)；
 # - 说出一块 GPU 放不下模型时该怎么办。
 #
 # 你需要第 03 章的 `dataset/`。Colab 提供一块 GPU，Kaggle 提供两块 T4。即使只有一块 GPU，这里的一切也都能运行。
@@ -40,13 +41,13 @@
 # include: setup_cell.py
 
 # %% [markdown] lang="en"
-# `PROCESSES` is how many GPUs train, 0 for all that are here. `MICRO_BATCH` × `ACCUMULATION` conversations are a step, as
-# in chapter 04, and the GPUs share them out. With `GROW_BATCH` each GPU takes that many of its own.
+# `PROCESSES` is how many GPUs train, 0 for all that are here. `MICRO_BATCH` × `ACCUMULATION` conversations are a step,
+# as in chapter 04, and the GPUs share them out. With `GROW_BATCH` each GPU takes that many of its own.
 #
 # `SCALED_DIR` is the run folder that is made here. `RUN_DIR`, which holds the data, stays as it is.
 #
-# `START_AFRESH` begins anew instead of going on. `MAX_STEPS`, `LEARNING_RATE`, `CHECKPOINTING` and `PADDING_FREE` are as
-# in chapter 04, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` as in chapter 02.
+# `START_AFRESH` begins anew instead of going on. `MAX_STEPS`, `LEARNING_RATE`, `CHECKPOINTING` and `PADDING_FREE` are
+# as in chapter 04, `MODEL_NAME`, `MAX_SEQ_LENGTH`, `HF_ENDPOINT` and `USE_MODELSCOPE` as in chapter 02.
 
 # %% [markdown] lang="zh"
 # `PROCESSES` 是参与训练的 GPU 数量，0 表示用上这里所有的 GPU。
@@ -60,7 +61,7 @@
 # `MODEL_NAME`、`MAX_SEQ_LENGTH`、`HF_ENDPOINT` 和 `USE_MODELSCOPE` 与第 02 章相同。
 
 # %% tags=["parameters"]
-# @title Choices
+# @title Choices · 选项
 MODEL_NAME = "unsloth/Llama-3.2-3B-Instruct"  # @param {type:"string"}
 MAX_SEQ_LENGTH = 2048  # @param {type:"integer"}
 PROCESSES = 0  # @param {type:"integer"}
@@ -92,10 +93,12 @@ scaled = open_run(SCALED_DIR, base_model=MODEL_NAME)
 # ## What each GPU does
 #
 # Each GPU has a *process* of its own, which holds the whole model. It takes its share of a step's conversations. Then
-# all average their gradients, which is called *all-reduce*, and make the same change.
+# all average their [gradients](glossary.ipynb#gradient), which is called [*all-reduce*](glossary.ipynb#all-reduce), and
+# make the same change.
 #
-# Only LoRA's gradients travel: at 3B 24 million numbers, at most 97 MB for each step. This is what they take, by
-# calculation. Computing a step of eight conversations takes 1.5 s with a T4's arithmetic, and longer on a real one.
+# Only [LoRA](glossary.ipynb#lora)'s gradients travel: at 3B 24 million numbers, at most 97 MB for each step. This is
+# what they take, by calculation. Computing a step of eight conversations takes 1.5 s with a T4's arithmetic, and longer
+# on a real one.
 #
 # | between the GPUs | 2 GPUs | 8 GPUs |
 # |---|---|---|
@@ -108,9 +111,9 @@ scaled = open_run(SCALED_DIR, base_model=MODEL_NAME)
 # ## 每块 GPU 做什么
 #
 # 每块 GPU 都有自己的**进程**（process），里面装着整个模型。在每一步里，每个进程只处理分给自己的那些对话。
-# 然后，所有进程一起对梯度求平均，这叫作**全归约**（all-reduce）；最后各自做同样的更新。
+# 然后，所有进程一起对[梯度](glossary.ipynb#gradient)求平均，这叫作[**全归约**](glossary.ipynb#all-reduce)（all-reduce）；最后各自做同样的更新。
 #
-# 需要传送的只有 LoRA 的梯度：3B 模型每一步传 2400 万个数，最多 97 MB。
+# 需要传送的只有 [LoRA](glossary.ipynb#lora) 的梯度：3B 模型每一步传 2400 万个数，最多 97 MB。
 # 下表是计算得出的传送时间。作为对比，按 T4 的算力，一步的八段对话要算 1.5 秒，实际的显卡还要更久。
 #
 # | GPU 之间的连接 | 2 块 GPU | 8 块 GPU |
@@ -123,12 +126,13 @@ scaled = open_run(SCALED_DIR, base_model=MODEL_NAME)
 # %% [markdown] lang="en"
 # ## Share a step out
 #
-# Eight conversations on one GPU, or four on each of two: the step is the same, and so is what is learned. It takes about
-# half the time, as long as each GPU still has enough to compute. With eight GPUs each would have one conversation.
+# Eight conversations on one GPU, or four on each of two: the step is the same, and so is what is learned. It takes
+# about half the time, as long as each GPU still has enough to compute. With eight GPUs each would have one
+# conversation.
 #
-# `GROW_BATCH` is for many GPUs: a step has more conversations, and there are fewer steps for the same data. Its gradients
-# are less noisy, so each step may go further. With the optimiser Adam the rate grows with the
-# [square root](https://arxiv.org/abs/2205.10287) of the step's size.
+# `GROW_BATCH` is for many GPUs: a step has more conversations, and there are fewer steps for the same data. Its
+# gradients are less noisy, so each step may go further. With the [optimiser](glossary.ipynb#optimiser) Adam the rate
+# grows with the [square root](https://arxiv.org/abs/2205.10287) of the step's size.
 
 # %% [markdown] lang="zh"
 # ## 分担一步
@@ -138,7 +142,7 @@ scaled = open_run(SCALED_DIR, base_model=MODEL_NAME)
 #
 # GPU 很多时，可以用 `GROW_BATCH`：一步里的对话更多，同样的数据需要的步数更少。
 # 这样，梯度的噪声更小，每一步也就可以走得更远。
-# 用 Adam 优化器时，学习率应当与一步大小的[平方根](https://arxiv.org/abs/2205.10287)成正比。
+# 用 Adam [优化器](glossary.ipynb#optimiser)时，学习率应当与一步大小的[平方根](https://arxiv.org/abs/2205.10287)成正比。
 
 # %%
 import torch
@@ -281,15 +285,16 @@ print(by_accelerate, by_torchrun, sep="\n")
 # Either line does, here or in a terminal. `start` runs it as a terminal would. It passes Stop on, so that the run is
 # saved, and ends with the message of the process that failed.
 #
-# Run again, it goes on from the last checkpoint. For another number of GPUs run this chapter again from its top, with
-# another `PROCESSES` and without `GROW_BATCH`: then a step has as many conversations as before.
+# Run again, it goes on from the last [checkpoint](glossary.ipynb#checkpoint). For another number of GPUs run this
+# chapter again from its top, with another `PROCESSES` and without `GROW_BATCH`: then a step has as many conversations
+# as before.
 
 # %% [markdown] lang="zh"
 # 两行命令任选一行，在这里或在终端里运行都可以。`start` 会像终端那样运行它。
 # 你按下停止按钮时，停止信号也会传给训练进程，好让训练进度存下来；
 # 如果有进程失败，最后显示的就是那个进程的消息。
 #
-# 再运行一次，训练会从最后一个检查点继续。如果想改变 GPU 的数量，就修改 `PROCESSES`，
+# 再运行一次，训练会从最后一个[检查点](glossary.ipynb#checkpoint)继续。如果想改变 GPU 的数量，就修改 `PROCESSES`，
 # 关掉 `GROW_BATCH`，再从头运行这一章：这样，一步里的对话数和之前相同。
 
 # %%
@@ -298,14 +303,15 @@ scaled.start(by_accelerate)
 # %% [markdown] lang="en"
 # ## What came of it
 #
-# Each process has a number, its *rank*; LoRA's rank is something else. Rank 0 checked the mask and chapter 04's claims,
-# and wrote. At the end all compared their adapters: had they not been equal, bit for bit, the run would have failed.
+# Each process has a number, its *rank*; LoRA's rank is something else. Rank 0 checked the [mask](glossary.ipynb#mask)
+# and chapter 04's claims, and wrote. At the end all compared their adapters: had they not been equal, bit for bit, the
+# run would have failed.
 
 # %% [markdown] lang="zh"
 # ## 结果如何
 #
 # 每个进程都有一个号码，叫作**进程编号**（rank）；它和 LoRA 的秩（rank）是两回事。
-# 0 号进程检查了掩码和第 04 章的那些论断，并写出了结果。最后，各个进程互相比对了适配器：
+# 0 号进程检查了[掩码](glossary.ipynb#mask)和第 04 章的那些论断，并写出了结果。最后，各个进程互相比对了适配器：
 # 只要有一个比特不同，这次训练就算失败。
 
 # %%
@@ -322,14 +328,14 @@ Image(f"{SCALED_DIR}/curves/curves.png")
 # %% [markdown] lang="en"
 # ## Where to type what
 #
-# **Kaggle.** *File → Import Notebook → GitHub* takes this page. Under *Settings* choose *GPU T4 x2* and *Internet on*. The
-# first message prints the command that makes the data there. Download `SCALED_DIR` before the session ends.
+# **Kaggle.** *File → Import Notebook → GitHub* takes this page. Under *Settings* choose *GPU T4 x2* and *Internet on*.
+# The first message prints the command that makes the data there. Download `SCALED_DIR` before the session ends.
 #
 # **One machine with several GPUs.** This notebook as it is, or one of the two lines in a terminal of the same
 # environment. `CUDA_VISIBLE_DEVICES=0,1` in front takes the first two alone.
 #
-# **Several machines.** They need the same install, the same series and a folder that all of them see. For two with eight
-# GPUs each set `PROCESSES` to 16, `GROW_BATCH`, and `SCALED_DIR` to `/shared/scaled`.
+# **Several machines.** They need the same install, the same series and a folder that all of them see. For two with
+# eight GPUs each set `PROCESSES` to 16, `GROW_BATCH`, and `SCALED_DIR` to `/shared/scaled`.
 #
 # Run this chapter to the end of *Prepare the folder* on one of them. Then type on each its own line, within a minute.
 # `FIRST` is the first machine's name or address.
@@ -358,8 +364,8 @@ Image(f"{SCALED_DIR}/curves/curves.png")
 # run. For longer ones take `CHECKPOINTING = "unsloth"` or a larger card.
 #
 # The 70B needs a card of 80 GB, or its weights spread over several. Of its 45.1 GiB 41.9 are weights. PyTorch's
-# [FSDP2](https://docs.pytorch.org/tutorials/intermediate/FSDP_tutorial.html) divides them: at least 13.7 on each of four
-# GPUs, 8.4 on each of eight.
+# [FSDP2](https://docs.pytorch.org/tutorials/intermediate/FSDP_tutorial.html) divides them: at least 13.7 on each of
+# four GPUs, 8.4 on each of eight.
 #
 # Unsloth's own switch for it is `UNSLOTH_FSDP2=1` under `torchrun`. This series did not try it; see
 # [Unsloth on several GPUs](https://docs.unsloth.ai/basics/multi-gpu-training-with-unsloth).
@@ -419,7 +425,22 @@ Image(f"{SCALED_DIR}/curves/curves.png")
 # You have `adapter/`, `report.json` and `report.html` in `SCALED_DIR`. Chapters 05 and 06 read them from there with
 # `RUN_DIR = "runs/scaled"`.
 #
-# On your own: set `GROW_BATCH`, and compare the held-out losses after the same data.
+# On your own: how long do your adapter's gradients take over a network of 1 Gbit/s?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# from safetensors.torch import load_file
+# adapter = load_file(f"{SCALED_DIR}/adapter/adapter_model.safetensors")
+# size = 4 * sum(matrix.numel() for matrix in adapter.values())
+# for gpus in (2, 8):
+#     seconds = size * 2 * (gpus - 1) / gpus / (1e9 / 8)
+#     print(f"{gpus} GPUs: {size / 1e6:.0f} MB, {seconds:.2f} s a step")
+# ```
+#
+# SmolLM2's 20 MB take 0.16 s between 2 GPUs, and 0.27 s between 8. The table above has those of Llama 3.2 3B.
+#
+# </details>
 #
 # In practice: one larger card is simpler than two small ones. First see whether a smaller `MAX_SEQ_LENGTH` or fewer
 # steps do.
@@ -432,7 +453,22 @@ Image(f"{SCALED_DIR}/curves/curves.png")
 # `SCALED_DIR` 里已经有 `adapter/`、`report.json` 和 `report.html`。
 # 在第 05 章和第 06 章设置 `RUN_DIR = "runs/scaled"`，这两章就会从那里读取。
 #
-# 自己动手：打开 `GROW_BATCH`，用同样的数据再训练一次，然后比较两次训练在留出集上的损失。
+# 自己动手：你的适配器的梯度，经过 1 Gbit/s 的网络要传多久？
+#
+# <details><summary>参考答案</summary>
+#
+# ```python
+# from safetensors.torch import load_file
+# adapter = load_file(f"{SCALED_DIR}/adapter/adapter_model.safetensors")
+# size = 4 * sum(matrix.numel() for matrix in adapter.values())
+# for gpus in (2, 8):
+#     seconds = size * 2 * (gpus - 1) / gpus / (1e9 / 8)
+#     print(f"{gpus} GPUs: {size / 1e6:.0f} MB, {seconds:.2f} s a step")
+# ```
+#
+# SmolLM2 的梯度有 20 MB：2 块 GPU 之间要 0.16 s，8 块之间要 0.27 s。上面的表里是 Llama 3.2 3B 的数字。
+#
+# </details>
 #
 # 实践中：一块大显卡用起来比两块小显卡简单。先看看把 `MAX_SEQ_LENGTH` 调小或者减少步数，是不是就够了。
 #

@@ -13,7 +13,7 @@ import re
 import string
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from babel.messages.catalog import Catalog, Message
@@ -25,14 +25,19 @@ from helpers.base import ROOT
 
 HELPERS, TERMS = ROOT / "helpers", ROOT / "notebooks" / "terms.toml"
 PO = HELPERS / "locale" / "zh" / "LC_MESSAGES" / "helpers.po"
-KEYWORDS = {"_": None, "N_": None, "_n": (1, 2)}
+KEYWORDS = {"_": None, "N_": None, "_n": (1, 2), "label": None}  # `label` is that of helpers/figures.py
 DATE = datetime.datetime(2026, 11, 30, tzinfo=datetime.UTC)  # in the header: one date, so that a build changes nothing
 # What a reader is told: these arguments of an error, and whatever is printed.
 TOLD = ("found", "expected", "fix")
 WORDS = re.compile(r"[a-z]{2,}")
-SENTENCE = re.compile(r"[A-Za-z]{2,},? [a-z]{2,} [a-z]{2,}")
-# Texts that no reader of a page is shown: {file: what they are}.
-UNTOLD: dict[str, str] = {}
+SENTENCE = re.compile(r"[A-Za-z]{2,},? [a-z]{2,} [a-z]{2,}\b(?![_=:])")
+# Whole files in which only errors are told: titles that are compared with the pages', and a public card in English.
+ERRORS_ALONE = ("chapters.py", "export/card.py")
+# Texts that programs compare, by how they begin: a command, other libraries' messages, a template, a commit's subject.
+UNTOLD = (
+    *("%pip ", "probe_", "max_steps num_train", "a file of certificates", "{{ else", "Upload the tuned", "font-weight"),
+    *("Detected no triton", "Calling register", "Failed to load CPU", "unexpected end of data"),
+)
 
 
 def extracted(folder: Path = HELPERS) -> Catalog:
@@ -97,8 +102,8 @@ def problems_of(message: Message, avoided: dict[str, str]) -> Iterator[str]:
             yield f"{word} instead of {term} in the translation of {ids[0]!r}"
 
 
-def unmarked(source: str) -> Iterator[tuple[int, str]]:
-    """(line, text) of each text of a module that a reader is told, and that no `_`, `N_` or `_n` marks."""
+def unmarked(source: str, *, errors_alone: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, text) of each text of a module that a reader is told, and that nothing marks for extraction."""
     tree = ast.parse(source)
     marked = {id(part) for call in _calls(tree, *KEYWORDS) for part in ast.walk(call)}
     patterns = {id(part) for call in _calls(tree, "compile", "sub", "search", "fullmatch") for part in ast.walk(call)}
@@ -113,10 +118,26 @@ def unmarked(source: str) -> Iterator[tuple[int, str]]:
     }
     docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Constant) or not isinstance(node.value, str) or id(node) in marked | docs | patterns:
+        if (
+            not isinstance(node, ast.Constant)
+            or not isinstance(node.value, str)
+            or id(node) in marked | docs | patterns
+        ):
+            continue
+        if node.value.startswith(UNTOLD) or (errors_alone and id(node) not in told):
             continue
         if (WORDS if id(node) in told else SENTENCE).search(node.value):
             yield node.lineno, node.value
+
+
+def unextracted(source: str, extracted: Container[str]) -> Iterator[tuple[int, str]]:
+    """(line, text) of each marked text that Babel passes over: one that is put together, or inside an f-string."""
+    for call in _calls(ast.parse(source), *KEYWORDS):
+        text = call.args[0] if call.args else None
+        if isinstance(text, ast.JoinedStr | ast.BinOp):
+            yield call.lineno, ast.unparse(text)
+        if isinstance(text, ast.Constant) and text.value not in extracted:
+            yield call.lineno, text.value
 
 
 def _calls(tree: ast.AST, *names: str) -> Iterator[ast.Call]:
@@ -130,14 +151,18 @@ def problems() -> list[str]:
     terms = tomllib.loads(TERMS.read_text(encoding="utf-8"))["term"]
     avoided = {word: term["zh"] for term in terms for word in term["avoid"]}
     catalog = updated()
+    ids = {text for message in catalog for text in (message.id if isinstance(message.id, tuple) else (message.id,))}
     found = [problem for message in catalog if message.id for problem in problems_of(message, avoided)]
     for path, content in ((PO, as_po(catalog)), (PO.with_suffix(".mo"), as_mo(catalog))):
         if not path.is_file() or path.read_bytes() != content:
             found.append(f"{path.relative_to(ROOT)} is not up to date: run `make messages`")
     for path in sorted(HELPERS.rglob("*.py")):
-        if (name := path.relative_to(HELPERS).as_posix()) not in UNTOLD:
-            texts = unmarked(path.read_text(encoding="utf-8"))
-            found += [f"helpers/{name}:{line}: {text!r} is not marked for translation" for line, text in texts]
+        name = path.relative_to(HELPERS).as_posix()
+        source = path.read_text(encoding="utf-8")
+        texts = unmarked(source, errors_alone=name in ERRORS_ALONE)
+        found += [f"helpers/{name}:{line}: {text!r} is not marked for translation" for line, text in texts]
+        texts = unextracted(source, ids)
+        found += [f"helpers/{name}:{line}: {text!r} is not extracted: make it a literal" for line, text in texts]
     return found
 
 

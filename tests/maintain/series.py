@@ -3,6 +3,7 @@
 python -m tests.maintain.series -f tests/profiles/cpu.toml     the series, as `make run` does
 python -m tests.maintain.series 05_infer -p MAX_STEPS 5        some chapters, with choices of theirs
 python -m tests.maintain.series --open -f tests/profiles/cpu.toml     prepare them with these choices, to be opened
+python -m tests.maintain.series --solutions 05_infer      the solutions to its exercises too, which are not measured
 
 A choice that both -f and -p name is taken from -p. Without either, a chapter has the values of its page: a T4's.
 """
@@ -10,6 +11,7 @@ A choice that both -f and -p name is taken from -p. Without either, a chapter ha
 import argparse
 import ast
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -110,7 +112,12 @@ def of_chapter(chapter: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_chapter(
-    chapter: str, *, executed_dir: str | Path, parameters: Mapping[str, Any] | None = None, progress_bar: bool = True
+    chapter: str,
+    *,
+    executed_dir: str | Path,
+    parameters: Mapping[str, Any] | None = None,
+    progress_bar: bool = True,
+    solutions: bool = False,
 ) -> ChapterRun:
     """Execute one chapter; the executed notebook is written to `executed_dir`, also when a cell fails.
 
@@ -119,19 +126,26 @@ def run_chapter(
         executed_dir: where the executed notebook goes.
         parameters: values for names that the chapter's parameters cell sets; names that only other chapters have are
             left out, so that one set serves the series.
+        solutions: whether the solutions to its exercises run after its last cell. What they print is written to
+            a file beside the executed notebook; they count neither in the time nor in the memory.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    from tests.maintain.solutions import SolutionError, read_solutions, use_engine
+
     given = of_chapter(chapter, parameters or {})
     source = NOTEBOOKS / f"{chapter}.ipynb"
     executed = Path(executed_dir) / source.name
-    start, failure = time.perf_counter(), ""
+    start, failure, ended, said = time.perf_counter(), "", [], []
     with peak_of_children() as peak:
         try:
             shown = progress_bar and sys.stderr.isatty()
             options = dict(kernel_name="python3", cwd=ROOT, progress_bar=shown, **AT_THE_END)
+            if solutions:
+                codes, end = read_solutions(source), lambda: ended.append((time.perf_counter(), peak[0]))
+                options["engine_name"] = use_engine(codes, chapter_ended=end, said=said)
             with one_line(short_path(executed), *TO_WRITE):
                 executed.parent.mkdir(parents=True, exist_ok=True)
                 # papermill fills in what stands between braces
@@ -140,15 +154,19 @@ def run_chapter(
         except PapermillExecutionError as error:
             first_line = error.source.strip().splitlines()[0]
             failure = f"code cell [{error.exec_count}] `{first_line}`: {error.ename}: {error.evalue}"
+        except SolutionError as error:
+            failure = str(error)
         except DeadKernelError:
             failure = "a cell that ended the kernel: out of memory, or a crash of a library"
         except InputError as error:
             failure = str(error)
         except KeyboardInterrupt:
             failure = STOPPED
-    seconds = time.perf_counter() - start
+    end, peak_gib = ended[-1] if ended else (time.perf_counter(), peak[0])
+    if said and not failure:
+        replace_file(executed.with_suffix(".solutions.json"), json.dumps(said, ensure_ascii=False).encode())
     result, asked = ("", "") if failure else (read_result(executed), read_asked(executed))
-    return ChapterRun(chapter, seconds, failure, result, executed, peak[0], asked)
+    return ChapterRun(chapter, end - start, failure, result, executed, peak_gib, asked)
 
 
 def with_new_ports(execute: Callable[[], Any], *, starts: int = 3) -> Any:
@@ -214,13 +232,19 @@ def printed_in(executed: Path) -> str:
 
 
 def run_chapters(
-    chapters: Iterable[str], *, executed_dir: str | Path, parameters: Mapping[str, Any] | None = None, lanes: int = 1
+    chapters: Iterable[str],
+    *,
+    executed_dir: str | Path,
+    parameters: Mapping[str, Any] | None = None,
+    lanes: int = 1,
+    solutions: bool = False,
 ) -> list[ChapterRun]:
     """Run chapters with a line when each starts and ends; none starts after one has failed.
 
     Args:
         lanes: how many run at once, each with its share of the cores; a chapter waits for those whose artefacts it
             needs. 1: in the order in which they are given.
+        solutions: as for `run_chapter`.
     """
     chapters, parameters = list(chapters), resolved(parameters or {})
     find_llama_cpp()  # the quickstart has no line for it
@@ -231,7 +255,8 @@ def run_chapters(
     run, before = run_chapter if lanes == 1 else run_in_process, {name: os.environ.get(name) for name in given}
     os.environ |= given
     try:
-        runs = in_lanes(chapters, lambda name: run(name, executed_dir=executed_dir, parameters=parameters), lanes)
+        options = dict(executed_dir=executed_dir, parameters=parameters, solutions=solutions)
+        runs = in_lanes(chapters, lambda name: run(name, **options), lanes)
     finally:
         for name, value in before.items():
             os.environ.pop(name)
@@ -239,9 +264,12 @@ def run_chapters(
     return sorted(runs, key=lambda run: chapters.index(run.chapter))
 
 
-def run_in_process(chapter: str, *, executed_dir: str | Path, parameters: Mapping[str, Any]) -> ChapterRun:
+def run_in_process(
+    chapter: str, *, executed_dir: str | Path, parameters: Mapping[str, Any], solutions: bool = False
+) -> ChapterRun:
     """As `run_chapter`, in a process of its own, so that several can run at once and each be measured."""
     job = dict(chapter=chapter, executed_dir=str(executed_dir), parameters=parameters, notebooks=str(NOTEBOOKS))
+    job["solutions"] = solutions
     command = [sys.executable, "-m", "tests.maintain.series", "--job", json.dumps(job)]
     # A session of its own: Ctrl-C reaches this process alone, which passes it on.
     options = dict(cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -260,7 +288,7 @@ def run_job(job: Mapping[str, Any]) -> int:
     """What `run_in_process` starts: one chapter, and what came of it as JSON in the last line."""
     global NOTEBOOKS
     NOTEBOOKS = Path(job["notebooks"])
-    options = {name: job[name] for name in ("executed_dir", "parameters")}
+    options = {name: job[name] for name in ("executed_dir", "parameters", "solutions")}
     run = run_chapter(job["chapter"], **options, progress_bar=False)  # two bars would overwrite each other
     print("\n" + json.dumps(asdict(run) | {"executed": str(run.executed)}))
     return 0
@@ -284,20 +312,26 @@ def resolved(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare_chapters(chapters: Iterable[str], *, folder: Path, parameters: Mapping[str, Any]) -> list[Path]:
-    """Write the chapters with these choices put in and without outputs, to be opened in JupyterLab; their paths."""
+    """Write both editions of the chapters with these choices put in and without outputs, to be opened in JupyterLab.
+
+    Returns:
+        Their paths; those of the Chinese edition lie in a folder `zh-CN`.
+    """
     import nbformat
     import papermill
 
     given, paths = resolved(parameters), []
-    for chapter in chapters:
+    for edition, chapter in itertools.product((".", "zh-CN"), chapters):
+        if not (NOTEBOOKS / edition / f"{chapter}.ipynb").is_file():
+            continue  # no Chinese text yet
         values = of_chapter(chapter, given)
-        paths.append(folder / f"{chapter}.ipynb")
-        source = re.sub("([{}])", r"\1\1", str(NOTEBOOKS / paths[-1].name))
+        paths.append(folder / edition / f"{chapter}.ipynb")
+        source = re.sub("([{}])", r"\1\1", str(NOTEBOOKS / edition / paths[-1].name))
         notebook = papermill.execute_notebook(source, None, values, prepare_only=True, progress_bar=False)
         for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
             cell.outputs, cell.execution_count = [], None
         with one_line(short_path(paths[-1]), *TO_WRITE):
-            folder.mkdir(parents=True, exist_ok=True)
+            paths[-1].parent.mkdir(parents=True, exist_ok=True)
             nbformat.write(notebook, paths[-1])
     return paths
 
@@ -442,6 +476,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-f", type=Path, action="append", default=[], metavar="FILE", help="a TOML file of choices")
     parser.add_argument("--fresh", action="store_true", help="set the run folder aside first, under a number")
     parser.add_argument("--open", action="store_true", help="write the chapters with the choices in them, run nothing")
+    parser.add_argument("--solutions", action="store_true", help="run the solutions to the exercises too")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
 
     def refuse(message: str) -> None:
@@ -468,6 +503,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_series(options: argparse.Namespace) -> int:
     """What the command line asks for: prepare the chapters, or run them and print one table."""
+    os.environ["LANGUAGE"] = "en"  # programs read what the chapters say
     if options.job:
         return run_job(options.job)
     parameters = read_choices(options.f, options.p, chapters=options.chapters)
@@ -482,7 +518,8 @@ def run_series(options: argparse.Namespace) -> int:
             set_run_aside(run_dir)
     check_writable(run_dir / "executed", setting="RUN_DIR")
     start, lanes = time.perf_counter(), lanes_here() if fork(options.chapters) else 1
-    runs = run_chapters(options.chapters, executed_dir=run_dir / "executed", parameters=given, lanes=lanes)
+    how = dict(executed_dir=run_dir / "executed", lanes=lanes, solutions=options.solutions)
+    runs = run_chapters(options.chapters, parameters=given, **how)
     profile, seconds = options.f.stem if options.f else run_dir.name, time.perf_counter() - start
     return _report(runs, seconds=seconds, lanes=lanes, run_dir=run_dir, profile=profile, choices=parameters)
 
