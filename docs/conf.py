@@ -49,6 +49,7 @@ class PairSearch(SearchChinese):
     Example: 学习率 -> 学习, 习率
     """
 
+    language_name = "English"  # of the stemmer for Latin words: Sphinx 9.0 asks the page for a ChineseStemmer else
     js_splitter_code = r"""
 var splitQuery = (query) => (query.match(/\w+|\p{Script=Han}+/gu) || []).flatMap((word) =>
   /\w/.test(word) || word.length < 3 ? [word] : [...word].slice(1).map((_, i) => word.slice(i, i + 2)));

@@ -55,6 +55,8 @@ SHOWN = (
     "EVAL_ROWS",
     "LEARNING_RATE",
 )  # of the recorded run's choices
+QUICKSTART = CHAPTER_NAMES[0]
+SPEAK_CHINESE = "如果辅助函数的消息是英文，就在最上面新建一个单元格，运行 `%env LANGUAGE=zh_CN`。"
 BUDGET, NEXT = "{{budget}}", "{{next}}"  # in a source, for what the build writes
 
 
@@ -212,7 +214,7 @@ def readme(trained: NotebookNode, lang: str = "en") -> str:
         name = f"[{source.stem[:2]} {title_of(source.stem, lang)}]({place})"
         rows.append(f"| {name} | {badge} | {figures['minutes']} | {figures['peak_gib']} |")
     place = (EDITIONS[lang] / GLOSSARY).relative_to(ROOT).as_posix()
-    words = {"en": f"The words of the trade: [glossary]({place}).", "zh": f"[术语表]({place})解释各章用到的术语。"}[lang]
+    words = {"en": f"Their words: [glossary]({place}).", "zh": f"[术语表]({place})解释各章用到的术语。"}[lang]
     table = "\n".join([TABLE_START, *rows, "", words, TABLE_END])
     text = READMES[lang].read_text(encoding="utf-8")
     text = between(text, TABLE_START, TABLE_END, table)
@@ -317,10 +319,15 @@ def title_of(chapter: str, lang: str) -> str:
 
 
 def with_switch(text: str, chapter: str, lang: str, languages: Container[str]) -> str:
-    """A chapter's first text with a link to its other edition behind the badge; any other text as it is."""
+    """A chapter's first text with a link to its other edition behind the badge; any other text as it is.
+
+    The Chinese one also says how the helpers speak Chinese where the kernel is not told its page, as on Colab.
+    """
     if "zh" not in languages:
         return text
     other = {"en": f" [简体中文](zh-CN/{chapter}.ipynb)", "zh": f" [English](../{chapter}.ipynb)"}[lang]
+    if lang == "zh" and chapter != QUICKSTART:  # which has no helpers
+        other += f"\n\n{SPEAK_CHINESE}"
     return re.sub(r"^(\[!\[[^\n]*badge\.svg\)\][^\n]*)$", lambda badge: badge[1] + other, text, flags=re.MULTILINE)
 
 

@@ -205,11 +205,15 @@ def of_exercises(text: str, chapter: Chapter) -> list[str]:
     if not folded and chapter.source.stem != build.CHAPTERS[0].name:
         found.append("no solution to an exercise in the last cell")
     if text.count("<details>") != len(folded) or any(said != SUMMARY[chapter.lang] for said, *_ in folded):
-        found.append(f"a solution of another form than <details><summary>{SUMMARY[chapter.lang]}</summary>, code, outcome")
+        found.append(
+            f"a solution of another form than <details><summary>{SUMMARY[chapter.lang]}</summary>, code, outcome"
+        )
     for _, code, _ in folded:
         lines = code.splitlines()
         if len(lines) > MOST_LINES or max(map(len, lines)) > MOST_CHARACTERS:
-            found.append(f"more than {MOST_LINES} lines, or of {MOST_CHARACTERS} characters, in the solution `{lines[0]}`")
+            found.append(
+                f"more than {MOST_LINES} lines, or of {MOST_CHARACTERS} characters, in the solution `{lines[0]}`"
+            )
     return found
 
 

@@ -9,7 +9,6 @@ import sys
 from playwright.sync_api import sync_playwright
 
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-SWITCH = "a.edition"
 # Of a text in the dark: its colour on all that lies under it, as WCAG counts contrast.
 CONTRAST = """selector => {
     const parts = colour => colour.match(/[\\d.]+/g).map(Number);
@@ -35,13 +34,16 @@ LOOK = """() => ({
     colab: [...document.querySelectorAll("article a[href^='https://colab.research.google.com']")].map(e => e.href),
     pictures: [...document.querySelectorAll("article img")].map(e => e.naturalWidth * e.offsetHeight),
     mask: [...document.querySelectorAll("article pre [title]")].map(e => e.offsetHeight),
+    lang: document.documentElement.lang,
+    other: document.querySelector("a.edition")?.pathname,
     found: [...document.querySelectorAll("#search-results li > a:first-of-type")].map(e => e.pathname),
 })"""
+SEARCHED = "() => document.querySelector('#search-results h2')?.innerText === _('Search Results')"
 BROAD = "() => document.documentElement.scrollWidth - innerWidth"
 
 
 def visit(browser, server, path):
-    """One page: on a desktop, in the dark, on a phone, and where its switch leads."""
+    """One page: on a desktop, in the dark, and on a phone."""
     page = browser.new_page(viewport=DESKTOP, color_scheme="light")
     saw = {"foreign": [], "errors": []}
     page.on("request", lambda asked: saw["foreign"].append(asked.url) if is_foreign(asked.url, server) else None)
@@ -49,31 +51,18 @@ def visit(browser, server, path):
     page.on("pageerror", lambda error: saw["errors"].append(str(error)))
     page.goto(f"{server}/{path}")
     if "?q=" in path:
-        page.wait_for_function(
-            "() => /\\d|did not match|没有/.test(document.querySelector('p.search-summary').innerText)"
-        )
-    page.evaluate("() => document.querySelectorAll('img').forEach(e => { e.loading = 'eager'; })")
-    page.wait_for_load_state("networkidle")
+        page.wait_for_function(SEARCHED)
     saw |= page.evaluate(LOOK)
     page.emulate_media(color_scheme="dark")
     saw["dark"] = {what: page.evaluate(CONTRAST, selector) for what, selector in TEXTS.items()}
     page.set_viewport_size(PHONE)
     saw["too_broad"] = page.evaluate(BROAD)
-    page.set_viewport_size(DESKTOP)
-    saw["switch"] = [follow(page, server), follow(page, server)] if page.locator(SWITCH).count() else []
     page.close()
     return saw
 
 
 def is_foreign(url, server):
     return not url.startswith((f"{server}/", "data:", "blob:"))
-
-
-def follow(page, server):
-    """The page behind the switch, and the language it says it is in."""
-    page.locator(SWITCH).click()
-    page.wait_for_load_state()
-    return [page.url.removeprefix(f"{server}/"), page.locator("html").get_attribute("lang")]
 
 
 def main(server, chromium, *pages):

@@ -176,6 +176,24 @@ def test_notebooks_are_stored_as_the_build_writes_them():
         assert json.loads(text)["nbformat_minor"] == 5
 
 
+def test_the_glossary_has_a_heading_for_each_link_and_no_code():
+    for lang in build.EDITIONS:
+        notebook = build.glossary(lang)
+        headings = [cell.source.splitlines()[0].removeprefix("## ") for cell in notebook.cells[1:]]
+        assert [name.lower().replace(" ", "-") for name in headings] == [term.anchor for term in build.terms()]
+        assert code(notebook) == [] and len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+        assert all(
+            term.names["zh"] in cell.source for term, cell in zip(build.terms(), notebook.cells[1:], strict=True)
+        )
+
+
+def test_check_fails_on_a_glossary_that_was_changed_by_hand(copy_of_project):
+    page = copy_of_project / "notebooks/zh-CN/glossary.ipynb"
+    page.write_text(page.read_text(encoding="utf-8").replace("词元", "令牌"), encoding="utf-8")
+    done = run_build(copy_of_project, "--check")
+    assert done.returncode == 1 and "zh-CN/glossary.ipynb" in done.stderr
+
+
 def shown(*outputs):
     """A notebook of one cell that shows these."""
     return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=list(outputs), execution_count=1)])

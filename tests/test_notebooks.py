@@ -81,6 +81,9 @@ FAULTS = {
     "link to 07_more.ipynb": lambda n: n.cells[0].update(source=n.cells[0].source + "\n[next](07_more.ipynb)"),
     "no link to the next chapter, 04_train.ipynb": lambda n: swap(n, "(04_train.ipynb)", "(05_infer.ipynb)"),
     "on your own": lambda n: n.cells.pop(),
+    "no solution to an exercise": lambda n: swap(n, "details>", "p>", n.cells[-1:]),
+    "another form than <details>": lambda n: swap(n, "Solution", "Look here", n.cells[-1:]),
+    "in the solution `too_long": lambda n: swap(n, "too_long = ", "too_long = \n" + "x\n" * 15, n.cells[-1:]),
     "parameters that no text cell explains": lambda n: swap(n, "DATASET", "UNKNOWN", [code(n, 1)]),
     "more than 25": lambda n: n.cells.extend(copy.deepcopy(lint.code_cells(n)) * 2),
     "second code cell, and only it": lambda n: code(n, 1).metadata.pop("tags"),
@@ -273,6 +276,9 @@ def pair(english, chinese):
         ("see [04](04_train.ipynb)", "见 04", "links that the two texts do not share, 04_train.ipynb"),
         ("## Plan\n\ntext", "计划", "headings that the two texts do not share, ## "),
         ("| a |\n|---|", "| 甲 |", "rows of tables that the two texts do not share, |"),
+        ("```python\nx\n```", "```python\nx\n```", ""),
+        ("```\nx\n```", "```\ny\n```", "blocks of code that the two texts do not share, ```\nx\n```, ```\ny\n```"),
+        ("[loss](glossary.ipynb#loss)", "损失", "links that the two texts do not share, glossary.ipynb#loss"),
     ],
 )
 def test_what_a_text_and_its_translation_must_share(english, chinese, problem):
@@ -288,6 +294,32 @@ def test_a_chinese_text_uses_the_words_of_the_table_of_terms():
         "损耗 instead of 损失 in `一个令牌的损耗。`",
     ]
     assert lint.problems_of_terms(pair("令牌", "词元")) == []  # the English text is not its concern
+
+
+@pytest.mark.parametrize(
+    ("english", "problem"),
+    [
+        ("The [loss](glossary.ipynb#loss) falls, and the loss rises.", ""),
+        ("# Loss\n\n`loss`\n\n| loss |\n\n[*Losses*](glossary.ipynb#loss) fall.", ""),  # no running text before it
+        ("The loss falls. The [loss](glossary.ipynb#loss) rises.", "behind the first use of the word"),
+        ("The [fall](glossary.ipynb#loss) ends.", "on other words, 'fall'"),
+        ("The [moss](glossary.ipynb#moss) grows.", "glossary.ipynb#moss, which the glossary does not explain"),
+    ],
+)
+def test_a_link_to_the_glossary_stands_at_the_words_first_use(english, problem):
+    found = lint.problems_of_words(pair(english, "文字"))
+    assert len(found) == bool(problem) and all(problem in one for one in found)
+
+
+def test_each_word_of_the_glossary_is_linked_in_both_languages(monkeypatch):
+    loss = next(term for term in build.terms() if term.anchor == "loss")
+    monkeypatch.setattr(build, "terms", lambda: [loss])
+    english, chinese = "The [loss](glossary.ipynb#loss).", "[损失](glossary.ipynb#loss)"
+    assert lint.problems_of_glossary([pair(english, chinese)]) == []
+    assert lint.problems_of_glossary([pair(english, "损失")]) == ["no link to loss, zh"]
+    wordy = loss._replace(meanings=loss.meanings | {"en": "word " * 31})
+    monkeypatch.setattr(build, "terms", lambda: [wordy])
+    assert lint.problems_of_glossary([pair(english, chinese)]) == ["more than 30 words for loss"]
 
 
 def test_the_two_readmes_share_links_numbers_and_code():

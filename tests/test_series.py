@@ -76,6 +76,28 @@ def test_a_chapter_that_fails_names_its_cell(chapters):
     assert run.result == ""
 
 
+def add_solution(folder, name, code):
+    notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
+    text = f"<details><summary>Solution</summary>\n\n```python\n{code}\n```\n\nIt is so.\n\n</details>"
+    notebook.cells.append(nbformat.v4.new_markdown_cell(f"On your own: try it.\n\n{text}"))
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
+def test_a_solution_runs_below_the_chapter_and_leaves_its_notebook_and_measures_alone(chapters):
+    add_solution(chapters, "01_install", "import time\ntime.sleep(5)\nprint('Result: twice', 2 * MAX_STEPS)")
+    run = run_chapter("01_install", executed_dir=chapters / "executed", solutions=True)
+    assert (run.failure, run.result) == ("", "1 steps")
+    assert run.seconds < json.loads(run.executed.read_text())["metadata"]["papermill"]["duration"] - 4
+    assert [cell.cell_type for cell in nbformat.read(run.executed, 4).cells] == ["code", "code", "markdown"]
+    assert json.loads(run.executed.with_suffix(".solutions.json").read_text()) == ["Result: twice 2\n"]
+
+
+def test_a_solution_that_raises_is_a_failure_that_names_it(chapters, capsys):
+    add_solution(chapters, "01_install", "print(\n    MAX_STEPS + 'x')")
+    assert main(["01_install", "--solutions", "-p", "RUN_DIR", str(chapters / "run")]) == 1
+    assert "01_install failed in solution 1 `print(`: TypeError: unsupported operand" in capsys.readouterr().out
+
+
 def test_a_chapter_whose_kernel_dies(chapters):
     write_chapter(chapters, "03_data", "import os", "os._exit(9)")
     [run] = run_chapters(["03_data"], executed_dir=chapters / "executed")

@@ -13,7 +13,7 @@ from helpers.base import InputError, text_table
 from helpers.environment.hub import base_name, hub_name
 from helpers.handoff.manifest import identity
 from helpers.handoff.run import Run
-from helpers.messages import _
+from helpers.messages import _, in_english
 from helpers.training.report import LORA_SETTINGS
 from helpers.training.report import SETTINGS as TRAINER_SETTINGS
 
@@ -100,6 +100,8 @@ def make_model_card(run: Run, *, form: str, name: str, base_model: str, exports:
     metrics = _metrics(report)
     name = one_line(name)
     place, title = name if "/" in name else f"./{form}", name.rpartition("/")[2]
+    with in_english():
+        verdicts = "" if exports is None else repr(exports)
     card = ModelCard.from_template(
         _header(report, metrics, _answers(run), title=title, form=form, licence=licence, hub=hub_name(base_model)),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
@@ -110,7 +112,7 @@ def make_model_card(run: Run, *, form: str, name: str, base_model: str, exports:
         data={name: as_markdown(text) for name, text in report["data"].items()},
         settings=_lines(_settings(report)),
         results=text_table(["", "before", "after"], [[n, f"{b:.3f}", f"{a:.3f}"] for n, b, a in metrics]),
-        exports=str(exports) if exports is not None else "",
+        exports=verdicts,
         use=USE[form].format(name=json.dumps(place, ensure_ascii=False)),
         versions=_lines({"adapter": identity(run.facts("adapter")), **run.facts("adapter")["versions"]}),
     )

@@ -1,12 +1,12 @@
 """Is what was saved the model that was trained? Every form is asked in a process that has nothing but its files."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.base import Table, text_table
+from helpers.base import Table
 from helpers.chat.replies import Message
 from helpers.export.plan import ExportError
 from helpers.export.probe import (
@@ -52,21 +52,18 @@ class ExportCheck:
     @property
     def faults(self) -> list[str]:
         """What misses its limit."""
-        return self.faults_as(_)
-
-    def faults_as(self, told: Callable[..., str]) -> list[str]:
-        """The same as `told`, which is `_` or, for English, `str.format`, puts it."""
         faults, rounded = [], self.form.startswith("GGUF ") or on_4_bit_base(self.form)
         differ = self.replies - self.same_replies - self.near_ties
         if not rounded and differ:
-            message = N_("{differ} of {replies} replies differ by more than a tie")
-            faults.append(told(message, differ=differ, replies=self.replies))
+            faults.append(
+                _("{differ} of {replies} replies differ by more than a tie", differ=differ, replies=self.replies)
+            )
         limit = PERPLEXITY_LIMITS.get(self.form.removeprefix("GGUF "), 0.10) if rounded else 0.01
         limit = math.inf if on_4_bit_base(self.form) else limit
         if not abs(self.perplexity_change) <= limit:  # or no number
             message = N_("perplexity changed by {change:+.2%}, more than {limit:.0%}")
             message = message if limit < 1 else N_("perplexity changed by {change:+.2%}")
-            faults.append(told(message, change=self.perplexity_change, limit=limit))
+            faults.append(_(message, change=self.perplexity_change, limit=limit))
         return faults
 
     @property
@@ -96,29 +93,19 @@ class ExportReport(Table):
             expected = _("forms that answer as the model in memory")
             raise ExportError(_("saved forms"), found=_("; ").join(faults), expected=expected, fix=fix)
 
-    def __str__(self) -> str:
-        """In English whatever the reader's language, for a model card."""
-        return "\n".join([text_table(*self._table_as(str.format)), *self._notes_as(str.format)])
-
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        return self._table_as(_)
-
-    def _notes(self) -> list[str]:
-        return self._notes_as(_)
-
-    def _table_as(self, told: Callable[..., str]) -> tuple[list[str], list[list[str]]]:
         rows = []
         for check in self.checks:
             counts = dict(same=check.same_replies, replies=check.replies, ties=check.near_ties)
             ties = N_("{same} of {replies} (+{ties} near ties)")
-            same = told(ties if check.near_ties else N_("{same} of {replies}"), **counts)
-            rows.append([check.form, same, f"{check.perplexity_change:+.2%}", told(check.verdict)])
-        headers = N_("form"), N_("same replies"), N_("change in perplexity"), N_("verdict")
-        return [told(header) for header in headers], rows
+            same = _(ties if check.near_ties else N_("{same} of {replies}"), **counts)
+            rows.append([check.form, same, f"{check.perplexity_change:+.2%}", _(check.verdict)])
+        return [_("form"), _("same replies"), _("change in perplexity"), _("verdict")], rows
 
-    def _notes_as(self, told: Callable[..., str]) -> list[str]:
-        note = N_("MISSED, {form}: {fault}")
-        return [told(note, form=each.form, fault=fault) for each in self.checks for fault in each.faults_as(told)]
+    def _notes(self) -> list[str]:
+        return [
+            _("MISSED, {form}: {fault}", form=each.form, fault=fault) for each in self.checks for fault in each.faults
+        ]
 
     def _folded(self) -> tuple[str, list[str], list[list[str]]]:
         headers = [_("form"), _("first tokens"), _("mean Δ"), _("largest Δ"), "KL", _("perplexity")]

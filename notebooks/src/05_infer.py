@@ -299,8 +299,8 @@ print(f"The last {len(longer)} messages fit: {count_tokens(longer)} tokens")
 # %% [markdown] lang="zh"
 # ## 和它聊一聊
 #
-# 输入一个问题，然后按 Enter 键。**Stop** 中止当前的回复，**Reset** 重新开始，**Ask** 选择由谁来回答：
-# 微调后的模型、基座模型，或者两者并排回答。**Save transcript** 把对话写进运行文件夹。
+# 输入一个问题，然后按 Enter 键。**停止**（Stop）中止当前的回复，**重新开始**（Reset）清空对话，
+# **由谁回答**（Ask）选择微调后的模型、基座模型，或者两者并排回答。**保存对话**（Save transcript）把对话写进运行文件夹。
 # 你在那个文件里改好的对话，可以拿来训练。
 #
 # ![聊天框，里面有一个问题，以及微调后的模型和基座模型各自的回答](https://raw.githubusercontent.com/your-org/llama-3.2-unsloth-t4/v0.1.0/notebooks/images/chat.png)
@@ -338,7 +338,7 @@ print(f"Result: {differing} of {len(tuned)} held-out replies differ from the bas
 #     print(f"{temperature}: {kept} of {len(replies)} replies keep the form, such as\n{replies[0]}\n")
 # ```
 #
-# TEMP_EN
+# At 0.3 the replies keep the form; at 3 they are no language any more.
 #
 # </details>
 #
@@ -368,7 +368,7 @@ print(f"Result: {differing} of {len(tuned)} held-out replies differ from the bas
 #     print(f"{temperature}: {kept} of {len(replies)} replies keep the form, such as\n{replies[0]}\n")
 # ```
 #
-# TEMP_ZH
+# 温度为 0.3 时，回复保持格式；为 3 时，回复已经不成语言。
 #
 # </details>
 #

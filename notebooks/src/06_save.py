@@ -461,7 +461,7 @@ print(f"Result: {within} of {len(forms)} forms answer within their limits")
 #     print(f"{name}: {8 * size / weights:.1f} bits a weight")
 # ```
 #
-# BITS_EN
+# More than the names say: blocks of weights share a scale, and some tables keep more bits.
 #
 # </details>
 #
@@ -508,7 +508,7 @@ print(f"Result: {within} of {len(forms)} forms answer within their limits")
 #     print(f"{name}: {8 * size / weights:.1f} bits a weight")
 # ```
 #
-# BITS_ZH
+# 比名称里写的多：每一小块权重共用一个缩放系数，有些表还保留了更多的位数。
 #
 # </details>
 #

@@ -2,7 +2,7 @@
 import os, subprocess  # noqa: E401
 
 GIT = "git clone -qc advice.detachedHead=0 --depth=1 -b v0.1.0 https://github.com/your-org/llama-3.2-unsloth-t4 series"
-root = next((place for place in (".", "..", "../..", "../../..") if os.path.isfile(f"{place}/helpers/base.py")), "series")
+root = next((up for up in (".", "..", "../..", "../../..") if os.path.isfile(f"{up}/helpers/base.py")), "series")
 if root == "series" and not os.path.isfile("series/.git/index") and subprocess.run(GIT.split()).returncode:
     raise RuntimeError(f"`{GIT}` failed. Delete the folder `series`, if there is one, and run this cell again.")
 os.chdir(root)

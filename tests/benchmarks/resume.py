@@ -94,8 +94,8 @@ def run_once(folder: pathlib.Path, *, steps: int, kill_after: int | None = None,
     folder.mkdir(exist_ok=True)
     job, progress = json.dumps({"folder": str(folder), "steps": steps}), folder / "progress"
     command = [sys.executable, __file__, "--one", job]
-    environment = os.environ | {"UNSLOTH_COMPILE_LOCATION": str(folder / "unsloth"), "PYTHONUNBUFFERED": "1", "LANGUAGE": "en"}
-    environment |= {"UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_FUSED_LINEAR_TRITON": "0"}
+    environment = os.environ | {"UNSLOTH_COMPILE_LOCATION": str(folder / "unsloth"), "PYTHONUNBUFFERED": "1"}
+    environment |= {"LANGUAGE": "en", "UNSLOTH_BLOCK_COMPILE": "0", "UNSLOTH_FUSED_LINEAR_TRITON": "0"}
     said = {"killed_after": None, "resumed_from": None}
     if kill_after is not None:
         with open(folder / "killed.log", "w") as log:

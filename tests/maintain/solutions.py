@@ -51,7 +51,9 @@ def use_engine(solutions: Sequence[str], *, chapter_ended: Callable[[], None], s
             try:
                 self.execute_cell(cell, len(self.nb.cells) - 1)
             except CellExecutionError as error:
-                raise SolutionError(f"solution {number} `{code.splitlines()[0]}`: {error.ename}: {error.evalue}") from None
+                raise SolutionError(
+                    f"solution {number} `{code.splitlines()[0]}`: {error.ename}: {error.evalue}"
+                ) from None
             finally:
                 self.nb.cells.pop()
             return "".join(output.get("text", "") for output in cell.outputs)
