@@ -14,6 +14,8 @@ Its picture of the losses is the recorded one. The glossary comes from `terms.to
 
 import argparse
 import base64
+import copy
+import functools
 import hashlib
 import json
 import re
@@ -84,15 +86,21 @@ def sources() -> list[Path]:
 
 def read_cells(source: Path) -> list[NotebookNode]:
     """The cells of a source, every language, includes resolved."""
-    import jupytext  # here, because what compares a run with the notebooks has no use for it
-
-    cells = jupytext.read(source, fmt="py:percent").cells
+    cells = copy.deepcopy(_parsed(source, source.stat().st_mtime_ns))
     for cell in cells:
         if cell.cell_type == "code" and cell.source.startswith(INCLUDE):
             cell.source = (
                 (source.parent / cell.source.removeprefix(INCLUDE).strip()).read_text(encoding="utf-8").strip()
             )
     return cells
+
+
+@functools.cache
+def _parsed(source: Path, _changed: int) -> list[NotebookNode]:
+    """A source's cells as jupytext reads them. Cached: a source is asked for its title in every other chapter."""
+    import jupytext  # here, because what compares a run with the notebooks has no use for it
+
+    return jupytext.read(source, fmt="py:percent").cells
 
 
 def build(source: Path, lang: str) -> NotebookNode:
@@ -104,14 +112,15 @@ def build(source: Path, lang: str) -> NotebookNode:
     """
     seen: Counter[str] = Counter()
     cells, spoken = [], read_cells(source)
+    written = {BUDGET: budget(source.stem, lang), NEXT: next_line(source.stem, lang)}
     languages = {cell.metadata.get("lang") for cell in spoken if cell.cell_type == "markdown"}
+    written = {BUDGET: budget(source.stem, lang), NEXT: next_line(source.stem, lang)}
     for cell in spoken:
         if cell.cell_type == "markdown" and cell.metadata.get("lang") != lang:
             continue
         text = f"{source.stem}\n{cell.cell_type}\n{cell.source}".replace(repository(), "")
         seen[text] += 1
         metadata = {key: cell.metadata[key] for key in CELL_METADATA if key in cell.metadata}
-        written = {BUDGET: budget(source.stem, lang), NEXT: next_line(source.stem, lang)}
         source_text = cell.source
         for mark, line in written.items():
             source_text = source_text.replace(mark, line)

@@ -31,7 +31,8 @@ CODE_SPAN, LINK = re.compile(r"`[^`]+`"), re.compile(r"\]\(([^)\s]+)\)")
 ALONE = {"en": "On your own", "zh": "自己动手"}
 SUMMARY = {"en": "Solution", "zh": "参考答案"}
 # The blank lines let GitHub, Colab and JupyterLab read what is folded as Markdown.
-FOLDED = re.compile(r"^<details><summary>(.+)</summary>\n\n```python\n(.+?)\n```\n\n(.+?)\n\n</details>$", re.M | re.S)
+FOLDED = r"^<details><summary>([^\n]+)</summary>\n\n```python\n(.+?)\n```\n\n(.+?)\n\n</details>$"
+FOLDED = re.compile(FOLDED, re.MULTILINE | re.DOTALL)
 MOST_MEANING_WORDS = 30
 BLOCK = re.compile(r"```.*?```", re.DOTALL)
 # What is no running text: code, formulas, pictures, headings and rows of tables.

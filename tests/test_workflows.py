@@ -525,9 +525,10 @@ def run_alone(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/requirements-local.txt").touch()
+    (tmp_path / "docs").mkdir()
     tools = tmp_path / "tools"  # and no Chromium
     stand_ins = [tmp_path / ".venv" / "bin" / name for name in (*COMMANDS, "python3")]
-    stand_ins.append(tmp_path / ".venv-proof" / "bin" / "python")
+    stand_ins += [tmp_path / name / "bin" / "python" for name in (".venv-proof", ".venv-site")]
     for path in stand_ins:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(STAND_IN)
@@ -536,6 +537,7 @@ def run_alone(tmp_path):
     for name in ("sh", "bash", "env", "make", "date", "dirname", "cp", "grep", "awk", "cat", "touch"):
         (tools / name).symlink_to(shutil.which(name))
     (tmp_path / ".venv" / ".ready").touch()
+    (tmp_path / "docs/requirements.txt").touch()  # newer than .venv-site, so that it is installed
     return run
 
 
@@ -574,7 +576,8 @@ def test_ci_installs_chromium_and_tests(run_alone):
     done = run_alone(".ci/run")
     assert done.returncode == 0, done.stderr
     assert re.search("called: apt-get .*install .*chromium", done.stderr) and "NO CHROMIUM" not in done.stderr
-    assert done.stderr.index("requirements-proof.txt") < done.stderr.index("called: pytest")
+    for tools in ("requirements-proof.txt", "docs/requirements.txt"):
+        assert done.stderr.index(tools) < done.stderr.index("called: pytest")
 
 
 def test_ci_tests_without_chromium_where_it_cannot_be_had(run_alone):

@@ -211,7 +211,7 @@ print(f"Result: an answer of {len(answer.split())} words, from {model.device}")
 # this machine back first (*Runtime → Disconnect and delete runtime*), because free Colab
 # lends one GPU at a time.
 #
-# On your own: print the five likeliest first tokens of the answer, with their probabilities.
+# On your own: print the five likeliest first tokens of the answer.
 #
 # <details><summary>Solution</summary>
 #
@@ -250,7 +250,7 @@ print(f"Result: an answer of {len(answer.split())} words, from {model.device}")
 # 继续之前，先归还这台机器（**Runtime → Disconnect and delete runtime**），
 # 因为免费的 Colab 同一时间只借给你一块 GPU。
 #
-# 自己动手：打印回答的第一个词元最可能是哪五个，以及各自的概率。
+# 自己动手：打印回答的第一个词元最可能是哪五个。
 #
 # <details><summary>参考答案</summary>
 #

@@ -124,8 +124,7 @@ print(f"{2 * parameters / 2**20:.0f} MiB in 16 bits")
 # matrices: $y = Wx + \frac{\alpha}{r}\,B A x$. $A$ squeezes the input down to $r$ numbers and $B$ spreads them out
 # again. Only $A$ and $B$ are trained. Together they are the *adapter*.
 #
-# The picture shows the first `q_proj`, one of attention's four layers. Lengths are to scale; the thin sides are drawn
-# thicker than they are.
+# The picture shows the first `q_proj`, one of attention's four layers.
 
 # %% [markdown] lang="zh"
 # ## LoRA 加了什么
@@ -135,7 +134,7 @@ print(f"{2 * parameters / 2**20:.0f} MiB in 16 bits")
 # $A$ 把输入压缩成 $r$ 个数，$B$ 再把它们展开。训练的只有 $A$ 和 $B$。
 # 两者合起来叫作**适配器**（adapter）。
 #
-# 下图画的是第一个 `q_proj`，它是注意力的四个层之一。长度按比例绘制，只有细的那一边画得比实际粗。
+# 下图画的是第一个 `q_proj`，它是注意力的四个层之一。
 
 # %%
 from helpers.figures import draw_lora
@@ -254,7 +253,7 @@ print(f"Result: {trainable:,} numbers are trained, {100 * trainable / total:.1f}
 #
 # You have seen the two calls that every fine-tuning with Unsloth begins with.
 #
-# On your own: how many of the trained numbers belong to the three feed-forward modules?
+# On your own: how many trained numbers belong to the three feed-forward modules?
 #
 # <details><summary>Solution</summary>
 #
@@ -271,7 +270,7 @@ print(f"Result: {trainable:,} numbers are trained, {100 * trainable / total:.1f}
 #
 # </details>
 #
-# On your own: does the untrained adapter change a prediction? Compare the model with it and without it.
+# On your own: what does the untrained adapter change in a prediction?
 #
 # <details><summary>Solution</summary>
 #
@@ -313,7 +312,7 @@ print(f"Result: {trainable:,} numbers are trained, {100 * trainable / total:.1f}
 #
 # </details>
 #
-# 自己动手：没有训练过的适配器会改变预测吗？比较一下有它和没有它的模型。
+# 自己动手：没有训练过的适配器会改变预测里的什么？
 #
 # <details><summary>参考答案</summary>
 #

@@ -232,12 +232,10 @@ conversation_report
 dataset[0]["conversations"]
 
 # %% [markdown] lang="en"
-# Try it on a mistake. Somebody swapped the roles in row 1, counted from 0, and row 2 has no answer. Change them, run
-# the cell again, and see what it finds.
+# Try it on a mistake. Somebody swapped the roles in row 1, counted from 0, and row 2 has no answer.
 
 # %% [markdown] lang="zh"
 # 再故意弄错一次试试。从 0 数起，第 1 行的角色写反了，第 2 行没有回答。
-# 改一改这几行，再运行一次这个单元格，看看它会发现什么。
 
 # %% tags=["nbval-check-output"]
 broken = [

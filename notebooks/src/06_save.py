@@ -145,7 +145,7 @@ check_loaded(run, model, tokenizer)
 # %% [markdown] lang="en"
 # ## What the model in memory says
 #
-# Every saved form is held against these answers: [greedy](glossary.ipynb#greedy) replies to held-out questions, and how
+# Every saved form is held against these answers. They are [greedy](glossary.ipynb#greedy) replies to held-out questions, and how
 # likely the model finds each [token](glossary.ipynb#token) of the right answers.
 # [*Perplexity*](glossary.ipynb#perplexity) is between how many equally likely tokens it wavers at each of them; 1 would
 # be certainty.
