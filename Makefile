@@ -18,12 +18,12 @@ help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
 # uv takes half a minute where pip takes two or more. It reads no pip.conf, so a mirror that is named there is passed on;
-# where only pip gets through, pip does it.
+# where only pip gets through, pip does it. PATH is without .venv here: its own Python cannot make it anew.
 # torch has no hash and comes last: what it needs on a CPU is there by then. pip would warn of what only a GPU needs.
 setup: $(READY)  ## build .venv (once)
 
 $(READY): tests/requirements-local.txt
-	@start=$$(date +%s); \
+	@start=$$(date +%s); PATH=$${PATH#*:}; \
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "Python 3.11, 3.12 or 3.13 is needed, found $$($(PYTHON) --version). Fix: make setup PYTHON=python3.11"; exit 1; }; \
 	echo "Building .venv ..."; $(PYTHON) -m venv --clear .venv && \

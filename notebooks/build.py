@@ -58,6 +58,8 @@ SHOWN = (
     "LEARNING_RATE",
 )  # of the recorded run's choices
 QUICKSTART = CHAPTER_NAMES[0]
+# Where a line of Chinese goes on in the next: a page would show a space there. Not before a list, a table or a block.
+LINE_BREAK = re.compile(r"(?<=[，。、；：？！）”])\n(?=[\w`*\[（“])(?!```|\d+\. |\* )|(?<=[一-鿿])\n(?=[一-鿿（“])")
 SPEAK_CHINESE = "如果辅助函数的消息是英文，就在最上面新建一个单元格，运行 `%env LANGUAGE=zh_CN`。"
 BUDGET, NEXT = "{{budget}}", "{{next}}"  # in a source, for what the build writes
 
@@ -125,6 +127,8 @@ def build(source: Path, lang: str) -> NotebookNode:
         for mark, line in written.items():
             source_text = source_text.replace(mark, line)
         source_text = with_switch(source_text, source.stem, lang, languages).rstrip()
+        if lang == "zh" and cell.cell_type == "markdown":
+            source_text = LINE_BREAK.sub("", source_text)
         make = nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
         cell_id = hashlib.sha256(f"{text}\n{seen[text]}".encode()).hexdigest()[:12]
         cells.append(make(source_text, id=cell_id, metadata=metadata))
@@ -198,9 +202,15 @@ def move(location: str) -> list[Path]:
     for path in files:
         text = path.read_text(encoding="utf-8")
         if before in text:
-            path.write_text(text.replace(before, location), encoding="utf-8")
+            moved = text.replace(before, location).replace(site_of(before), site_of(location))
+            path.write_text(moved, encoding="utf-8")
             changed.append(path)
     return changed
+
+
+def site_of(location: str) -> str:
+    """The address at which GitHub Pages shows a repository. Example: "me/series" -> "me.github.io/series" """
+    return location.replace("/", ".github.io/")
 
 
 def title(source: Path, lang: str = "en") -> str:

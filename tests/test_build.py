@@ -286,3 +286,20 @@ def test_what_stands_between_two_marks_is_replaced():
     assert build.between("a [x] b [y] c", "[x]", "[y]", "[x] new [y]") == "a [x] new [y] c"
     with pytest.raises(ValueError):
         build.between("a [x] b", "[y]", "[x]", "new")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("很好，\n我们", "很好，我们"),
+        ("很好\n我们", "很好我们"),
+        ("很好，\n`x`", "很好，`x`"),
+        ("用\n`x`", "用\n`x`"),
+        ("有：\n- 一", "有：\n- 一"),
+        ("有：\n1. 一", "有：\n1. 一"),
+        ("有：\n```python\nx\n```", "有：\n```python\nx\n```"),
+        ("很好。\n\n我们", "很好。\n\n我们"),
+    ],
+)
+def test_a_line_of_chinese_goes_on_without_a_space(text, shown):
+    assert build.LINE_BREAK.sub("", text) == shown

@@ -48,7 +48,7 @@ CLAIMS = {
     "05_infer": [lambda said, page: re.findall(r"^\d\.\d: (\d)", said, re.MULTILINE)[::2] == ["4", "0"]],
     "06_save": [
         lambda said, page: all(int(bits) < float(real) < int(bits) + 3 for bits, real in SIZES.findall(said)),
-        lambda said, page: numbers(said)[0] > 20 * numbers(said)[1],
+        lambda said, page: numbers(said)[0] > 4 * numbers(said)[1],
     ],
     "07_when_it_goes_wrong": [lambda said, page: said.endswith("Largest gap: by heart\n")],
     "08_scale_up": [lambda said, page: "2 GPUs: 20 MB, 0.16 s" in said and "8 GPUs: 20 MB, 0.27 s" in said],
