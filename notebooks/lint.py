@@ -44,8 +44,8 @@ LARGE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})")
 
 
 def _links(text: str) -> list[str]:
-    """The targets of a text's links, as they are from the folder of the English notebooks."""
-    return [link.replace("notebooks/zh-CN/", "notebooks/").removeprefix("../") for link in LINK.findall(text)]
+    """The targets of a text's links, as they are from the English edition."""
+    return [link.replace("zh-CN/", "").removeprefix("../") for link in LINK.findall(text)]
 
 
 def _spans(text: str) -> list[str]:

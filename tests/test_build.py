@@ -156,6 +156,7 @@ def test_moving_the_series_rewrites_every_mention_and_keeps_every_output(copy_of
         ["grep", "-rlF", build.repository(), "."], cwd=copy_of_project, capture_output=True, text=True
     )
     assert left.stdout == ""
+    assert "(https://somebody.github.io/else/zh-CN/)" in (copy_of_project / "README.zh-CN.md").read_text("utf-8")
     after = build.read_notebook(copy_of_project / "notebooks/03_data.ipynb")
     assert "somebody/else" in after.cells[0].source
     assert [cell.id for cell in after.cells] == [cell.id for cell in before.cells]
@@ -230,7 +231,7 @@ def test_each_edition_leads_to_the_other(source):
     )
     english, chinese = (build.build(source, lang).cells[0].source for lang in ("en", "zh"))
     assert english.endswith(f"{badge} [简体中文](zh-CN/03_data.ipynb)")
-    assert chinese.endswith(f"{badge} [English](../03_data.ipynb)")
+    assert chinese.endswith(f"{badge} [English](../03_data.ipynb)\n\n{build.SPEAK_CHINESE}")
     alone = SOURCE.replace('lang="zh"', 'lang="en"').replace("# # Title", f"# # Title\n#\n# {badge}")
     source.write_text(alone, encoding="utf-8")
     assert build.build(source, "en").cells[0].source.endswith(badge)

@@ -99,13 +99,16 @@
 
 # %% [markdown] lang="en"
 # Choices are made in one cell. `MODEL_NAME` is a model on the Hugging Face Hub, where models and data are published,
-# or a folder that holds one. `HF_ENDPOINT` is the address of a copy of the Hub, such as
-# `"https://hf-mirror.com"`, for readers who cannot reach it. `USE_MODELSCOPE` takes the model of the same name from
-# ModelScope, another such place; set one of the two.
+# or a folder that holds one.
+#
+# `HF_ENDPOINT` is the address of a copy of the Hub, such as `"https://hf-mirror.com"`, for readers who cannot reach it.
+# `USE_MODELSCOPE` takes the model of the same name from ModelScope, another such place; set one of the two.
 
 # %% [markdown] lang="zh"
 # 要做的选择都在一个单元格里。`MODEL_NAME` 是 Hugging Face Hub 上的一个模型，
-# 或者一个存有模型的文件夹；Hub 是发布模型和数据的地方。`HF_ENDPOINT` 是 Hub 镜像站的地址，
+# 或者一个存有模型的文件夹；Hub 是发布模型和数据的地方。
+#
+# `HF_ENDPOINT` 是 Hub 镜像站的地址，
 # 例如 `"https://hf-mirror.com"`，给连不上 Hub 的读者用。`USE_MODELSCOPE` 改从 ModelScope（魔搭社区）下载同名的模型，
 # 那是另一个同类平台。这两个选项设一个就够。
 

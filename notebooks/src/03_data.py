@@ -40,6 +40,7 @@
 # `DATASET` is a file of your own, a folder, or the name of a data set on the Hub. The default is a file of 528 short
 # support conversations of an invented company. On them you will *see* what training does: almost every answer has the
 # same three lines. `"mlabonne/FineTome-100k"`, general questions and answers, is another choice.
+#
 # `"notebooks/data/support_conversations_zh.jsonl"` has 60 support conversations in Chinese, for which `EVAL_ROWS` is 12.
 #
 # `COLUMNS` stays empty until a message asks for it, as for `"Frage, Antwort"`. `ROWS` conversations are read, and
@@ -53,6 +54,7 @@
 # `DATASET` 可以是你自己的文件、一个文件夹，或者 Hub 上一个数据集的名字。
 # 默认值是一个文件，里面有一家虚构公司的 528 段简短客服对话。通过这些对话，你能亲眼**看到**训练的作用：
 # 几乎每个回答都是同样的三行格式。另一个选择是 `"mlabonne/FineTome-100k"`，里面是一般性问题和回答。
+#
 # `"notebooks/data/support_conversations_zh.jsonl"` 里有 60 段中文客服对话，用它时把 `EVAL_ROWS` 设为 12。
 #
 # `COLUMNS` 先留空，等看到消息要求填写时再填，例如 `"Frage, Antwort"`。
