@@ -60,6 +60,15 @@ box.show()""",
     "1 / 0",
     "'after the error'",
 )
+CHINESE_PAGE = "notebooks/zh-CN/said.ipynb"
+SAY = (
+    """import os
+
+os.chdir("../..")
+from helpers.base import InputError
+
+print(InputError("MAX_STEPS", found="0", expected="1", fix="x"))""",
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +87,10 @@ def tree(tmp_path_factory):
     shallow_smollm2(folder / "shallow")
     for chapter in IN_LAB:
         prepare(folder, chapter, FEW_STEPS if chapter == "04_train" else 2)
-    faults = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in FAULTS])
-    faults.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(faults, folder / "faults.ipynb")
+    for name, sources in {"faults.ipynb": FAULTS, CHINESE_PAGE: SAY}.items():
+        page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+        page.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(page, folder / name)
     return folder
 
 
@@ -130,7 +140,7 @@ def open_in_browser(tree, front_end, chapters):
         address = f"http://127.0.0.1:{port}"
         wait_for(f"{address}/api?token={TOKEN}", server, state / "server.log")
         driver = [TOOLS / "python", ROOT / "tests" / "browser_session.py", front_end, address, TOKEN]
-        notebooks = ["faults.ipynb", *(f"notebooks/{chapter}.ipynb" for chapter in chapters)]
+        notebooks = ["faults.ipynb", CHINESE_PAGE, *(f"notebooks/{chapter}.ipynb" for chapter in chapters)]
         done = subprocess.run(
             [*driver, CHROMIUM, SCREENSHOTS, *notebooks], capture_output=True, text=True, timeout=3600
         )
@@ -195,6 +205,12 @@ def test_the_kernel_is_colabs(request, chapter):
 
 def test_jupyterlab_has_the_newer_widgets(request):
     assert re.search(r"^Kernel: \S+ \S+ 8\.", seen(request, "lab", "05_infer")["text"], re.MULTILINE)
+
+
+def test_helpers_speak_the_language_of_the_page_where_the_server_names_it(request):
+    """JupyterLab's server does, Colab's classic one does not."""
+    assert "MAX_STEPS：实际：0；应为：1。解决办法：x。" in seen(request, "lab", "said")["text"]
+    assert "MAX_STEPS: found 0, expected 1. Fix: x." in seen(request, "classic", "said")["text"]
 
 
 @pytest.mark.parametrize("front_end", ["lab", "classic"])

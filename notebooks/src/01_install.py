@@ -253,7 +253,7 @@ print(f"Result: an answer of {len(answer.split())} words, from {model.device}")
 # 继续之前，先归还这台机器（**Runtime → Disconnect and delete runtime**），
 # 因为免费的 Colab 同一时间只借给你一块 GPU。
 #
-# 自己动手：打印回答的第一个词元最可能是哪五个。
+# 自己动手：回答的第一个词元最可能是什么？打印出可能性最大的五个。
 #
 # <details><summary>参考答案</summary>
 #
@@ -265,7 +265,7 @@ print(f"Result: an answer of {len(answer.split())} words, from {model.device}")
 #     print(f"{share:6.1%}  {tokenizer.decode(token)!r}")
 # ```
 #
-# 上面的回答就以五个里的第一个开头，因为 `do_sample=False` 总是取它。
+# 上面的回答就以这五个里的第一个开头，因为 `do_sample=False` 总是取它。
 #
 # </details>
 #

@@ -295,7 +295,7 @@ print(f"Result: {trainable:,} numbers are trained, {100 * trainable / total:.1f}
 #
 # 你已经认识了两个调用：用 Unsloth 做微调，每次都从它们开始。
 #
-# 自己动手：要训练的数里，有多少属于三个前馈模块？
+# 自己动手：在要训练的数里，三个前馈模块占多大比例？
 #
 # <details><summary>参考答案</summary>
 #

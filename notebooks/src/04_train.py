@@ -616,11 +616,11 @@ print(f"Result: {figure}")
 #     print(f"{when}: as unsure as between {math.exp(losses.loss):.1f} tokens")
 # ```
 #
-# 用 SmolLM2 时，从 129 降到 1.3：学过几百段对话之后，回答里已经没有多少意外。
+# 用 SmolLM2 时，从 129 降到 1.3：学过几百段对话之后，回答里已经没有多少让模型意外的内容。
 #
 # </details>
 #
-# 自己动手：把适配器的强度减半，再测一次留出集上的损失，再问一次。
+# 自己动手：把适配器的强度减半，再测一次留出集上的损失，再提一次问。
 #
 # <details><summary>参考答案</summary>
 #

@@ -368,7 +368,7 @@ print(f"Result: {differing} of {len(tuned)} held-out replies differ from the bas
 #     print(f"{temperature}: {kept} of {len(replies)} replies keep the form, such as\n{replies[0]}\n")
 # ```
 #
-# 温度为 0.3 时，回复保持格式；为 3 时，回复已经不成语言。
+# 温度为 0.3 时，回复保持格式；为 3 时，回复已经语无伦次。
 #
 # </details>
 #

@@ -508,7 +508,7 @@ print(f"Result: {within} of {len(forms)} forms answer within their limits")
 #     print(f"{name}: {8 * size / weights:.1f} bits a weight")
 # ```
 #
-# 比名称里写的多：每一小块权重共用一个缩放系数，有些表还保留了更多的位数。
+# 比名称里写的多：每一小块权重共用一个缩放系数，有些权重表还保留了更多的位数。
 #
 # </details>
 #

@@ -572,7 +572,7 @@ print(f"Result: of 20 general answers known: {', '.join(known)}")
 # print("Largest gap:", max(gaps, key=gaps.get))
 # ```
 #
-# `by heart`：它的训练损失是所有训练里最低的，留出集上的损失却没有跟着下降。
+# `by heart`：它的训练损失是这几次训练里最低的，留出集上的损失却没有跟着下降。
 #
 # </details>
 #
