@@ -259,7 +259,7 @@ def start(command: str) -> None:
     if shutil.which(words[0], path=path) is None:
         found = _("no such program beside {python}", python=sys.executable)
         fix = _("install this series' packages into this Python, or start its kernel")
-        raise RankError(words[0], found=found, expected=_("one"), fix=fix)
+        raise RankError(words[0], found=found, expected=_("such a program"), fix=fix)
     # A session of its own: a signal to this one's processes would reach it a second time.
     with subprocess.Popen(words, start_new_session=True, **options) as process:
         while True:

@@ -224,11 +224,13 @@ def readme(trained: NotebookNode, lang: str = "en") -> str:
     taken = measured()
     heading, minutes = {"en": ("chapter", "minutes"), "zh": ("章节", "分钟")}[lang]
     memory, unknown = {"en": ("peak GiB", "not measured yet"), "zh": ("内存峰值 GiB", "尚未测量")}[lang]
-    rows = [f"| {heading} | Colab | {minutes} ({device(lang)}) | {memory} |", "|---|---|---|---|"]
+    minutes += {"en": f" ({device(lang)})", "zh": f"（{device(lang)}）"}[lang]
+    rows = [f"| {heading} | Colab | {minutes} | {memory} |", "|---|---|---|---|"]
+    words = {"en": "Open in Colab", "zh": "在 Colab 中打开"}[lang]
     for source in sources():
         place = (EDITIONS[lang] / f"{source.stem}.ipynb").relative_to(ROOT).as_posix()
         link = f"https://colab.research.google.com/github/{repository()}/blob/main/{place}"
-        badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
+        badge = f"[![{words}](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
         figures = taken["chapters"].get(source.stem, {"minutes": unknown, "peak_gib": ""})
         name = f"[{source.stem[:2]} {title_of(source.stem, lang)}]({place})"
         rows.append(f"| {name} | {badge} | {figures['minutes']} | {figures['peak_gib']} |")

@@ -90,7 +90,7 @@ def test_two_bos_tokens_are_refused(shared_tokenizer):
 def test_a_missing_bos_token_is_refused_where_training_has_one(shared_tokenizer):
     tokenizer = copy.deepcopy(shared_tokenizer("llama-3.1"))
     tokenizer.chat_template = tokenizer.chat_template.replace("{{- bos_token }}", "")
-    with pytest.raises(ChatError, match="no <.begin_of_text.> at its start, expected one"):
+    with pytest.raises(ChatError, match="no <.begin_of_text.> at its start, expected one such token"):
         render_prompt(tokenizer, conversations()[0])
 
 

@@ -35,7 +35,7 @@ def render_prompt(tokenizer: Any, conversation: Sequence[Message]) -> str:
         two = prompt.startswith(bos)
         found = _("two {bos} at its start", bos=bos) if two else _("no {bos} at its start", bos=bos)
         fix = _("write one {{ bos_token }} at the start of tokenizer.chat_template")
-        raise ChatError(_("prompt"), found=found, expected=_("one"), fix=fix)
+        raise ChatError(_("prompt"), found=found, expected=_("one such token"), fix=fix)
     return prompt
 
 

@@ -214,7 +214,7 @@ def _ask(
     try:
         process.communicate(json.dumps(jobs), timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
-        found, expected = _("no answer in {limit:.0f} s", limit=timeout_seconds), _("one")
+        found, expected = _("no answer in {limit:.0f} s", limit=timeout_seconds), _("an answer")
         fix = _("allow more, or ask fewer questions")
         raise ExportError(_unanswered(forms, answers), found=found, expected=expected, fix=fix) from None
     if process.returncode:

@@ -25,6 +25,7 @@ from helpers.base import ROOT
 
 HELPERS, TERMS = ROOT / "helpers", ROOT / "notebooks" / "terms.toml"
 PO = HELPERS / "locale" / "zh" / "LC_MESSAGES" / "helpers.po"
+READERS = [("**.py", "python"), ("**.html", "jinja2")]
 KEYWORDS = {"_": None, "N_": None, "_n": (1, 2), "label": None}  # `label` is that of helpers/figures.py
 DATE = datetime.datetime(2026, 11, 30, tzinfo=datetime.UTC)  # in the header: one date, so that a build changes nothing
 # What a reader is told: these arguments of an error, and whatever is printed.
@@ -44,7 +45,9 @@ def extracted(folder: Path = HELPERS) -> Catalog:
     """The messages of a folder's modules, without translations."""
     catalog = Catalog(locale="zh", project="helpers", charset="utf-8", header_comment="# The helpers' messages.")
     catalog.creation_date = catalog.revision_date = DATE
-    for name, _, message, _, _ in extract_from_dir(folder, [("**.py", "python"), ("**.html", "jinja2")], keywords=KEYWORDS):
+    for name, _, message, _, _ in extract_from_dir(
+        folder, [("**.py", "python"), ("**.html", "jinja2")], keywords=KEYWORDS
+    ):
         catalog.add(message, locations=[(name, None)])
     return catalog
 
