@@ -3,10 +3,11 @@
 import warnings
 
 import pytest
+import wcwidth
 from babel.messages.catalog import Message
 
 from helpers import figures, messages
-from helpers.base import InputError
+from helpers.base import InputError, text_table
 from helpers.messages import N_, _, _n
 from helpers.training.curves import Curves, draw_curves
 from tests.maintain.messages import problems, problems_of, translations, unmarked
@@ -115,3 +116,11 @@ def test_without_a_chinese_font_pictures_are_in_english(reader, monkeypatch):
     assert figures.label("{steps} steps in {duration}", steps=2, duration="3 s") == "2 步，用时 3 s"
     monkeypatch.setattr(figures, "families", lambda: ["sans-serif"])
     assert figures.label("{steps} steps in {duration}", steps=2, duration="3 s") == "2 steps in 3 s"
+
+
+@pytest.mark.parametrize("cells", [("加载", "training"), ("生成 64 个词元", "ok")])
+def test_columns_of_chinese_words_are_aligned(cells):
+    """A Chinese letter takes two columns: tabulate counts so where wcwidth is installed, as on Colab."""
+    lines = text_table(["阶段", "GiB"], [[cells[0], "2.50"], [cells[1], "12.00"]]).splitlines()
+    assert {wcwidth.wcswidth(line) for line in lines} == {wcwidth.wcswidth(lines[1])}
+    assert len({len(line) for line in lines}) > 1  # counted in letters they would not be
