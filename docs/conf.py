@@ -11,6 +11,7 @@ from sphinx.search.zh import SearchChinese
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 project = PROJECT["name"]
+author = f"{project} contributors"
 version = PROJECT["version"]
 extensions = ["myst_nb"]
 templates_path = ["_templates"]

@@ -366,6 +366,9 @@ def keep_outputs(notebook: NotebookNode, donor: NotebookNode) -> int:
             break
         earlier = sum(theirs.index(cell) < theirs.index(recorded) for cell in given)
         cell.outputs, cell.execution_count = clean(recorded.outputs), recorded.execution_count - earlier
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = cell.execution_count
         kept += 1
     return kept
 

@@ -28,7 +28,7 @@ SOURCE = """\
 # `LAST` is the number to count to.
 
 # %% tags=["parameters"]
-# @title Choices
+# @title Choices · 选项
 LAST = 3  # @param {type:"integer"}
 
 # %%
@@ -36,6 +36,16 @@ print(f"Result: {', '.join(map(str, range(1, LAST + 1)))}")
 
 # %% [markdown] lang="en"
 # On your own: count to four.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# print(*range(1, LAST + 2))
+# ```
+#
+# One number more.
+#
+# </details>
 #
 # {{next}}
 """

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # What a chapter needs to run; neither the recorded outputs nor the sources travel.
 SENT = (
     "helpers/**/*.py",
+    "helpers/locale/**/*.mo",
     "helpers/**/*.html",
     "helpers/**/*.md",
     "notebooks/*.ipynb",
@@ -45,6 +46,7 @@ SENT = (
     "tests/maintain/lanes.py",
     "tests/maintain/series.py",
     "tests/maintain/smollm2.py",
+    "tests/maintain/solutions.py",
     "requirements-colab.txt",
     "pyproject.toml",
 )

@@ -12,9 +12,6 @@ from papermill.engines import NBClientEngine, papermill_engines
 
 from helpers.base import ROOT
 
-sys.path.insert(0, str(ROOT / "notebooks"))
-from lint import solutions_of  # noqa: E402
-
 NAME = "with solutions"  # of the engine, for papermill
 
 
@@ -24,6 +21,9 @@ class SolutionError(Exception):
 
 def read_solutions(notebook: Path) -> list[str]:
     """The code of a built chapter's solutions, in their order."""
+    sys.path.insert(0, str(ROOT / "notebooks"))
+    from lint import solutions_of  # here: what runs a chapter elsewhere has no lint beside it
+
     texts = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "markdown"]
     return [code for text in texts for code in solutions_of(text)]
 
