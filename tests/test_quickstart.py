@@ -48,7 +48,9 @@ def test_each_code_cell_has_its_text_and_all_but_the_choices_say_why():
     for before, cell in zip(CELLS, CELLS[1:], strict=False):
         if cell.cell_type == "code":
             assert before.cell_type == "markdown", cell.source
-            assert "parameters" in cell.metadata.get("tags", []) or re.search(r"know:\s+\[chapter\s+0\d\]", before.source)
+            assert "parameters" in cell.metadata.get("tags", []) or re.search(
+                r"know:\s+\[chapter\s+0\d\]", before.source
+            )
 
 
 def test_the_code_in_its_texts_is_python():
