@@ -185,6 +185,9 @@ def test_every_chinese_answer_has_the_house_style():
             assert second.startswith("下一步：") and second.endswith("。")
             assert last.endswith(" — Mossbell 客服") and last != " — Mossbell 客服"
             assert sum(words in second for words in right) == 1 and len(right) == 2
+            assert judged(reply, product=row["product"], right_help=right) == (True, True)
+            assert judged(reply.replace("下一步：", ""), product=row["product"], right_help=right) == (False, True)
+            assert judged(reply, product="另一台", right_help=["别的词"]) == (False, False)
 
 
 @pytest.mark.parametrize(("lang", "topics"), [("en", 10), ("zh", 8)])
