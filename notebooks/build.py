@@ -114,7 +114,6 @@ def build(source: Path, lang: str) -> NotebookNode:
     """
     seen: Counter[str] = Counter()
     cells, spoken = [], read_cells(source)
-    written = {BUDGET: budget(source.stem, lang), NEXT: next_line(source.stem, lang)}
     languages = {cell.metadata.get("lang") for cell in spoken if cell.cell_type == "markdown"}
     written = {BUDGET: budget(source.stem, lang), NEXT: next_line(source.stem, lang)}
     for cell in spoken:
@@ -235,7 +234,9 @@ def readme(trained: NotebookNode, lang: str = "en") -> str:
         name = f"[{source.stem[:2]} {title_of(source.stem, lang)}]({place})"
         rows.append(f"| {name} | {badge} | {figures['minutes']} | {figures['peak_gib']} |")
     place = (EDITIONS[lang] / GLOSSARY).relative_to(ROOT).as_posix()
-    words = {"en": f"Their words: [glossary]({place}).", "zh": f"[术语表]({place})解释各章用到的术语。"}[lang]
+    words = {"en": f"The [glossary]({place}) explains their words.", "zh": f"[术语表]({place})解释各章用到的术语。"}[
+        lang
+    ]
     table = "\n".join([TABLE_START, *rows, "", words, TABLE_END])
     text = READMES[lang].read_text(encoding="utf-8")
     text = between(text, TABLE_START, TABLE_END, table)

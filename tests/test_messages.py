@@ -10,7 +10,7 @@ from helpers import figures, messages
 from helpers.base import InputError, text_table
 from helpers.messages import N_, _, _n
 from helpers.training.curves import Curves, draw_curves
-from tests.maintain.messages import problems, problems_of, translations, unmarked
+from tests.maintain.messages import problems, problems_of, translations, unextracted, unmarked
 
 
 @pytest.fixture
@@ -62,6 +62,20 @@ def test_a_faulty_entry_is_seen(message, translation, problem):
 )
 def test_a_text_that_nothing_marks_is_seen(source, count):
     assert len(list(unmarked(source))) == count
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ('_("no file")', 0),
+        ("f\"{_('no such word')}\"", 1),
+        ('_(f"{n} rows")', 1),
+        ('_("no " + word)', 1),
+        ("_(FIXES[code])", 0),
+    ],
+)
+def test_a_marked_text_that_is_not_extracted_is_seen(source, count):
+    assert len(list(unextracted(source, {"no file"}))) == count
 
 
 @pytest.mark.parametrize(

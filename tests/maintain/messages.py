@@ -45,9 +45,7 @@ def extracted(folder: Path = HELPERS) -> Catalog:
     """The messages of a folder's modules, without translations."""
     catalog = Catalog(locale="zh", project="helpers", charset="utf-8", header_comment="# The helpers' messages.")
     catalog.creation_date = catalog.revision_date = DATE
-    for name, _, message, _, _ in extract_from_dir(
-        folder, [("**.py", "python"), ("**.html", "jinja2")], keywords=KEYWORDS
-    ):
+    for name, _, message, _, _ in extract_from_dir(folder, READERS, keywords=KEYWORDS):
         catalog.add(message, locations=[(name, None)])
     return catalog
 
