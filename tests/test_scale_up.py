@@ -24,7 +24,7 @@ from helpers.memory.fit import DoesNotFit, fit_into_memory
 from helpers.memory.plan import T4_GIB, predict_peak
 from helpers.ranks import RankError, _code, _gpu, cause_of, meet_ranks, one_message, rank_and_size
 from helpers.training.checkpoints import compare_settings, settings_of
-from helpers.training.order import seeded_sampler, whole_rounds, with_empty
+from helpers.training.order import even_shares, seeded_sampler, whole_rounds, with_empty
 
 STEPS, ROWS, CONVERSATIONS = 20, 21, 4  # of 21 rows four steps of a pass take 4, and the sixth one: a rank has none
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -420,8 +420,8 @@ def test_a_batch_that_does_not_fit_is_not_split_by_one_rank_alone(monkeypatch):
         trainer.training_step(model, {"input_ids": torch.zeros(2, 3)}, 1)
 
 
-def rows_of_each_step(processes, *, hooked=True, strategy="group_by_length", epoch=1, skipped=0):
-    """The rows of each step of a pass, by number, as Accelerate deals them out to so many processes.
+def shares_of_each_step(processes, *, hooked=True, strategy="group_by_length", padding_free=False, epoch=1, skipped=0):
+    """Each process's rows of each step of a pass, by number, as Accelerate deals them out.
 
     `skipped`: of a pass that is resumed behind so many steps.
     """
@@ -430,10 +430,11 @@ def rows_of_each_step(processes, *, hooked=True, strategy="group_by_length", epo
     from torch.utils.data import DataLoader, RandomSampler
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
-    lengths = [3 + 7 * number % 11 for number in range(ROWS)]
+    lengths = [tokens_of(number) for number in range(ROWS)]
     data = Dataset.from_dict({"input_ids": [[n] * length for n, length in enumerate(lengths)], "labels": [[5]] * ROWS})
     each = CONVERSATIONS // processes
     args = SimpleNamespace(world_size=processes, train_batch_size=each, dataloader_drop_last=False, seed=3407)
+    args.padding_free = padding_free
     trainer = SimpleNamespace(train_dataset=data, args=args)
 
     def plain(rows):
@@ -453,19 +454,49 @@ def rows_of_each_step(processes, *, hooked=True, strategy="group_by_length", epo
         loader.set_epoch(epoch)
         return iter(loader.batch_sampler)
 
-    steps = [[n for part in parts for n in part] for parts in zip(*map(of_rank, range(processes)), strict=True)]
+    steps = list(zip(*map(of_rank, range(processes)), strict=True))
     assert trainer.train_dataset is data
-    return [sorted(number for number in step if number < ROWS) for step in steps]
+    return steps
 
 
+def rows_of_each_step(processes, **options):
+    """The rows of each step, whoever has them, without those that fill the last round."""
+    steps = shares_of_each_step(processes, **options)
+    return [sorted(number for share in step for number in share if number < ROWS) for step in steps]
+
+
+def tokens_of(number):
+    return 3 + 7 * number % 11
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_the_rows_of_a_step_are_those_of_one_process(processes, strategy):
-    whole = rows_of_each_step(1, strategy=strategy)
-    assert rows_of_each_step(processes, strategy=strategy) == whole
-    assert rows_of_each_step(processes, strategy=strategy, skipped=2) == whole[2:]
+def test_the_rows_of_a_step_are_those_of_one_process(processes, strategy, padding_free):
+    options = {"strategy": strategy, "padding_free": padding_free}
+    whole = rows_of_each_step(1, **options)
+    assert rows_of_each_step(processes, **options) == whole
+    assert rows_of_each_step(processes, **options, skipped=2) == whole[2:]
     assert sorted(number for step in whole for number in step) == list(range(ROWS))
-    assert rows_of_each_step(processes, strategy=strategy, epoch=2) != whole
+    assert rows_of_each_step(processes, **options, epoch=2) != whole
+
+
+def test_without_padding_the_processes_get_nearly_equally_many_tokens():
+    def wait(**options):
+        """Tokens by which the fullest process of a step exceeds the other, over all steps but the filled one."""
+        each = [[sum(map(tokens_of, share)) for share in step] for step in shares_of_each_step(2, **options)[:-1]]
+        return sum(max(step) - min(step) for step in each)
+
+    drawn, even = wait(strategy="random"), wait(strategy="random", padding_free=True)
+    assert even < drawn / 2
+
+
+def test_shares_keep_rounds_and_sizes():
+    lengths = [9, 8, 2, 1, 5, 5, 5, 50, 3]
+    assert even_shares([0, 1, 2, 3], lengths, batch=2, processes=2) == [0, 3, 1, 2]
+    # The longest row fills no second place before the others have theirs; what makes no whole round stays as it is.
+    assert even_shares([7, 4, 5, 6, 8, 0], lengths, batch=2, processes=2) == [7, 6, 4, 5, 8, 0]
+    assert even_shares(range(8), lengths, batch=1, processes=4) == [0, 1, 2, 3, 7, 4, 5, 6]
 
 
 def test_without_the_hooks_they_are_not():

@@ -296,6 +296,7 @@ def _mean_loss(done: list[Any], parts: list[Any]) -> Any:
 def _rehearse(steps: _Steps) -> None:
     """Train and evaluate the longest rows, and leave everything as it was but the memory's high-water mark."""
     import torch
+    from accelerate.utils import send_to_device
 
     trainer = steps.trainer
     args, model = trainer.args, trainer.model_wrapped
@@ -305,7 +306,9 @@ def _rehearse(steps: _Steps) -> None:
     with torch.random.fork_rng(devices):
         padded = not getattr(args, "padding_free", False)
         rows = longest(trainer.train_dataset, args.per_device_train_batch_size, steps.peaks_beyond, padded=padded)
-        batches, items = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, args.device)
+        # On the device, as the trainer's own loader puts it: with several processes its tokens are counted over NCCL.
+        batch = send_to_device(trainer.data_collator(rows), args.device)
+        batches, items = trainer.get_batch_samples(iter([batch]), 1, args.device)
         model.train()
         trainer.current_gradient_accumulation_steps = 1  # the trainer sets it for each step, and not before the first
         trainer.training_step(model, batches[0], items)
