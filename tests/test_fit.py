@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_training import small_rows, small_trainer
 
-from helpers.memory.fit import DoesNotFit, fit_into_memory, longest
+from helpers.memory.fit import DoesNotFit, _rehearse, fit_into_memory, longest
 from helpers.memory.stats import track_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,6 +133,27 @@ def test_the_rehearsal_changes_nothing(tmp_path):
         seen.append((digest_of(trainer.model), log))
     assert seen[0] == seen[1]
     assert set(LOGGED) == {name for entry in seen[0][1] for name in entry}
+
+
+def test_the_rehearsed_batch_is_on_the_device_before_its_tokens_are_counted():
+    """Over NCCL what is on the processor cannot be counted up; the device here is one that every computer has."""
+    import torch
+    from datasets import Dataset
+
+    counted = []
+
+    def count(batches, *_):
+        counted.extend(batches)
+        return counted, None
+
+    args = SimpleNamespace(device=torch.device("meta"), per_device_train_batch_size=2, eval_strategy="no")
+    model = torch.nn.Linear(1, 1)
+    trainer = SimpleNamespace(args=args, model_wrapped=model, eval_dataset=None, get_batch_samples=count)
+    trainer.train_dataset = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]]})
+    trainer.data_collator = lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
+    trainer.training_step = lambda *_: None
+    _rehearse(SimpleNamespace(trainer=trainer, peaks_beyond=lambda tokens: True))
+    assert [batch["input_ids"].device.type for batch in counted] == ["meta"]
 
 
 @pytest.mark.parametrize(
