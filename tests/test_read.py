@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from helpers.base import InputError
 from helpers.conversations import read_conversations
+from helpers.conversations.source import chinese_encoding
 
 ASKED, ANSWERED = [f"Question {n}?" for n in range(6)], [f"Answer {n}." for n in range(6)]
 PAIRS = list(zip(ASKED, ANSWERED, strict=True))
@@ -155,6 +156,44 @@ def test_each_kind_of_file_gives_the_same_conversations(name, tmp_path):
     talks, report = read(tmp_path / name)
     assert talks == TALKS, report
     assert list(report.source) == [str(tmp_path / name)]
+
+
+CHINESE = [("能退货吗？", "可以，七天之内都能退。"), ("几点开门？", "早上九点开门，周末也一样。")]
+TRADITIONAL = [("能退貨嗎？", "可以，七天之內都能退。"), ("幾點開門？", "早上九點開門，週末也一樣。")]
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "columns", "pairs"),
+    [
+        ("rows.csv", "gb18030", ("问题", "回答"), CHINESE),
+        ("rows.csv", "gbk", ("提问", "答案"), CHINESE * 500),
+        ("rows.tsv.gz", "gb18030", ("question", "answer"), CHINESE),
+        ("rows.jsonl", "gb18030", ("问题", "回复"), CHINESE),
+        ("rows.csv", "big5", ("問題", "回覆"), TRADITIONAL * 20),
+        ("rows.csv", "utf-8", ("问题", "回答"), CHINESE),
+        ("rows.csv", "utf-16", ("问题", "回答"), CHINESE),
+    ],
+)
+def test_a_chinese_file_is_read_in_the_encoding_that_it_was_saved_in(name, encoding, columns, pairs, tmp_path, capsys):
+    lines = [json.dumps(dict(zip(columns, pair, strict=True)), ensure_ascii=False) for pair in pairs]
+    if "jsonl" not in name:
+        lines = [("\t" if "tsv" in name else ",").join(cells) for cells in (columns, *pairs)]
+    data = "\r\n".join(lines).encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    talks, _ = read(tmp_path / name)
+    assert talks == [[("user", question), ("assistant", answer)] for question, answer in dict.fromkeys(pairs)]
+    said = capsys.readouterr().out
+    assert ("because it is not UTF-8" in said) == (not encoding.startswith("utf")), said
+
+
+def test_no_other_encoding_is_guessed_at():
+    german = "Frage;Antwort\n" + "Wie öffne ich die Tür?;Drücken Sie die Klinke, bitte nicht übermäßig.\n" * 50
+    russian = "вопрос,ответ\n" + "Можно вернуть?,Да, в течение семи дней.\n" * 40
+    japanese = "質問,回答\n" + "返品できますか？,はい、七日以内でしたら返品できます。\n" * 40
+    texts = {"cp1252": german, "cp1251": russian, "shift_jis": japanese, "utf-8": german}
+    assert [chinese_encoding(text.encode(encoding)) for encoding, text in texts.items()] == [""] * 4
+    stray = "问题,回答\n".encode() + "能退货吗？,可以，七天内。\n".encode() * 40 + b"\xff,x\n"
+    assert chinese_encoding(stray) == ""  # the check of its row names the byte
 
 
 def test_parquet_datasets_and_folders(tmp_path, monkeypatch):

@@ -18,7 +18,9 @@ TEXT_KEYS = ("content", "value", "text", "message", "utterance")
 # Names of columns, in lower case, with _ for spaces and hyphens.
 CONVERSATIONS = ("conversations", "messages", "conversation", "dialogue", "dialog", "turns", "chat")
 QUESTIONS = ("instruction", "question", "prompt", "query", "input", "user", "human", "problem", "request", "q")
+QUESTIONS += ("问题", "提问", "問題")
 ANSWERS = ("output", "answer", "completion", "response", "reply", "assistant", "solution", "target", "a")
+ANSWERS += ("回答", "答案", "回复", "答复", "回覆")
 MORE = ("input", "context")  # beside an instruction: the text that it is about
 SYSTEMS = ("system", "system_prompt", "system_message")
 GROUPS = ("conversation_id", "conv_id", "conversationid", "dialogue_id", "dialog_id", "thread_id", "chat_id")

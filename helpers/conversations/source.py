@@ -18,6 +18,7 @@ from helpers.messages import N_, _
 
 ENDINGS = N_(".json, .jsonl, .ndjson, .csv, .tsv or .parquet, also with .gz")
 OTHER_FILES = dict.fromkeys([".xlsx", ".xls"], N_("save it as .csv, in UTF-8")) | {".zip": N_("unpack it")}
+CHINESE = ("gb18030", "gbk", "gb2312", "big5", "cp950")
 CONVERT = N_("convert it; a file with one JSON object a line ends in .jsonl")
 ROLE_KEYS = ("role", "from", "speaker", "author", "sender")  # of a turn, in lower case
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w.-]+))?")
@@ -123,11 +124,30 @@ def _rows_of_file(path: Path) -> list[Row]:
     except (OSError, EOFError, zlib.error) as error:
         found, fix = _("a file that cannot be read ({error})", error=error), _("copy or download it again")
         raise InputError(where, found=found, expected=_("a whole file"), fix=fix) from None
+    if ending != ".parquet" and (encoding := chinese_encoding(data)):
+        data = data.decode(encoding).encode()
+        print(_("{where}: read as {encoding}, because it is not UTF-8", where=where, encoding=encoding.upper()))
     rows = READERS[ending](data, where)
     if not rows:
         found, fix = _("an empty file"), _("give a file with conversations")
         raise InputError(where, found=found, expected=_("conversations"), fix=fix)
     return rows
+
+
+def chinese_encoding(data: bytes) -> str:
+    """The encoding of a Chinese text that is not UTF-8, such as "gb18030", as Excel in China saves; else "".
+
+    Texts in other encodings are not guessed at: cp1250 and cp1252 look alike, and the wrong one changes letters unseen.
+    """
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        from charset_normalizer import from_bytes
+
+        best = None if data.startswith((b"\xff\xfe", b"\xfe\xff")) else from_bytes(data).best()
+        if best and best.encoding in CHINESE:
+            return best.encoding
+    return ""
 
 
 def _text(data: bytes) -> str:

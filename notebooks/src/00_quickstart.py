@@ -19,7 +19,7 @@
 #
 # [![在 Colab 中打开](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/your-org/llama-3.2-unsloth-t4/blob/main/notebooks/zh-CN/00_quickstart.ipynb)
 #
-# 学完这一章，你会得到一个用自选对话训练过的 Llama 3.2。它存成一个文件，在笔记本电脑上就能运行。
+# 学完这一章，你会得到一个 Llama 3.2，它是用你选的对话训练出来的。它存成一个文件，在笔记本电脑上就能运行。
 #
 # 学完后你能
 # - 用自己的文件训练一个对话模型；
@@ -109,11 +109,11 @@ model.print_trainable_parameters()
 
 # %% [markdown] lang="en"
 # A row of your file holds `conversations` of `from` and `value`, or `messages` of `role` and `content`, or a question
-# and its answer in two columns. Why, and how we know: [chapter 03](03_data.ipynb).
+# and its answer in columns of such names as `question` and `answer`. Why, and how we know: [chapter 03](03_data.ipynb).
 
 # %% [markdown] lang="zh"
 # 你的文件里，每一行要么是由 `from` 和 `value` 组成的 `conversations`，
-# 要么是由 `role` 和 `content` 组成的 `messages`，要么是一个问题和它的回答，各占一列。
+# 要么是由 `role` 和 `content` 组成的 `messages`，要么是一个问题和它的回答，各占一列，列名如 `question` 和 `answer`。
 # 原因和依据见[第 03 章](03_data.ipynb)。
 
 # %%
@@ -259,11 +259,11 @@ for row in eval_dataset.select(range(2)):
     print(f"TRAINED    {answer(question)}\n" + "—" * 60)
 
 # %% [markdown] lang="en"
-# The adapter is a small file that needs the base model beside it. Why, and how we know:
+# The adapter is a small folder that needs the base model beside it. Why, and how we know:
 # [chapter 06](06_save.ipynb).
 
 # %% [markdown] lang="zh"
-# 适配器是一个小文件，使用时还需要基座模型。原因和依据见[第 06 章](06_save.ipynb)。
+# 适配器是一个小文件夹，使用时还需要基座模型。原因和依据见[第 06 章](06_save.ipynb)。
 
 # %% tags=["handoff"]
 tokenizer.save_pretrained(f"{OUTPUT_DIR}/adapter")

@@ -155,7 +155,7 @@ template_report
 
 # %% [markdown] lang="zh"
 # 故意弄错一次试试：换成另一个模型家族的模板。`get_chat_template` 会照样接受，最多提一句它把哪个词元当作结尾。
-# 请看标着 **problem** 的那几行：同一个词元编号，模型认得的是一个名字，现在却换成了另一个名字。
+# 请看标着 **problem** 的那几行：模型学到的词元名字，和现在这个编号对应的名字不一样。
 
 # %% tags=["nbval-check-output"]
 foreign = get_chat_template(AutoTokenizer.from_pretrained(MODEL_NAME), chat_template="gemma")

@@ -52,7 +52,7 @@
 # %% [markdown] lang="zh"
 # `PROCESSES` 是参与训练的 GPU 数量，0 表示用上这里所有的 GPU。
 # 和第 04 章一样，`MICRO_BATCH` × `ACCUMULATION` 段对话构成一步，由各块 GPU 分担。
-# 打开 `GROW_BATCH` 后，每块 GPU 就各自处理这么多段对话。
+# 打开 `GROW_BATCH` 后，每块 GPU 就不再分担，而是各自处理同样多段对话。
 #
 # `SCALED_DIR` 是这一章新建的运行文件夹。存放数据的 `RUN_DIR` 保持不变。
 #
@@ -114,7 +114,7 @@ scaled = open_run(SCALED_DIR, base_model=MODEL_NAME)
 # 然后，所有进程一起对[梯度](glossary.ipynb#gradient)求平均，这叫作[**全归约**](glossary.ipynb#all-reduce)（all-reduce）；最后各自做同样的更新。
 #
 # 需要传送的只有 [LoRA](glossary.ipynb#lora) 的梯度：3B 模型每一步传 2400 万个数，最多 97 MB。
-# 下表是计算得出的传送时间。作为对比，按 T4 的算力，一步的八段对话要算 1.5 秒，实际的显卡还要更久。
+# 下表是计算得出的传送时间。作为对比，按 T4 的算力测得，一步的八段对话要算 1.5 秒；真正的显卡还要更久。
 #
 # | GPU 之间的连接 | 2 块 GPU | 8 块 GPU |
 # |---|---|---|
@@ -268,7 +268,7 @@ scaled.write_json("settings.json", settings)
 # %% [markdown] lang="zh"
 # ## 启动训练
 #
-# [`scale_up.py`](../scale_up.py) 就是写成脚本的第 04 章，有一百行。把它和“快速入门”一章对照着读：
+# [`scale_up.py`](../scale_up.py) 是第 04 章的脚本版，一百来行。把它和“快速入门”一章对照着读：
 # 里面的调用是一样的。
 #
 # 有两个程序可以启动它，每块 GPU 启动一次。`torchrun` 是 PyTorch 自带的。
@@ -379,10 +379,10 @@ Image(f"{SCALED_DIR}/curves/curves.png")
 # [Unsloth on several GPUs](https://docs.unsloth.ai/basics/multi-gpu-training-with-unsloth).
 
 # %% [markdown] lang="zh"
-# ## 在哪里输入什么
+# ## 各种环境怎么运行
 #
 # **Kaggle**：用 **File → Import Notebook → GitHub** 导入这一页。
-# 在 **Settings** 里选择 **GPU T4 x2** 和 **Internet on**。第一条消息会告诉你用哪条命令在那里生成数据。
+# 在 **Settings** 里选择 **GPU T4 x2** 和 **Internet on**。运行下面的单元格，最先出现的那条消息会告诉你，用哪条命令在那里生成数据。
 # 会话结束之前，把 `SCALED_DIR` 下载下来。
 #
 # **一台机器，多块 GPU**：直接运行这个 notebook，或者在同一环境的终端里运行那两行命令中的任意一行。
