@@ -108,12 +108,12 @@ model = FastLanguageModel.get_peft_model(
 model.print_trainable_parameters()
 
 # %% [markdown] lang="en"
-# A row of your file holds `conversations` of `from` and `value`, or `messages` of `role` and `content`, or a question
-# and its answer in columns of such names as `question` and `answer`. Why, and how we know: [chapter 03](03_data.ipynb).
+# A row of your file holds `conversations` of `from` and `value`, or `messages` of `role` and `content`, or a `question`
+# and an `answer`. Why, and how we know: [chapter 03](03_data.ipynb).
 
 # %% [markdown] lang="zh"
 # 你的文件里，每一行要么是由 `from` 和 `value` 组成的 `conversations`，
-# 要么是由 `role` 和 `content` 组成的 `messages`，要么是一个问题和它的回答，各占一列，列名如 `question` 和 `answer`。
+# 要么是由 `role` 和 `content` 组成的 `messages`，要么是 `question` 和 `answer` 两列，也就是问题和回答。
 # 原因和依据见[第 03 章](03_data.ipynb)。
 
 # %%
