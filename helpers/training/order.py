@@ -35,7 +35,7 @@ def seeded_sampler(make: Callable, rows: Any, count: int, args: Any) -> Any:
             if hasattr(sampler, "generator"):  # else a sequential one
                 sampler.generator = torch.Generator().manual_seed(args.seed + self.epoch)
             order = [*sampler, *range(count, len(rows))]
-            if args.world_size > 1 and args.padding_free:
+            if args.world_size > 1 and getattr(args, "padding_free", False):
                 order = even_shares(order, lengths, batch=args.train_batch_size, processes=args.world_size)
             yield from order
 
