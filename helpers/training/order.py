@@ -21,6 +21,7 @@ def seeded_sampler(make: Callable, rows: Any, count: int, args: Any) -> Any:
         return None
     if hasattr(sampler, "lengths"):
         sampler.batch_size *= args.world_size
+    lengths = [len(ids) for ids in rows["input_ids"]] if args.world_size > 1 else []
 
     class Ordered(torch.utils.data.Sampler):
         epoch = 0
@@ -39,7 +40,6 @@ def seeded_sampler(make: Callable, rows: Any, count: int, args: Any) -> Any:
                 order = even_shares(order, lengths, batch=args.train_batch_size, processes=args.world_size)
             yield from order
 
-    lengths = [len(ids) for ids in rows["input_ids"]] if args.world_size > 1 else []
     return Ordered()
 
 
